@@ -1,0 +1,52 @@
+# Two commands: `make demo` and `make test`. Each sets up its own virtual environment first and is safe to run again.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+OLDEST := .venv-oldest/bin
+# One thread a process keeps small tests fast on few cores; the demo and the benchmark use all of them.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: demo test test-newest test-oldest lint format bench-cpu clean
+
+demo: .venv/.installed
+	$(BIN)/python recipes/demo.py
+
+test: lint test-newest test-oldest
+
+test-newest: .venv/.installed
+	@echo "== tests, newest supported transformers =="
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+# The parts that touch transformers and PEFT, at the other end of the supported range.
+test-oldest: .venv-oldest/.installed
+	@echo "== integration tests, oldest supported transformers =="
+	$(TEST_ENV) $(OLDEST)/python -m pytest tests/hf tests/invariants
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-cpu: .venv/.installed
+	$(BIN)/python benchmarks/cpu.py
+
+.venv/.installed: pyproject.toml requirements.txt
+	@echo "== installing into .venv =="
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml requirements-oldest.txt
+	@echo "== installing into .venv-oldest =="
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/python -m pip install --quiet -r requirements-oldest.txt
+	$(OLDEST)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest outputs
