@@ -1,0 +1,220 @@
+"""`AttnGate`: predicts from pooled queries and keys which blocks of an attention map matter."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from seerattn.gate.config import AttnGateConfig
+from seerattn.gate.pooling import pool_blocks
+from seerattn.gate.rope import block_positions, rotate
+
+# Sub-block scores held at once, in elements. Larger problems are walked in strips of query blocks, each against its
+# causal prefix only, which also halves the work.
+STRIP_ELEMENTS_CPU = 1 << 22  # 16 MiB: stays near the caches
+STRIP_ELEMENTS_DEVICE = 1 << 26
+
+
+class AttnGate(nn.Module):
+    """The gate of one attention layer (arXiv 2410.13276, section 3).
+
+    Queries and keys before RoPE are pooled per sub-block, projected per head, rotated at the position of the first
+    token of their sub-block, and multiplied; a block scores the maximum over its pairs of sub-blocks. Everything is
+    fp32. Block (i, j) depends on the tokens of query block i and key block j alone unless `normalize_subblocks` is
+    set, which adds the log-sum-exp over the causal keys of block i - known in full when block i is computed. So
+    chunked and one-shot calls score alike wherever chunks are cut on block boundaries.
+
+    Args:
+        config: form of the gate.
+        num_heads: query heads ``H`` of the layer.
+        num_kv_heads: key/value heads ``HKV``, a divisor of ``H``.
+        head_dim: ``D``.
+        inv_freq: fp32 ``[DG / 2]``, rotation frequencies of the base model at the width of the gate. Needed if
+            ``config.rope``; it belongs to the model and is not saved with the gate.
+    """
+
+    def __init__(
+        self,
+        config: AttnGateConfig,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        inv_freq: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+        gate_dim = config.gate_dim or head_dim
+        if not config.q_linear and gate_dim != head_dim:
+            raise ValueError(f"gate_dim must be the head dim {head_dim} without a q linear, got {gate_dim}")
+        if config.rope and (inv_freq is None or inv_freq.shape != (gate_dim // 2,)):
+            got = None if inv_freq is None else list(inv_freq.shape)
+            raise ValueError(f"inv_freq must be [{gate_dim // 2}] for a gate with RoPE, got {got}")
+        self.config = config
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim, self.gate_dim = head_dim, gate_dim
+        self.group = num_heads // num_kv_heads
+        self.mask_heads = num_kv_heads if config.share == "kv_group" else num_heads
+
+        members = self.group if config.share == "kv_group" else 1
+        if config.q_linear:
+            q_width = members * len(config.q_pooling) * head_dim
+            self.q_weight = nn.Parameter(torch.empty(self.mask_heads, q_width, gate_dim))
+        else:
+            self.register_parameter("q_weight", None)
+        # Without a q linear the k linear must tell the query heads of a group apart: one matrix a query head, as
+        # published. With one, a matrix a KV head is enough.
+        k_heads = num_kv_heads if config.q_linear else num_heads
+        self.k_weight = nn.Parameter(torch.empty(k_heads, len(config.k_pooling) * head_dim, gate_dim))
+        self.q_norm = nn.RMSNorm(gate_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(gate_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        if config.distance_bias:
+            self.distance_bias = nn.Parameter(torch.zeros(self.mask_heads, config.distance_bias))
+        else:
+            self.register_parameter("distance_bias", None)
+        self.register_buffer("inv_freq", inv_freq.float() if config.rope else None, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the linears anew as `config.init` says."""
+        for weight, kinds, members in (
+            (self.q_weight, self.config.q_pooling, self.group if self.config.share == "kv_group" else 1),
+            (self.k_weight, self.config.k_pooling, 1),
+        ):
+            if weight is None:
+                continue
+            nn.init.normal_(weight, std=0.02)
+            if self.config.init == "identity" and "avg" in kinds:
+                self._add_identity(weight, kinds, members)
+
+    def _add_identity(self, weight: Tensor, kinds: tuple[str, ...], members: int) -> None:
+        eye = torch.eye(self.head_dim, self.gate_dim, dtype=weight.dtype, device=weight.device) / members
+        with torch.no_grad():
+            blocks = weight.view(weight.shape[0], members, len(kinds), self.head_dim, self.gate_dim)
+            blocks[:, :, kinds.index("avg")] += eye
+
+    def gate_queries(self, q: Tensor, start: int = 0) -> Tensor:
+        """Projects queries before RoPE ``[B, H, T, D]`` at positions from ``start`` on to ``[B, Hm, Wq, DG]``."""
+        size = self.config.block_q // self.config.query_subblocks
+        pooled = pool_blocks(q, size=size, start=start, kinds=self.config.q_pooling)
+        if self.config.share == "kv_group":
+            batch, _, windows, width = pooled.shape
+            pooled = pooled.view(batch, self.num_kv_heads, self.group, windows, width)
+            pooled = pooled.transpose(2, 3).reshape(batch, self.num_kv_heads, windows, self.group * width)
+        if self.q_weight is not None:
+            pooled = pooled @ self.q_weight
+        return self._place(self.q_norm(pooled), start, size)
+
+    def gate_keys(self, k: Tensor, start: int = 0) -> Tensor:
+        """Projects keys before RoPE ``[B, HKV, S, D]`` at positions from ``start`` on to ``[B, h, Wk, DG]``.
+
+        Keys of finished sub-blocks never change, so a caller may cache them. ``h`` is ``HKV``, or ``H`` for a gate
+        without a q linear.
+        """
+        size = self.config.block_k // self.config.key_subblocks
+        pooled = pool_blocks(k, size=size, start=start, kinds=self.config.k_pooling)
+        if self.k_weight.shape[0] != self.num_kv_heads:
+            pooled = pooled.repeat_interleave(self.group, dim=1)
+        return self._place(self.k_norm(pooled @ self.k_weight), start, size)
+
+    def _place(self, x: Tensor, start: int, size: int) -> Tensor:
+        if self.inv_freq is None:
+            return x
+        return rotate(x, block_positions(start, x.shape[2], size, x.device), self.inv_freq)
+
+    def scores(self, gate_q: Tensor, gate_k: Tensor, *, q_start: int, q_len: int) -> Tensor:
+        """Block scores from projected queries and keys.
+
+        Args:
+            gate_q: ``[B, Hm, Wq, DG]`` of the ``q_len`` queries from position ``q_start`` on.
+            gate_k: ``[B, h, Wk, DG]`` of all keys ``0 .. q_start + q_len``.
+            q_start: position of the first query.
+            q_len: number of queries.
+
+        Returns:
+            fp32 ``[B, Hm, Nq, Nk]``, -inf for blocks without a causal pair. Logits over key blocks: their softmax is
+            the predicted row of the max-pooled attention map.
+        """
+        c = self.config
+        q_size, k_size = c.block_q // c.query_subblocks, c.block_k // c.key_subblocks
+        batch, heads, windows, _ = gate_q.shape
+        num_k_blocks = -(-gate_k.shape[2] // c.key_subblocks)
+        first_window = q_start // q_size
+        budget = STRIP_ELEMENTS_CPU if gate_q.device.type == "cpu" else STRIP_ELEMENTS_DEVICE
+        per_strip = budget // max(1, batch * heads * gate_k.shape[2] * c.query_subblocks)
+        strip = max(1, per_strip) * c.query_subblocks
+        # Strips are cut on block boundaries, so that every maximum over sub-blocks is taken within one strip.
+        edges = [0, *range(strip - first_window % c.query_subblocks, windows, strip), windows]
+        rows = []
+        for begin, end in pairwise(edges):
+            last = min((first_window + end) * q_size, q_start + q_len) - 1
+            keys = gate_k[:, :, : last // k_size + 1]
+            args = (gate_q[:, :, begin:end], keys, first_window + begin, last)
+            if torch.is_grad_enabled() and len(edges) > 2:
+                row = checkpoint(self._strip_scores, *args, use_reentrant=False)
+            else:
+                row = self._strip_scores(*args)
+            rows.append(F.pad(row, (0, num_k_blocks - row.shape[-1]), value=-torch.inf))
+        return torch.cat(rows, dim=2)
+
+    def _strip_scores(self, gate_q: Tensor, gate_k: Tensor, first_window: int, last: int) -> Tensor:
+        """Scores of consecutive query sub-blocks, the first of number ``first_window``, the last token at ``last``."""
+        c = self.config
+        q_size, k_size = c.block_q // c.query_subblocks, c.block_k // c.key_subblocks
+        batch, heads, windows, _ = gate_q.shape
+        device = gate_q.device
+        grouped = gate_q.reshape(batch, gate_k.shape[1], -1, self.gate_dim)
+        # [B, Hm, Wq, Wk]
+        s = (grouped * self.gate_dim**-0.5 @ gate_k.transpose(-1, -2)).view(batch, heads, windows, -1)
+        q_window = first_window + torch.arange(windows, device=device)
+        k_window = torch.arange(s.shape[-1], device=device)
+        if self.distance_bias is not None:
+            distance = q_window[:, None] // c.query_subblocks * c.block_q - k_window // c.key_subblocks * c.block_k
+            distance = (distance // c.block_k).clamp(0, c.distance_bias - 1)
+            s = s + self.distance_bias[:, distance]
+        q_last = ((q_window + 1) * q_size - 1).clamp(max=last)
+        # No key of the strip comes after its last query, so only windows near the diagonal need the mask.
+        s = s.masked_fill(k_window * k_size > q_last[:, None], -torch.inf)
+        if c.normalize_subblocks:
+            s = s - s.logsumexp(-1, keepdim=True)
+        if c.key_subblocks > 1:
+            s = F.pad(s, (0, -s.shape[-1] % c.key_subblocks), value=-torch.inf).unflatten(-1, (-1, c.key_subblocks))
+            s = s.amax(-1)
+        if c.query_subblocks > 1:
+            head = first_window % c.query_subblocks
+            s = F.pad(s, (0, 0, head, -(head + windows) % c.query_subblocks), value=-torch.inf)
+            s = s.unflatten(2, (-1, c.query_subblocks)).amax(3)
+        return s
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        """Scores the last ``T`` tokens as queries against all ``S`` keys.
+
+        Args:
+            q: queries before RoPE ``[B, H, T, D]``, any float dtype.
+            k: keys before RoPE ``[B, HKV, S, D]``, the first at position 0, ``T <= S``.
+
+        Returns:
+            fp32 ``[B, Hm, Nq, Nk]``, see `scores`.
+        """
+        q_len, k_len = q.shape[2], k.shape[2]
+        if not 1 <= q_len <= k_len:
+            raise ValueError(f"k must hold the keys of all queries and of the past, got T = {q_len}, S = {k_len}")
+        start = k_len - q_len
+        return self.scores(self.gate_queries(q, start), self.gate_keys(k), q_start=start, q_len=q_len)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, gate_dim={self.gate_dim}"
+
+
+def parameter_count(config: AttnGateConfig, *, layers: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """Parameters of the gates of a whole model, counted without allocating them."""
+    inv_freq = torch.empty((config.gate_dim or head_dim) // 2) if config.rope else None
+    with torch.device("meta"):
+        gate = AttnGate(config, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, inv_freq=inv_freq)
+    return layers * sum(math.prod(p.shape) for p in gate.parameters())

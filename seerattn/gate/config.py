@@ -1,0 +1,117 @@
+"""`AttnGateConfig`: everything that defines the form of a gate."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal, get_args
+
+Pooling = Literal["avg", "max", "min"]
+Share = Literal["query_head", "kv_group"]
+Init = Literal["identity", "normal"]
+
+BLOCK_SIZES = (32, 64, 128)
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+
+
+@dataclass(frozen=True)
+class AttnGateConfig:
+    """Form of the gates of a model. The defaults are the form that measures best on the reference model.
+
+    Attributes:
+        block_q: query block size in tokens.
+        block_k: key block size in tokens.
+        q_pooling: how the queries of a sub-block become one vector; several poolings are concatenated.
+        k_pooling: the same for keys.
+        q_linear: whether a linear follows the query pooling; without it the pooled query is used as it is, which
+            needs one query pooling, ``gate_dim == head_dim`` and ``share == "query_head"``.
+        gate_dim: width of gate queries and keys; None is the head dim of the model.
+        rope: whether gate queries and keys are rotated with the model's own frequencies at the position of the first
+            token of their sub-block.
+        qk_norm: RMSNorm with a learned weight on gate queries and keys, before the rotation.
+        query_subblocks: queries are pooled in this many pieces a block; a block scores the maximum over its pieces.
+        key_subblocks: the same for keys.
+        normalize_subblocks: subtract from the scores of every query sub-block their log-sum-exp over its causal keys
+            before taking the maximum. The target is the maximum of *softmax rows*, so a query sub-block whose
+            attention is flat must not outbid one that is sharp.
+        distance_bias: learned bias per head and block distance; distances from this many blocks on share the last
+            entry. 0 is off.
+        share: one gate a query head (the paper), or one a KV group, which makes index lists and scores ``G`` times
+            fewer.
+        init: "identity" starts as mean-pooled attention (the averaging parts of both linears are identities);
+            "normal" draws both with standard deviation 0.02.
+        exclude_forced: leave the blocks that selection keeps anyway - the first block and the diagonal - out of the
+            target and out of the gate's softmax while training, so that the gate need not learn them.
+    """
+
+    block_q: int = 64
+    block_k: int = 64
+    q_pooling: tuple[Pooling, ...] = ("avg", "max", "min")
+    k_pooling: tuple[Pooling, ...] = ("avg", "max", "min")
+    q_linear: bool = True
+    gate_dim: int | None = None
+    rope: bool = True
+    qk_norm: bool = False
+    query_subblocks: int = 8
+    key_subblocks: int = 8
+    normalize_subblocks: bool = True
+    distance_bias: int = 0
+    share: Share = "query_head"
+    init: Init = "identity"
+    exclude_forced: bool = True
+
+    @classmethod
+    def paper(cls, **overrides) -> AttnGateConfig:
+        """The published form (arXiv 2410.13276, section 3): Q avg, K max+min+avg, no Q linear, gate RoPE, 64 x 64."""
+        form = cls(
+            q_pooling=("avg",),
+            k_pooling=("max", "min", "avg"),
+            q_linear=False,
+            query_subblocks=1,
+            key_subblocks=1,
+            normalize_subblocks=False,
+            init="normal",
+            exclude_forced=False,
+        )
+        return replace(form, **overrides)
+
+    def __post_init__(self) -> None:
+        for name in ("q_pooling", "k_pooling"):
+            kinds = tuple(getattr(self, name))
+            object.__setattr__(self, name, kinds)
+            if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(POOLINGS):
+                raise ValueError(f"{name} must be a non-empty subset of {list(POOLINGS)}, got {list(kinds)}")
+        for name, pieces in (("block_q", self.query_subblocks), ("block_k", self.key_subblocks)):
+            block = getattr(self, name)
+            if block not in BLOCK_SIZES:
+                raise ValueError(f"{name} must be one of {list(BLOCK_SIZES)}, got {block}")
+            if pieces < 1 or block % pieces:
+                raise ValueError(f"sub-blocks must divide {name} = {block}, got {pieces}")
+        if self.share not in get_args(Share):
+            raise ValueError(f"share must be one of {list(get_args(Share))}, got {self.share!r}")
+        if self.init not in get_args(Init):
+            raise ValueError(f"init must be one of {list(get_args(Init))}, got {self.init!r}")
+        if self.gate_dim is not None and (self.gate_dim < 2 or self.gate_dim % 2):
+            raise ValueError(f"gate_dim must be a positive even number or None, got {self.gate_dim}")
+        if not self.q_linear and (len(self.q_pooling) > 1 or self.share == "kv_group"):
+            raise ValueError(
+                "q_linear=False needs a single query pooling and share='query_head', "
+                f"got {list(self.q_pooling)} and {self.share!r}; set q_linear=True"
+            )
+        if self.distance_bias < 0:
+            raise ValueError(f"distance_bias must be 0 or a number of blocks, got {self.distance_bias}")
+
+    def to_dict(self) -> dict:
+        """Plain JSON types; `from_dict` restores an equal config."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> AttnGateConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is unknown.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"gate config must only hold fields of AttnGateConfig, got unknown {sorted(unknown)}")
+        return cls(**values)

@@ -1,0 +1,45 @@
+"""Pooling of token vectors into sub-blocks on the absolute grid."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pool_blocks(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...]) -> Tensor:
+    """Pools windows of ``size`` tokens; the first and the last window may be partial and count real tokens only.
+
+    Args:
+        x: ``[B, H, N, D]``, the tokens at positions ``start .. start + N``.
+        size: window length in tokens; windows are ``position // size``.
+        start: position of the first token.
+        kinds: which of "avg", "max" and "min", in the order of their concatenation.
+
+    Returns:
+        fp32 ``[B, H, W, len(kinds) * D]``, one vector a window that holds at least one token.
+    """
+    batch, heads, length, dim = x.shape
+    head = start % size
+    tail = -(head + length) % size
+    windows = (head + length + tail) // size
+    x = x.float()
+
+    def framed(fill: float) -> Tensor:
+        padded = F.pad(x, (0, 0, head, tail), value=fill) if head or tail else x
+        return padded.view(batch, heads, windows, size, dim)
+
+    def average() -> Tensor:
+        if not (head or tail):
+            return framed(0.0).mean(3)
+        count = torch.full((windows,), size, dtype=torch.float32, device=x.device)
+        count[0] -= head
+        count[-1] -= tail
+        return framed(0.0).sum(3) / count[:, None]
+
+    pooled = {
+        "avg": average,
+        "max": lambda: framed(-torch.inf).amax(3),
+        "min": lambda: framed(torch.inf).amin(3),
+    }
+    return torch.cat([pooled[kind]() for kind in kinds], dim=-1)

@@ -1,0 +1,210 @@
+"""The gate against a written-out fp64 recomputation, and its invariances."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.gate import attn_gate as module
+from seerattn.gate.attn_gate import parameter_count
+
+D, H, HKV = 16, 4, 2
+INV_FREQ = 10_000.0 ** -(torch.arange(D // 2) / (D // 2))
+
+
+def make(config: AttnGateConfig, seed: int = 0) -> AttnGate:
+    torch.manual_seed(seed)
+    inv_freq = INV_FREQ if config.gate_dim is None else 10_000.0 ** -(torch.arange(config.gate_dim // 2) / 4)
+    gate = AttnGate(config, num_heads=H, num_kv_heads=HKV, head_dim=D, inv_freq=inv_freq)
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.normal_(0, 0.3)
+    return gate
+
+
+def qk(length: int, keys: int | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(2, H, length, D, generator=g), torch.randn(2, HKV, keys or length, D, generator=g)
+
+
+def oracle(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
+    """Scores in fp64, a Python loop over every head and pair of sub-blocks."""
+    c, q, k = gate.config, q.double(), k.double()
+    q_size, k_size = c.block_q // c.query_subblocks, c.block_k // c.key_subblocks
+    start, keys = k.shape[2] - q.shape[2], k.shape[2]
+    reduce = {"avg": lambda x: x.mean(0), "max": lambda x: x.amax(0), "min": lambda x: x.amin(0)}
+
+    def windows(x: Tensor, first: int, size: int, kinds) -> dict[int, Tensor]:
+        cut: dict[int, list[Tensor]] = {}
+        for t in range(x.shape[0]):
+            cut.setdefault((first + t) // size, []).append(x[t])
+        return {w: torch.cat([reduce[kind](torch.stack(rows)) for kind in kinds]) for w, rows in cut.items()}
+
+    def place(x: Tensor, position: int, norm) -> Tensor:
+        if c.qk_norm:
+            x = x / (x.square().mean() + 1e-6).sqrt() * norm.weight.double()
+        if not c.rope:
+            return x
+        angle = position * gate.inv_freq.double()
+        a, b = x.chunk(2)
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
+
+    batch, group = q.shape[0], H // HKV
+    num_q = (start + q.shape[2] - 1) // c.block_q - start // c.block_q + 1
+    out = torch.full((batch, gate.mask_heads, num_q, -(-keys // c.block_k)), -math.inf, dtype=torch.float64)
+    for b, m in itertools.product(range(batch), range(gate.mask_heads)):
+        kv = m if c.share == "kv_group" else m // group
+        members = range(m * group, (m + 1) * group) if c.share == "kv_group" else [m]
+        pooled = [windows(q[b, h], start, q_size, c.q_pooling) for h in members]
+        gq = {w: torch.cat([p[w] for p in pooled]) for w in pooled[0]}
+        if gate.q_weight is not None:
+            gq = {w: x @ gate.q_weight[m].double() for w, x in gq.items()}
+        gq = {w: place(x, w * q_size, gate.q_norm) for w, x in gq.items()}
+        k_weight = gate.k_weight[kv if gate.k_weight.shape[0] == HKV else m].double()
+        gk = windows(k[b, kv], 0, k_size, c.k_pooling)
+        gk = {w: place(x @ k_weight, w * k_size, gate.k_norm) for w, x in gk.items()}
+        for i, x in gq.items():
+            last = min((i + 1) * q_size, keys) - 1
+            row = {}
+            for j, y in gk.items():
+                if j * k_size > last:
+                    continue
+                row[j] = x @ y / math.sqrt(gate.gate_dim)
+                if c.distance_bias:
+                    apart = (i // c.query_subblocks * c.block_q - j // c.key_subblocks * c.block_k) // c.block_k
+                    row[j] = row[j] + gate.distance_bias[m, min(max(apart, 0), c.distance_bias - 1)].double()
+            if c.normalize_subblocks:
+                total = torch.stack(list(row.values())).logsumexp(0)
+                row = {j: s - total for j, s in row.items()}
+            for j, s in row.items():
+                qi, kj = i // c.query_subblocks - start // c.block_q, j // c.key_subblocks
+                out[b, m, qi, kj] = torch.maximum(out[b, m, qi, kj], s)
+    return out
+
+
+FORMS = {
+    "paper": AttnGateConfig.paper(block_q=32, block_k=32),
+    "default": AttnGateConfig(block_q=32, block_k=32),
+    "group": AttnGateConfig(block_q=32, block_k=64, share="kv_group", query_subblocks=2, key_subblocks=4),
+    "norm-bias-norope": AttnGateConfig(block_q=64, block_k=32, rope=False, qk_norm=True, distance_bias=3),
+    "max-min-narrow": AttnGateConfig(block_q=32, block_k=32, q_pooling=("max",), k_pooling=("min",), gate_dim=8),
+    "queries-only": AttnGateConfig(block_q=32, block_k=32, key_subblocks=1, normalize_subblocks=False),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(("length", "keys"), [(1, 1), (31, 31), (100, 100), (33, 100), (70, 131), (1, 65)])
+def test_scores_match_a_written_out_fp64_loop(name: str, length: int, keys: int) -> None:
+    gate = make(FORMS[name])
+    q, k = (x[:1] for x in qk(length, keys))
+    expected, got = oracle(gate, q, k), gate(q, k)
+    assert got.dtype == torch.float32
+    assert torch.equal(got.isneginf(), expected.isneginf())
+    finite = ~expected.isneginf()
+    # fp32 products of 3 * 16 terms: a few hundred roundings of 6e-8 relative to the largest score.
+    assert (got.double() - expected)[finite].abs().max() <= 3e-5 * expected[finite].abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_strips_and_one_shot_give_the_same_scores_and_gradients(name: str, monkeypatch) -> None:
+    gate = make(FORMS[name])
+    q, k = qk(150, 200)
+    whole = gate(q, k)
+    gradients = torch.autograd.grad(whole[whole.isfinite()].square().sum(), gate.parameters())
+    monkeypatch.setattr(module, "STRIP_ELEMENTS_CPU", 1)
+    strips = gate(q, k)
+    assert torch.allclose(strips, whole, rtol=1e-5, atol=1e-5)
+    again = torch.autograd.grad(strips[strips.isfinite()].square().sum(), gate.parameters())
+    for a, b in zip(gradients, again):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_chunks_cut_on_block_boundaries_score_like_one_shot(name: str) -> None:
+    gate = make(FORMS[name])
+    q, k = qk(200)
+    whole = gate(q, k)
+    step = 64
+    rows = []
+    for begin in range(0, 200, step):
+        end = min(begin + step, 200)
+        part = gate(q[:, :, begin:end], k[:, :, :end])
+        rows.append(torch.nn.functional.pad(part, (0, whole.shape[-1] - part.shape[-1]), value=-math.inf))
+    # Matrix products of other shapes may add in another order: a few roundings apart, no more.
+    torch.testing.assert_close(torch.cat(rows, dim=2), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_cached_gate_keys_of_finished_blocks_score_like_recomputed_ones() -> None:
+    gate = make(FORMS["default"])
+    q, k = qk(40, 200)
+    old = gate.gate_keys(k[:, :, :160], 0)
+    new = gate.gate_keys(k[:, :, 160:], 160)
+    cached = gate.scores(gate.gate_queries(q, 160), torch.cat((old, new), dim=2), q_start=160, q_len=40)
+    torch.testing.assert_close(cached, gate(q, k), rtol=1e-5, atol=1e-5)
+
+
+def test_scores_of_future_tokens_do_not_reach_earlier_rows() -> None:
+    gate = make(FORMS["default"])
+    q, k = qk(128)
+    changed = k.clone()
+    changed[:, :, 64:] = 100.0
+    assert torch.equal(gate(q, k)[:, :, :2], gate(q, changed)[:, :, :2])
+
+
+def test_identity_init_starts_as_mean_pooled_attention() -> None:
+    torch.manual_seed(0)
+    config = AttnGateConfig(rope=False, query_subblocks=1, key_subblocks=1, normalize_subblocks=False)
+    gate = AttnGate(config, num_heads=H, num_kv_heads=HKV, head_dim=D)
+    with torch.no_grad():  # remove the noise on top of the identity
+        gate.q_weight.copy_(torch.where(gate.q_weight > 0.5, 1.0, 0.0))
+        gate.k_weight.copy_(torch.where(gate.k_weight > 0.5, 1.0, 0.0))
+    q, k = qk(128)
+    mean_q, mean_k = (x.double().unflatten(2, (2, 64)).mean(3) for x in (q, k.repeat_interleave(H // HKV, 1)))
+    expected = mean_q @ mean_k.transpose(-1, -2) / math.sqrt(D)
+    got = gate(q, k)
+    assert torch.allclose(got[:, :, 1].double(), expected[:, :, 1], atol=1e-6)
+
+
+def test_published_layout_of_llama_3_1_8b_has_50331648_parameters() -> None:
+    shape = {"layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+    assert parameter_count(AttnGateConfig.paper(), **shape) == 50_331_648
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_config_survives_a_round_trip_through_json_types(name: str) -> None:
+    assert AttnGateConfig.from_dict(FORMS[name].to_dict()) == FORMS[name]
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"block_q": 48}, "block_q must be one of"),
+        ({"query_subblocks": 7}, "must divide block_q"),
+        ({"q_pooling": ()}, "q_pooling must be a non-empty subset"),
+        ({"k_pooling": ("avg", "median")}, "k_pooling must be a non-empty subset"),
+        ({"q_linear": False}, "q_linear=False needs a single query pooling"),
+        ({"share": "layer"}, "share must be one of"),
+        ({"init": "zeros"}, "init must be one of"),
+        ({"gate_dim": 7}, "gate_dim must be a positive even number"),
+        ({"distance_bias": -1}, "distance_bias must be"),
+    ],
+)
+def test_config_rejects_what_no_gate_can_be(values: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        AttnGateConfig(**values)
+
+
+def test_config_rejects_unknown_fields() -> None:
+    with pytest.raises(ValueError, match=r"unknown \['block'\]"):
+        AttnGateConfig.from_dict({"block": 64})
+
+
+def test_gate_rejects_missing_frequencies_and_a_query_without_its_key() -> None:
+    with pytest.raises(ValueError, match="inv_freq must be"):
+        AttnGate(AttnGateConfig(), num_heads=H, num_kv_heads=HKV, head_dim=D)
+    q, k = qk(10)
+    with pytest.raises(ValueError, match="k must hold the keys"):
+        make(FORMS["paper"])(q, k[:, :, :5])
