@@ -1,0 +1,261 @@
+"""`BlockIndices`: which key blocks each query block attends to, as padded index lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PAD = -1
+
+
+@dataclass(frozen=True)
+class BlockIndices:
+    """Key blocks kept for every query block of a call.
+
+    Blocks lie on the absolute grid ``position // block``, positions being counted from the first real token of a
+    sequence. Row ``i`` of batch element ``b`` is the absolute query block ``q_start[b] // block_q + i``; the first and
+    the last query block of a call may be partial.
+
+    Args:
+        indices: int32 ``[B, Hm, Nq, K]``, ascending in each row, right-padded with -1.
+        counts: int32 ``[B, Hm, Nq]``, number of valid entries of each row; 0 only for a row that holds no query.
+        block_q: query block size in tokens.
+        block_k: key block size in tokens.
+        q_start: int32 ``[B]``, position of the first query token.
+        q_len: int32 ``[B]``, number of query tokens; the last query is the last key, so there are
+            ``q_start + q_len`` keys.
+
+    Example: 3 query blocks of 64 that keep {0}, {0, 1} and {0, 2} are
+    ``indices = [[0, -1], [0, 1], [0, 2]]``, ``counts = [1, 2, 2]``.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    block_q: int
+    block_k: int
+    q_start: Tensor
+    q_len: Tensor
+
+    @classmethod
+    def from_mask(
+        cls, mask: Tensor, *, block_q: int, block_k: int, q_start: int | Tensor = 0, q_len: int | Tensor | None = None
+    ) -> BlockIndices:
+        """Builds the lists from a bool mask.
+
+        Args:
+            mask: bool ``[B, Hm, Nq, Nk]``. Entries beyond the causal edge are dropped.
+            block_q: query block size in tokens.
+            block_k: key block size in tokens.
+            q_start: position of the first query token, an int or int ``[B]``.
+            q_len: number of query tokens, an int or int ``[B]``; by default all rows of the mask are full blocks.
+
+        Raises:
+            ValueError: a query row has no key to attend to: the blocks that hold its own diagonal are not selected.
+        """
+        if mask.ndim != 4:
+            raise ValueError(f"mask must be [B, Hm, Nq, Nk], got shape {list(mask.shape)}")
+        batch, _, num_q_blocks, num_k_blocks = mask.shape
+        q_start = _per_row(q_start, batch, mask.device)
+        if q_len is None:
+            q_len = (q_start // block_q + num_q_blocks) * block_q - q_start
+        q_len = _per_row(q_len, batch, mask.device)
+        allowed = causal_block_mask(q_start, q_len, num_q_blocks, num_k_blocks, block_q, block_k)[:, None]
+        required = _diagonal_block_mask(q_start, q_len, num_q_blocks, num_k_blocks, block_q, block_k)[:, None]
+        missing = (required & ~mask).flatten(2).any(-1)
+        if bool(missing.any()):
+            row, head = (int(x) for x in missing.nonzero()[0])
+            raise ValueError(
+                f"mask must keep the diagonal block of every query row, got none for batch row {row}, head {head}; "
+                "force the diagonal in the policy"
+            )
+        mask = mask & allowed
+        counts = mask.sum(-1, dtype=torch.int32)
+        width = max(int(counts.max()) if counts.numel() else 0, 1)
+        columns = torch.arange(num_k_blocks, device=mask.device, dtype=torch.int32)
+        padded = torch.where(mask, columns, num_k_blocks)
+        indices = padded.sort(-1).values[..., :width]
+        indices = torch.where(indices == num_k_blocks, PAD, indices).to(torch.int32).contiguous()
+        return cls(indices, counts, block_q, block_k, q_start, q_len)
+
+    @classmethod
+    def dense(
+        cls,
+        *,
+        batch: int,
+        heads: int,
+        q_len: int,
+        k_len: int,
+        block_q: int,
+        block_k: int,
+        device: torch.device | str = "cpu",
+    ) -> BlockIndices:
+        """All causal blocks of ``q_len`` queries against ``k_len`` keys."""
+        q_start = k_len - q_len
+        num_q_blocks = num_query_blocks(q_start, q_len, block_q)
+        mask = torch.ones(batch, heads, num_q_blocks, -(-k_len // block_k), dtype=torch.bool, device=device)
+        return cls.from_mask(mask, block_q=block_q, block_k=block_k, q_start=q_start, q_len=q_len)
+
+    @classmethod
+    def stack(cls, rows: list[BlockIndices]) -> BlockIndices:
+        """Joins calls of different lengths along the batch; shorter ones are padded with empty rows."""
+        if not rows:
+            raise ValueError("rows must hold at least one BlockIndices, got an empty list")
+        if len({(r.block_q, r.block_k, r.num_heads) for r in rows}) > 1:
+            raise ValueError("rows must share block_q, block_k and the number of heads")
+        num_q_blocks = max(r.num_q_blocks for r in rows)
+        width = max(r.indices.shape[-1] for r in rows)
+
+        def pad(r: BlockIndices) -> tuple[Tensor, Tensor]:
+            more_rows = num_q_blocks - r.num_q_blocks
+            indices = torch.nn.functional.pad(r.indices, (0, width - r.indices.shape[-1], 0, more_rows), value=PAD)
+            return indices, torch.nn.functional.pad(r.counts, (0, more_rows))
+
+        indices, counts = zip(*(pad(r) for r in rows))
+        return cls(
+            torch.cat(indices),
+            torch.cat(counts),
+            rows[0].block_q,
+            rows[0].block_k,
+            torch.cat([r.q_start for r in rows]),
+            torch.cat([r.q_len for r in rows]),
+        )
+
+    @property
+    def num_heads(self) -> int:
+        return self.indices.shape[1]
+
+    @property
+    def num_q_blocks(self) -> int:
+        return self.indices.shape[2]
+
+    @property
+    def num_k_blocks(self) -> int:
+        """Key blocks of the longest sequence of the batch."""
+        return -(-int((self.q_start + self.q_len).max()) // self.block_k) if self.q_len.numel() else 0
+
+    def row(self, b: int) -> BlockIndices:
+        """Batch element ``b`` alone, cut to its own query blocks."""
+        start, length = int(self.q_start[b]), int(self.q_len[b])
+        n = num_query_blocks(start, length, self.block_q)
+        return BlockIndices(
+            self.indices[b : b + 1, :, :n],
+            self.counts[b : b + 1, :, :n],
+            self.block_q,
+            self.block_k,
+            self.q_start[b : b + 1],
+            self.q_len[b : b + 1],
+        )
+
+    def to_mask(self) -> Tensor:
+        """Bool ``[B, Hm, Nq, Nk]``, true where the block is computed."""
+        num_k_blocks = self.num_k_blocks
+        mask = torch.zeros(*self.indices.shape[:3], num_k_blocks + 1, dtype=torch.bool, device=self.indices.device)
+        slots = torch.where(self.indices == PAD, num_k_blocks, self.indices).long()
+        return mask.scatter_(-1, slots, True)[..., :num_k_blocks]
+
+    def transpose(self) -> tuple[Tensor, Tensor]:
+        """For every key block the query-block rows that visit it, for a backward pass over keys.
+
+        Returns:
+            Row indices int32 ``[B, Hm, Nk, R]``, ascending, right-padded with -1 (rows counted within the call, not
+            absolute), and their counts int32 ``[B, Hm, Nk]``.
+        """
+        mask = self.to_mask().transpose(-1, -2)
+        counts = mask.sum(-1, dtype=torch.int32)
+        width = max(int(counts.max()) if counts.numel() else 0, 1)
+        columns = torch.arange(self.num_q_blocks, device=mask.device, dtype=torch.int32)
+        rows = torch.where(mask, columns, self.num_q_blocks).sort(-1).values[..., :width]
+        return torch.where(rows == self.num_q_blocks, PAD, rows).to(torch.int32).contiguous(), counts
+
+    def coarsen(self, factor: int) -> BlockIndices:
+        """The union over ``factor`` neighbouring query blocks: the same keys, query blocks ``factor`` times larger."""
+        if factor < 1:
+            raise ValueError(f"factor must be at least 1, got {factor}")
+        mask = self.to_mask()
+        batch, heads, _, num_k_blocks = mask.shape
+        block_q = self.block_q * factor
+        rows = [num_query_blocks(int(s), int(n), block_q) for s, n in zip(self.q_start, self.q_len)]
+        coarse = torch.zeros(batch, heads, max(rows, default=0), num_k_blocks, dtype=torch.bool, device=mask.device)
+        for b in range(batch):
+            first = int(self.q_start[b]) // self.block_q
+            group = (torch.arange(self.num_q_blocks, device=mask.device) + first) // factor - first // factor
+            valid = group < rows[b]
+            coarse[b].index_put_(
+                (torch.arange(heads, device=mask.device)[:, None], group[valid][None]),
+                mask[b][:, valid],
+                accumulate=True,
+            )
+        required = _diagonal_block_mask(self.q_start, self.q_len, coarse.shape[2], num_k_blocks, block_q, self.block_k)
+        return BlockIndices.from_mask(
+            coarse | required[:, None], block_q=block_q, block_k=self.block_k, q_start=self.q_start, q_len=self.q_len
+        )
+
+    def density(self) -> Tensor:
+        """Realised density, float64 ``[B, Hm]``: computed blocks over causal blocks, forced blocks included."""
+        causal = causal_block_mask(
+            self.q_start, self.q_len, self.num_q_blocks, self.num_k_blocks, self.block_q, self.block_k
+        )
+        return self.counts.sum(-1).double() / causal.flatten(1).sum(-1).double()[:, None]
+
+
+def num_query_blocks(q_start: int, q_len: int, block_q: int) -> int:
+    """Query blocks that ``q_len`` tokens from position ``q_start`` on touch."""
+    return (q_start + q_len - 1) // block_q - q_start // block_q + 1 if q_len > 0 else 0
+
+
+def causal_block_mask(
+    q_start: int | Tensor, q_len: int | Tensor, num_q_blocks: int, num_k_blocks: int, block_q: int, block_k: int
+) -> Tensor:
+    """Bool ``[B, Nq, Nk]``: blocks that hold at least one (query, key) pair with key <= query."""
+    batch = next((x.numel() for x in (q_start, q_len) if isinstance(x, Tensor)), 1)
+    device = next((x.device for x in (q_start, q_len) if isinstance(x, Tensor)), torch.device("cpu"))
+    q_start, q_len = _per_row(q_start, batch, device), _per_row(q_len, batch, device)
+    _, last = _query_block_edges(q_start, q_len, num_q_blocks, block_q)
+    keys = torch.arange(num_k_blocks, device=device) * block_k
+    return keys <= last[..., None]
+
+
+def forced_block_mask(
+    q_start: int | Tensor,
+    q_len: int | Tensor,
+    num_q_blocks: int,
+    num_k_blocks: int,
+    block_q: int,
+    block_k: int,
+    sink_blocks: int = 1,
+) -> Tensor:
+    """Bool ``[B, Nq, Nk]``: blocks that selection keeps whatever their score: the diagonal and the first ones."""
+    batch = next((x.numel() for x in (q_start, q_len) if isinstance(x, Tensor)), 1)
+    device = next((x.device for x in (q_start, q_len) if isinstance(x, Tensor)), torch.device("cpu"))
+    geometry = (_per_row(q_start, batch, device), _per_row(q_len, batch, device), num_q_blocks, num_k_blocks)
+    forced = _diagonal_block_mask(*geometry, block_q, block_k)
+    forced[..., :sink_blocks] |= causal_block_mask(*geometry, block_q, block_k)[..., :sink_blocks]
+    return forced
+
+
+def _diagonal_block_mask(
+    q_start: Tensor, q_len: Tensor, num_q_blocks: int, num_k_blocks: int, block_q: int, block_k: int
+) -> Tensor:
+    """Bool ``[B, Nq, Nk]``: key blocks that hold the own position of some query of the row."""
+    first, last = _query_block_edges(q_start, q_len, num_q_blocks, block_q)
+    keys = torch.arange(num_k_blocks, device=q_start.device) * block_k
+    return (keys <= last[..., None]) & (keys + block_k > first[..., None]) & (last[..., None] >= 0)
+
+
+def _query_block_edges(q_start: Tensor, q_len: Tensor, num_q_blocks: int, block_q: int) -> tuple[Tensor, Tensor]:
+    """First and last position of each query block, ``[B, Nq]``; the last is -1 for a row that holds no query."""
+    block = q_start[:, None] // block_q + torch.arange(num_q_blocks, device=q_start.device)
+    first = torch.maximum(block * block_q, q_start[:, None])
+    end = (q_start + q_len)[:, None]
+    last = torch.minimum((block + 1) * block_q, end) - 1
+    return first, torch.where(first < end, last, -1)
+
+
+def _per_row(value: int | Tensor, batch: int, device: torch.device) -> Tensor:
+    if isinstance(value, int):
+        return torch.full((batch,), value, dtype=torch.int32, device=device)
+    if value.shape != (batch,):
+        raise ValueError(f"q_start and q_len must be ints or [{batch}], got shape {list(value.shape)}")
+    return value.to(device=device, dtype=torch.int32)

@@ -1,0 +1,116 @@
+"""Index lists against brute force over token pairs."""
+
+import pytest
+import torch
+
+from seerattn.selection import BlockIndices
+from seerattn.selection.block_indices import causal_block_mask, forced_block_mask, num_query_blocks
+
+GEOMETRIES = [(0, 1), (0, 64), (0, 65), (0, 200), (10, 200), (63, 2), (128, 128), (130, 70), (200, 1)]
+BLOCKS = [(64, 64), (32, 64), (64, 32), (128, 32)]
+
+
+def brute(q_start: int, q_len: int, block_q: int, block_k: int, sink: int = 1):
+    """Causal, diagonal and forced blocks by looking at every pair of tokens."""
+    rows = num_query_blocks(q_start, q_len, block_q)
+    keys = -(-(q_start + q_len) // block_k)
+    causal, forced = torch.zeros(2, rows, keys, dtype=torch.bool)
+    for t in range(q_start, q_start + q_len):
+        i = t // block_q - q_start // block_q
+        for s in range(t + 1):
+            causal[i, s // block_k] = True
+            if s // block_k < sink:
+                forced[i, s // block_k] = True
+        forced[i, t // block_k] = True
+    return causal, forced
+
+
+def random_lists(q_start: int, q_len: int, block_q: int, block_k: int, seed: int = 0):
+    causal, forced = brute(q_start, q_len, block_q, block_k, sink=0)
+    g = torch.Generator().manual_seed(seed)
+    mask = (torch.rand(2, 3, *causal.shape, generator=g) < 0.4) & causal | forced
+    built = BlockIndices.from_mask(mask, block_q=block_q, block_k=block_k, q_start=q_start, q_len=q_len)
+    return mask, causal, built
+
+
+@pytest.mark.parametrize(("q_start", "q_len"), GEOMETRIES)
+@pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)
+def test_causal_and_forced_masks_match_brute_force(q_start, q_len, block_q, block_k) -> None:
+    causal, forced = brute(q_start, q_len, block_q, block_k)
+    shape = (q_start, q_len, *causal.shape, block_q, block_k)
+    assert torch.equal(causal_block_mask(*shape)[0], causal)
+    assert torch.equal(forced_block_mask(*shape)[0], forced)
+
+
+@pytest.mark.parametrize(("q_start", "q_len"), GEOMETRIES)
+@pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)
+def test_lists_survive_a_round_trip_and_count_what_they_hold(q_start, q_len, block_q, block_k) -> None:
+    mask, causal, built = random_lists(q_start, q_len, block_q, block_k)
+    assert torch.equal(built.to_mask(), mask)
+    assert torch.equal(built.counts, mask.sum(-1, dtype=torch.int32))
+    for b in range(2):
+        for h in range(3):
+            for i in range(mask.shape[2]):
+                kept = mask[b, h, i].nonzero().flatten().tolist()
+                row = built.indices[b, h, i].tolist()
+                assert row == kept + [-1] * (len(row) - len(kept))
+    expected = mask.sum((-1, -2)).double() / causal.sum()
+    assert torch.equal(built.density(), expected)
+
+
+@pytest.mark.parametrize(("q_start", "q_len"), GEOMETRIES)
+def test_transpose_lists_the_rows_of_every_key_block(q_start, q_len) -> None:
+    mask, _, built = random_lists(q_start, q_len, 64, 32)
+    rows, counts = built.transpose()
+    assert torch.equal(counts, mask.sum(2, dtype=torch.int32))
+    for b in range(2):
+        for h in range(3):
+            for j in range(mask.shape[3]):
+                kept = mask[b, h, :, j].nonzero().flatten().tolist()
+                assert rows[b, h, j].tolist() == kept + [-1] * (rows.shape[-1] - len(kept))
+
+
+@pytest.mark.parametrize(("q_start", "q_len"), GEOMETRIES)
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_coarsen_is_the_union_over_absolute_query_blocks(q_start, q_len, factor) -> None:
+    mask, _, built = random_lists(q_start, q_len, 32, 64)
+    coarse = built.coarsen(factor)
+    expected = torch.zeros(2, 3, num_query_blocks(q_start, q_len, 32 * factor), mask.shape[3], dtype=torch.bool)
+    for i in range(mask.shape[2]):
+        big = (q_start // 32 + i) // factor - q_start // (32 * factor)
+        expected[:, :, big] |= mask[:, :, i]
+    assert torch.equal(coarse.to_mask(), expected)
+    assert coarse.block_q == 32 * factor
+
+
+def test_stack_keeps_every_row_and_its_geometry() -> None:
+    masks, lists = [], []
+    for seed, (q_start, q_len) in enumerate([(0, 200), (10, 65), (0, 1)]):
+        mask, _, built = random_lists(q_start, q_len, 64, 64, seed)
+        masks.append(mask)
+        lists.append(built)
+    stacked = BlockIndices.stack(lists)
+    assert stacked.q_start.tolist() == [0, 0, 10, 10, 0, 0]
+    for b in range(6):
+        assert torch.equal(stacked.row(b).to_mask()[0], masks[b // 2][b % 2])
+        assert torch.equal(stacked.density()[b], lists[b // 2].density()[b % 2])
+
+
+def test_dense_keeps_every_causal_block_and_drops_the_rest() -> None:
+    built = BlockIndices.dense(batch=1, heads=2, q_len=130, k_len=200, block_q=64, block_k=64)
+    causal, _ = brute(70, 130, 64, 64)
+    assert torch.equal(built.to_mask()[0, 0], causal)
+    assert torch.equal(built.density(), torch.ones(1, 2, dtype=torch.float64))
+
+
+def test_a_row_without_its_diagonal_cannot_be_built() -> None:
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    mask[0, 0, 1, 1] = False
+    with pytest.raises(ValueError, match="diagonal block of every query row"):
+        BlockIndices.from_mask(mask, block_q=64, block_k=64)
+
+
+def test_a_tall_query_block_needs_all_blocks_its_diagonal_crosses() -> None:
+    mask = torch.tensor([[[[False, True]]]])
+    with pytest.raises(ValueError, match="diagonal block of every query row"):
+        BlockIndices.from_mask(mask, block_q=128, block_k=64)
