@@ -1,0 +1,85 @@
+"""The architecture as import rules, and the cost of `import seerattn`."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "seerattn"
+FILES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names of all modules and names that a file imports anywhere, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} must import by absolute names"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def importers(part: str) -> list[Path]:
+    return [path for path in FILES if path.parts[1] == part]
+
+
+def starts(name: str, *prefixes: str) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def offences(paths: list[Path], forbidden) -> list[str]:
+    return [f"{path}: {name}" for path in paths for name in sorted(imported(path)) if forbidden(name)]
+
+
+def test_ops_import_of_ours_only_block_indices_and_ops() -> None:
+    allowed = ("seerattn.selection.block_indices", "seerattn.ops")
+    assert not offences(importers("ops"), lambda n: starts(n, "seerattn") and not starts(n, *allowed))
+
+
+@pytest.mark.parametrize("part", ["gate", "selection"])
+def test_gate_and_selection_import_no_kernel(part: str) -> None:
+    allowed = ("seerattn.gate", "seerattn.selection")
+    assert not offences(importers(part), lambda n: starts(n, "seerattn") and not starts(n, *allowed))
+
+
+def test_implementations_of_an_op_do_not_import_each_other() -> None:
+    shared = {"__init__", "api", "autograd"}
+    implementations = [p for p in importers("ops") if len(p.parts) == 4 and p.stem not in shared]
+    for path in implementations:
+        siblings = {p.stem for p in implementations if p.parent == path.parent} - {path.stem}
+        folder = ".".join(path.parent.parts)
+        assert not offences([path], lambda n, f=folder, s=siblings: starts(n, *(f"{f}.{x}" for x in s)))
+
+
+def test_only_integration_layers_import_transformers_or_peft() -> None:
+    core = [p for p in FILES if p.parts[1] in ("gate", "selection", "ops", "baselines", "report")]
+    assert not offences(core, lambda n: starts(n, "transformers", "peft"))
+
+
+def test_only_report_imports_matplotlib() -> None:
+    others = [p for p in FILES if p.parts[1] != "report"]
+    assert not offences(others, lambda n: starts(n, "matplotlib"))
+
+
+def test_import_works_without_optional_packages_and_adds_less_than_300_ms_to_torch() -> None:
+    code = """
+import sys, time
+for name in ("triton", "matplotlib", "datasets"):
+    sys.modules[name] = None
+import torch
+begin = time.perf_counter()
+import seerattn
+elapsed = time.perf_counter() - begin
+heavy = {"transformers", "peft"} & set(sys.modules)
+assert not torch.cuda.is_initialized()
+print(elapsed, sorted(heavy))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    elapsed, heavy = out.stdout.split(maxsplit=1)
+    assert float(elapsed) < 0.3
+    assert heavy.strip() == "[]"
