@@ -1,0 +1,172 @@
+"""Recall documents: exact lengths and spans, facts before questions, under tokenizers that split digits differently."""
+
+import random
+import re
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from seerattn.eval.documents import (
+    RecallDocument,
+    key_value_document,
+    name_document,
+    passkey_document,
+    training_document,
+)
+
+_TEXT = "\n".join(f"On day {day} the boat left the harbour, and nobody came back." for day in range(600))
+_BOS = 1
+
+
+class _Characters:
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [ord(character) + 10 for character in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(token - 10) for token in ids)
+
+
+class _MergedDigits:
+    """Byte-level BPE that has learned tokens of several digits, and of words with their space."""
+
+    def __init__(self) -> None:
+        self.tokenizer = Tokenizer(models.BPE())
+        self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.tokenizer.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=900, special_tokens=["<pad>", "<bos>"], initial_alphabet=alphabet, show_progress=False
+        )
+        numbers = " ".join(str(number) for number in range(10_000, 12_000))
+        self.tokenizer.train_from_iterator([_TEXT, numbers, "What is the value of the pass key?"], trainer)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+
+@pytest.fixture(scope="module", params=[_Characters, _MergedDigits], ids=["characters", "merged-digits"])
+def encoder(request):
+    return request.param()
+
+
+@pytest.fixture(scope="module")
+def haystack(encoder) -> list[int]:
+    return encoder.encode(_TEXT, add_special_tokens=False)
+
+
+_STATEMENT = {
+    "pass key": r"The pass key is (\d{5})\. Remember it\. \1 is the pass key\.",
+    "value": r"The value of ([a-z]+ [a-z]+) is (\d{5})\.\n",
+    "called": r"The [a-z]+ of [A-Z][a-z]+ was called ([A-Z][a-z]+ [A-Z][a-z]+)\.\n",
+}
+
+
+def _fact_start(encoder, document: RecallDocument, index: int) -> int:
+    """Token index where the statement begins that answer `index` needs, found in the decoded text alone; -1 if none."""
+    begin, end = document.answers[index]
+    text, answer = encoder.decode(document.input_ids[1:begin]), encoder.decode(document.input_ids[begin:end])
+    cue = text[text.rindex("? ") + 2 :]  # "The value of <key> is", which the statement repeats
+    match = re.search(re.escape(cue + answer) + r"\.", text)
+    return -1 if match is None else 1 + len(encoder.encode(text[: match.start()], add_special_tokens=False))
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.31, 0.5, 1.0])
+@pytest.mark.parametrize("length", [701, 1024])
+def test_passkey_document_holds_the_key_at_its_depth_and_asks_last(encoder, haystack, length, depth):
+    document = passkey_document(encoder, haystack, length, depth, random.Random(3), bos_token_id=_BOS)
+    assert len(document.input_ids) == length and document.input_ids[0] == _BOS
+    [(begin, end)] = document.answers
+    assert end == length
+    text = encoder.decode(document.input_ids[1:])
+    key = re.search(_STATEMENT["pass key"], text).group(1)
+    assert encoder.decode(document.input_ids[begin:end]) == f" {key}"
+    assert text.count(key) == 3 and text.endswith(f"What is the pass key? The pass key is {key}")
+    before, after = text.split(re.search(_STATEMENT["pass key"], text).group(0))
+    after = after[: after.rindex(" What is the pass key?")]
+    share = len(before) / (len(before) + len(after))
+    assert share == pytest.approx(document.depths[0], abs=0.01)  # in characters, of nearly even text
+    assert 0 <= document.depths[0] - depth <= 24 / (length / 2)  # the filler is more than half of the document
+
+
+def test_key_value_document_asks_for_one_of_its_pairs(encoder, haystack):
+    document = key_value_document(encoder, haystack, 1500, random.Random(5), pairs=8, bos_token_id=_BOS)
+    assert len(document.input_ids) == 1500
+    text = encoder.decode(document.input_ids[1:])
+    pairs = dict(re.findall(_STATEMENT["value"], text))
+    assert len(pairs) == 8
+    [(begin, end)] = document.answers
+    asked = re.search(
+        r"What is the value of ([a-z ]+)\? The value of \1 is$", encoder.decode(document.input_ids[1:begin])
+    )
+    assert end == 1500 and encoder.decode(document.input_ids[begin:end]) == f" {pairs[asked.group(1)]}"
+
+
+def test_name_document_asks_for_the_name(encoder, haystack):
+    document = name_document(encoder, haystack, 900, 0.2, random.Random(5))
+    [(begin, end)] = document.answers
+    name = re.search(_STATEMENT["called"], encoder.decode(document.input_ids)).group(1)
+    assert (len(document.input_ids), end) == (900, 900)
+    assert encoder.decode(document.input_ids[begin:end]) == f" {name}"
+
+
+@pytest.mark.parametrize("length", [2049, 4097])
+def test_training_documents_state_every_fact_before_it_is_asked(encoder, haystack, length):
+    if isinstance(encoder, _Characters):
+        length *= 4  # a token is a character
+    kinds, rng = set(), random.Random(11)
+    for _ in range(60):
+        document = training_document(encoder, haystack, length, rng, bos_token_id=_BOS)
+        kinds.add(document.kind)
+        assert len(document.input_ids) == length and document.input_ids[0] == _BOS
+        assert len(document.answers) == len(document.depths) >= 1
+        for index, (begin, end) in enumerate(document.answers):
+            stated = _fact_start(encoder, document, index)
+            assert 0 < stated <= begin, "the fact must stand in the text before its question"
+            assert 0 <= document.depths[index] <= 1 and end <= length
+        assert document.answers == sorted(document.answers)
+    assert kinds == {"passkey", "key_value", "names", "mixed"}
+
+
+def test_training_documents_ask_far_and_near():
+    """Expected: a third of the answers more than half a document behind the fact, two fifths less than a quarter."""
+    rng, encoder, length = random.Random(0), _MergedDigits(), 8193
+    haystack = encoder.encode(_TEXT, add_special_tokens=False)
+    documents = [training_document(encoder, haystack, length, rng) for _ in range(200)]
+    distances = [
+        begin / length - depth
+        for document in documents
+        for (begin, _), depth in zip(document.answers, document.depths, strict=True)
+    ]
+    assert sum(distance > 0.5 for distance in distances) > 0.25 * len(distances)
+    assert sum(distance < 0.25 for distance in distances) > 0.25 * len(distances)
+    assert len(distances) > 4 * len(documents)
+
+
+def test_documents_are_the_same_for_the_same_seed_and_differ_otherwise(encoder, haystack):
+    def build(seed: int) -> list[RecallDocument]:
+        rng = random.Random(seed)
+        return [
+            passkey_document(encoder, haystack, 900, 0.5, rng),
+            key_value_document(encoder, haystack, 1500, rng),
+            training_document(encoder, haystack, 3000, rng),
+        ]
+
+    assert build(1) == build(1)
+    assert all(a != b for a, b in zip(build(1), build(2)))
+
+
+def test_documents_reject_what_cannot_be_built(encoder, haystack):
+    rng = random.Random(0)
+    with pytest.raises(ValueError, match="length must be at least"):
+        passkey_document(encoder, haystack, 20, 0.5, rng)
+    with pytest.raises(ValueError, match="haystack_ids must hold at least"):
+        passkey_document(encoder, haystack[:100], 900, 0.5, rng)
+    with pytest.raises(ValueError, match="depth must be in"):
+        name_document(encoder, haystack, 900, 1.5, rng)
+    with pytest.raises(ValueError, match="pairs must be at least 1"):
+        key_value_document(encoder, haystack, 900, rng, pairs=0)
+    with pytest.raises(ValueError, match="length must be at least 256"):
+        training_document(encoder, haystack, 255, rng)
