@@ -1,0 +1,100 @@
+"""The public op: checks what the arguments mean, then hands over to an implementation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from seerattn.ops.block_sparse_attention import reference
+from seerattn.ops.checks import check_lengths, check_qkv, check_sinks
+from seerattn.ops.resolve import resolve
+from seerattn.selection.block_indices import BlockIndices, num_query_blocks
+
+BLOCK_SIZES = (16, 32, 64, 128)
+IMPLS = {"reference": reference.block_sparse_attention}
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockIndices,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    impl: Literal["auto", "reference"] = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention over the listed key blocks only; differentiable in q, k, v and sinks.
+
+    The last query is the last key. With all causal blocks listed this is dense causal attention. Scores and softmax
+    are fp32 (fp64 for fp64 inputs); formulas are in the README beside this file.
+
+    Args:
+        q: queries ``[B, H, T, D]``, fp16, bf16, fp32 or fp64, ``32 <= D <= 256``.
+        k: keys ``[B, HKV, S, D]`` of the same dtype, ``H % HKV == 0``, ``T <= S``. Never expanded to ``H`` heads.
+        v: values ``[B, HKV, S, D]``.
+        blocks: lists of ``Hm = H`` or ``HKV`` heads for just these tokens: row ``b`` must have
+            ``q_start + q_len == lengths[b]`` and ``q_len == min(T, lengths[b])``.
+        scale: factor of q.k, by default ``D ** -0.5``.
+        lengths: int ``[B]``, real tokens of every row of a left-padded batch; by default all ``S``. Row ``b`` uses
+            its last ``lengths[b]`` keys and last ``min(T, lengths[b])`` queries.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the softmax.
+        sinks: ``[H]`` logits of one more key without a value per head.
+        impl: "auto" or the name of an implementation.
+        return_lse: also return the log-sum-exp of every softmax row, the sink included.
+
+    Returns:
+        ``[B, H, T, D]`` in the dtype of q, zero at padding; with ``return_lse`` also fp32 ``[B, H, T]``, -inf at
+        padding.
+
+    Raises:
+        ValueError: arguments that do not fit each other, or an unknown ``impl``.
+    """
+    impl = resolve("block_sparse_attention", impl)
+    check_qkv(q, k, v)
+    check_sinks(q, sinks)
+    rows = check_lengths(k, lengths)
+    _check_blocks(q, k, blocks, rows)
+    # Autocast would turn the fp32 products inside into half-precision ones.
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = IMPLS[impl](
+            q,
+            k,
+            v,
+            blocks,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            lengths=rows,
+            softcap=softcap,
+            sinks=sinks,
+            return_lse=return_lse,
+        )
+    return (out, lse) if return_lse else out
+
+
+def _check_blocks(q: Tensor, k: Tensor, blocks: BlockIndices, lengths: list[int]) -> None:
+    batch, heads, q_tokens, _ = q.shape
+    kv_heads = k.shape[1]
+    for name in ("block_q", "block_k"):
+        if getattr(blocks, name) not in BLOCK_SIZES:
+            raise ValueError(f"blocks.{name} must be one of {BLOCK_SIZES}, got {getattr(blocks, name)}")
+    if blocks.indices.device != q.device:
+        raise ValueError(f"blocks must be on the device of q, {q.device}, got {blocks.indices.device}")
+    if blocks.num_heads not in (heads, kv_heads):
+        raise ValueError(f"blocks must have {heads} or {kv_heads} heads, got {blocks.num_heads}")
+    if len(blocks.indices) != batch:
+        raise ValueError(f"blocks must have {batch} batch rows, got {len(blocks.indices)}")
+    starts, tokens = torch.stack((blocks.q_start, blocks.q_len)).tolist()
+    expected = [(n - min(q_tokens, n), min(q_tokens, n)) for n in lengths]
+    if list(zip(starts, tokens)) != expected:
+        raise ValueError(
+            f"blocks must have (q_start, q_len) = {expected} for T = {q_tokens} and keys {lengths}, "
+            f"got {list(zip(starts, tokens))}; build them with the lengths of this call"
+        )
+    rows = max((num_query_blocks(s, t, blocks.block_q) for s, t in expected), default=0)
+    if blocks.num_q_blocks != rows:
+        raise ValueError(f"blocks must have {rows} rows for T = {q_tokens}, got {blocks.num_q_blocks}")

@@ -1,0 +1,48 @@
+"""Checks that the attention ops share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HEAD_DIMS = (32, 256)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Shapes, dtypes and devices of ``q [B, H, T, D]`` and ``k, v [B, HKV, S, D]``."""
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"q and k must be [B, heads, tokens, D], got {list(q.shape)} and {list(k.shape)}")
+    if k.shape != v.shape:
+        raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
+    if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(f"q and k must share B and D, got {list(q.shape)} and {list(k.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q must have a multiple of the {k.shape[1]} heads of k, got {q.shape[1]}")
+    if not HEAD_DIMS[0] <= q.shape[3] <= HEAD_DIMS[1]:
+        raise ValueError(f"the head dim must be {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got {q.shape[3]}")
+    if not 1 <= q.shape[2] <= k.shape[2]:
+        raise ValueError(f"q must have 1 to S = {k.shape[2]} tokens, got {q.shape[2]}; the last query is the last key")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share a float dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+
+
+def check_sinks(q: Tensor, sinks: Tensor | None) -> None:
+    """One logit a query head."""
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks must be [{q.shape[1]}], one logit a query head, got {list(sinks.shape)}")
+
+
+def check_lengths(k: Tensor, lengths: Tensor | None) -> list[int]:
+    """Real keys of every row, on the host."""
+    batch, k_tokens = k.shape[0], k.shape[2]
+    if lengths is None:
+        return [k_tokens] * batch
+    if lengths.shape != (batch,) or lengths.is_floating_point():
+        raise ValueError(f"lengths must be int [{batch}], got {lengths.dtype} {list(lengths.shape)}")
+    rows = lengths.tolist()
+    if not all(0 <= n <= k_tokens for n in rows):
+        raise ValueError(f"lengths must be 0 to S = {k_tokens}, got {rows}")
+    return rows
