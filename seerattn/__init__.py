@@ -1,0 +1,55 @@
+"""seerattn: learned block-sparse attention for the long-context language model you already have.
+
+The names below load what they need when they are first used: importing the package touches no device, no Triton and
+no transformers. Gates are a PEFT adapter; importing the package also arranges that PEFT knows them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from seerattn import _peft_hook
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "attach": "seerattn.hf.attach",
+    "detach": "seerattn.hf.attach",
+    "set_policy": "seerattn.hf.attach",
+    "record_density": "seerattn.hf.attention",
+    "DensityMeter": "seerattn.hf.attention",
+    "SeerConfig": "seerattn.hf.adapter",
+    "load_official_gates": "seerattn.hf.official",
+    "AttnGate": "seerattn.gate",
+    "AttnGateConfig": "seerattn.gate",
+    "AttentionContext": "seerattn.selection",
+    "BlockIndices": "seerattn.selection",
+    "GateSelector": "seerattn.selection",
+    "Selector": "seerattn.selection",
+    "Policy": "seerattn.selection",
+    "KeepAll": "seerattn.selection",
+    "TopK": "seerattn.selection",
+    "TopP": "seerattn.selection",
+    "Threshold": "seerattn.selection",
+    "TokenBudget": "seerattn.selection",
+    "policy_from_dict": "seerattn.selection",
+    "block_sparse_attention": "seerattn.ops.block_sparse_attention",
+    "pooled_attention": "seerattn.ops.pooled_attention",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'seerattn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+_peft_hook.install()

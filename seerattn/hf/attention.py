@@ -1,0 +1,448 @@
+"""The attention function: dense as the model would run it, or gate, selection and block-sparse attention.
+
+transformers calls it for every attention layer of a model whose ``attn_implementation`` is one of `IMPLEMENTATIONS`.
+A layer with a selector also gets a `LayerCall` through the keyword ``seer``; every other layer, and every decode step,
+runs the attention function and the mask that the model used before, so its result is the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from seerattn.gate.attn_gate import AttnGate
+from seerattn.hf.rotary import Rotation
+from seerattn.ops.block_sparse_attention import block_sparse_attention
+from seerattn.ops.pooled_attention import pooled_attention
+from seerattn.ops.resolve import prefer_dense
+from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
+from seerattn.selection.policies import KeepAll
+from seerattn.selection.selector import AttentionContext, Selector
+
+if TYPE_CHECKING:
+    from seerattn.hf.distillation import GateLosses
+
+logger = logging.getLogger(__name__)
+
+# Name of our implementation by the one that it replaces. "flash" and "sdpa" in a name would make transformers look
+# for those libraries.
+IMPLEMENTATIONS = {"sdpa": "seer_attention", "eager": "seer_attention_eager"}
+
+
+class DensityMeter:
+    """Counts the blocks that layers compute; see `record_density`.
+
+    Only prefill calls of layers with a selector count. A call that ``impl="auto"`` ran dense counts with density 1.
+    """
+
+    def __init__(self) -> None:
+        self._computed: dict[int, Tensor] = {}
+        self._causal: dict[int, Tensor] = {}
+
+    def add(self, layer: int, blocks: BlockIndices) -> None:
+        """Counts one call."""
+        causal = causal_block_mask(
+            blocks.q_start, blocks.q_len, blocks.num_q_blocks, blocks.num_k_blocks, blocks.block_q, blocks.block_k
+        )
+        self._count(layer, blocks.counts.sum((0, 2)), causal.sum())
+
+    def add_dense(self, layer: int, heads: int, causal_blocks: int) -> None:
+        """Counts a call that computed everything."""
+        total = torch.tensor(causal_blocks)
+        self._count(layer, total.expand(heads), total)
+
+    def _count(self, layer: int, computed: Tensor, causal: Tensor) -> None:
+        computed, causal = computed.double().cpu(), causal.double().cpu()
+        self._computed[layer] = self._computed[layer] + computed if layer in self._computed else computed
+        self._causal[layer] = self._causal[layer] + causal if layer in self._causal else causal
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the layers that were counted."""
+        return sorted(self._computed)
+
+    def by_head(self) -> dict[int, Tensor]:
+        """Realised density of every counted layer, float64 ``[Hm]``."""
+        return {layer: self._computed[layer] / self._causal[layer] for layer in self.layers}
+
+    def mean(self) -> float:
+        """Realised density over all counted layers and heads.
+
+        Raises:
+            ValueError: nothing was counted.
+        """
+        if not self._computed:
+            raise ValueError("the meter must have seen at least one prefill of a layer with a selector, got none")
+        return float(torch.stack([density.mean() for density in self.by_head().values()]).mean())
+
+
+@dataclass(eq=False)
+class LayerState:
+    """What one attention layer needs beside its inputs; the same object for the life of an attachment.
+
+    Attributes:
+        layer: index of the decoder layer.
+        heads: query heads.
+        rotation: how the layer rotates, None without RoPE.
+        selector: chooses the blocks; None runs dense.
+        gate: the gate to train, if the layer has one.
+        impl: implementation of `block_sparse_attention`; "auto" may also choose dense attention.
+        losses: where the gate's loss goes while a training step runs.
+        meters: those that count this layer's blocks at the moment.
+    """
+
+    layer: int
+    heads: int
+    rotation: Rotation | None
+    selector: Selector | None = None
+    gate: AttnGate | None = None
+    impl: str = "auto"
+    losses: GateLosses | None = None
+    meters: list[DensityMeter] = field(default_factory=list)
+
+
+def layer_states(model: nn.Module) -> list[LayerState]:
+    """The states of all attention layers of ``model`` that were attached to, in order of the layers."""
+    states = (module.__dict__.get("_seer") for module in model.modules())
+    return sorted((s for s in states if s is not None), key=lambda s: s.layer)
+
+
+@contextmanager
+def record_density(model: nn.Module) -> Iterator[DensityMeter]:
+    """Counts the blocks that the layers of ``model`` compute inside the ``with``."""
+    meter, states = DensityMeter(), layer_states(model)
+    for state in states:
+        state.meters.append(meter)
+    try:
+        yield meter
+    finally:
+        for state in states:
+            state.meters.remove(meter)
+
+
+class CallMask:
+    """The mask of one forward, as the model described it; handed to the layers in place of a tensor.
+
+    It keeps the 2-D padding mask, which sparse layers need, and makes the tensor that the replaced implementation
+    expects when the first dense layer asks for it.
+    """
+
+    # All that transformers asks of a mask which `generate` prepares for a static cache.
+    ndim = 0
+
+    def contiguous(self) -> CallMask:
+        return self
+
+    def __init__(self, dense: str, arguments: dict[str, Any]) -> None:
+        self._dense = dense
+        self._arguments = arguments
+
+    @functools.cached_property
+    def tensor(self) -> Tensor | None:
+        """The mask of the replaced implementation."""
+        return ALL_MASK_ATTENTION_FUNCTIONS[self._dense](**self._arguments)
+
+    @functools.cached_property
+    def k_len(self) -> int:
+        """Real key slots, padding included; a static cache has more."""
+        return int(self._arguments["q_offset"]) + self._arguments["q_length"]
+
+    @functools.cached_property
+    def lengths(self) -> list[int] | None:
+        """Real tokens of every left-padded row, None without padding.
+
+        Raises:
+            ValueError: padding elsewhere than on the left.
+        """
+        mask = self._arguments["attention_mask"]
+        if mask is None:
+            return None
+        mask = mask[:, : self.k_len]
+        lengths = mask.sum(1)
+        from_right = torch.arange(self.k_len, 0, -1, device=mask.device)
+        if mask.shape[1] != self.k_len or not torch.equal(mask, from_right <= lengths[:, None]):
+            raise ValueError(
+                "attention_mask must be zeros followed by ones in every row (left padding), "
+                "got padding on the right or holes; set tokenizer.padding_side = 'left'"
+            )
+        rows = lengths.tolist()
+        if min(rows) == 0:
+            raise ValueError("attention_mask must keep at least one token of every row, got an empty row")
+        return None if min(rows) == self.k_len else rows
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the mask is causality and padding alone: no packed documents, no overlay of other patterns."""
+        return bool(self._arguments["allow_is_causal_skip"])
+
+    @property
+    def has_overlay(self) -> bool:
+        """Whether the model laid a pattern of its own over the causal one."""
+        return bool(self._arguments.get("use_vmap"))
+
+
+def make_mask(
+    *,
+    dense: str,
+    q_length: int,
+    q_offset: int | Tensor = 0,
+    attention_mask: Tensor | CallMask | None = None,
+    **arguments: Any,
+) -> CallMask | Tensor | None:
+    """The mask function of our implementations, in the signature of `transformers.AttentionMaskInterface`."""
+    if isinstance(attention_mask, CallMask):
+        return attention_mask
+    # A static cache gives its own counter, which the first layer moves on before anybody asks.
+    q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
+    arguments |= {"attention_mask": attention_mask, "q_length": q_length, "q_offset": q_offset}
+    if q_length == 1:
+        # A decode step is dense in every layer; what it compiles to must not depend on us.
+        return ALL_MASK_ATTENTION_FUNCTIONS[dense](**arguments)
+    return CallMask(dense, arguments)
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer with a selector or a gate: its state and what only its module saw."""
+
+    state: LayerState
+    position_embeddings: tuple[Tensor, Tensor] | None
+    position_ids: Tensor | None
+
+    def tables(self, row: int | None, q_len: int, k_len: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables of the content positions ``0 .. k_len`` of one row, or of all where ``row`` is None."""
+        cos, sin = self.position_embeddings
+        if row is not None and cos.shape[0] > 1:
+            cos, sin = cos[row : row + 1], sin[row : row + 1]
+        if k_len <= cos.shape[1]:
+            return cos[:, cos.shape[1] - k_len :], sin[:, sin.shape[1] - k_len :]
+        # Keys of earlier calls: the tables are made again from their positions, which precede those of this call.
+        ids = self.position_ids
+        if ids is None:
+            raise ValueError(
+                "position_ids must reach the attention layers of a prefill against a cache, got None; "
+                "this architecture does not pass them on"
+            )
+        if row is not None and ids.shape[0] > 1:
+            ids = ids[row : row + 1]
+        steps = torch.arange(k_len, device=ids.device)
+        positions = ids[:, -1:] - (k_len - 1) + steps
+        if not torch.equal(ids[:, -q_len:], positions[:, -q_len:]):
+            raise ValueError(
+                "position_ids must count up by one along a prompt, got resetting or skipping ones; "
+                "pass packed documents one by one"
+            )
+        return self.state.rotation.tables(positions, cos)
+
+    def context(self, *, row: int | None, q_len: int, k_len: int, scale: float, softcap: float | None):
+        """What a selector may know of the call."""
+        state = self.state
+        if state.rotation is None:
+            unrotate: Callable[[Tensor, int], Tensor] = lambda x, start: x.float()  # noqa: E731
+        else:
+            cos, sin = self.tables(row, q_len, k_len)
+
+            def unrotate(x: Tensor, start: int) -> Tensor:
+                end = start + x.shape[2]
+                return state.rotation.unrotate(x, cos[:, start:end], sin[:, start:end])
+
+        return AttentionContext(layer=state.layer, scale=scale, softcap=softcap, unrotate=unrotate)
+
+
+def seer_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: CallMask | Tensor | None,
+    *,
+    dense: str,
+    seer: LayerCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer, in the signature of `transformers.AttentionInterface`.
+
+    Args:
+        module: the attention module.
+        query: post-RoPE ``[B, H, T, D]``.
+        key: post-RoPE ``[B, HKV, S, D]``, a static cache in full.
+        value: ``[B, HKV, S, D]``.
+        attention_mask: the `CallMask` of the forward, or a finished 4-D mask of the caller's own.
+        dense: the implementation that this one replaces.
+        seer: set where the layer has a selector or a gate.
+        kwargs: what the architecture passes on: scaling, softcap, s_aux, sliding_window, dropout and others.
+
+    Returns:
+        ``[B, T, H, D]`` and None, or the attention weights where the replaced implementation returns them.
+
+    Raises:
+        ValueError: a mask that sparse attention cannot follow.
+    """
+    windowed = kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < key.shape[2]
+    if seer is not None and not windowed:
+        if seer.state.losses is not None:
+            return _distil(query, key, value, attention_mask, seer, kwargs), None
+        if query.shape[2] > 1 and seer.state.selector is not None:
+            out = _sparse(query, key, value, attention_mask, seer, kwargs)
+            if out is not None:
+                return out, None
+    if isinstance(attention_mask, CallMask):
+        attention_mask = attention_mask.tensor
+        attention_mask = None if attention_mask is None else attention_mask.to(query.device)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(dense, eager)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def _sparse(
+    query: Tensor, key: Tensor, value: Tensor, mask: CallMask | Tensor | None, seer: LayerCall, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """Sparse prefill ``[B, T, H, D]``, or None where "auto" finds dense attention faster."""
+    state = seer.state
+    mask = _check_mask(mask)
+    if not mask.is_causal:
+        raise ValueError(
+            "attention_mask must be causality and left padding alone for sparse attention, got packed documents or an "
+            "overlay; pass documents one by one, or set_policy(model, None) to run dense"
+        )
+    if kwargs.get("dropout"):
+        raise ValueError(f"attention dropout must be 0 for sparse attention, got {kwargs['dropout']}")
+    q_len, k_len = query.shape[2], mask.k_len
+    if state.impl == "auto" and prefer_dense(
+        q_len=q_len, k_len=k_len, density=_expected_density(state.selector), device=query.device
+    ):
+        _log_dense(k_len)
+        _count_dense(state, q_len, k_len)
+        return None
+    key, value = key[:, :, :k_len], value[:, :, :k_len]
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    softcap = kwargs.get("softcap")
+
+    context = partial(seer.context, scale=scale, softcap=softcap)
+    lengths = mask.lengths
+    if lengths is None:
+        blocks = state.selector.select(query, key, context(row=None, q_len=q_len, k_len=k_len))
+    else:
+        rows = []
+        for b, n in enumerate(lengths):
+            t = min(q_len, n)
+            q, k = query[b : b + 1, :, q_len - t :], key[b : b + 1, :, k_len - n :]
+            rows.append(state.selector.select(q, k, context(row=b, q_len=t, k_len=n)))
+        blocks = BlockIndices.stack(rows)
+    for meter in state.meters:
+        meter.add(state.layer, blocks)
+    out = block_sparse_attention(
+        query,
+        key,
+        value,
+        blocks,
+        scale=scale,
+        softcap=softcap,
+        sinks=kwargs.get("s_aux"),
+        lengths=None if lengths is None else torch.tensor(lengths, device=query.device),
+        impl=state.impl,
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _distil(
+    query: Tensor, key: Tensor, value: Tensor, mask: CallMask | Tensor | None, seer: LayerCall, kwargs: dict[str, Any]
+) -> Tensor:
+    """Dense attention ``[B, T, H, D]`` that hands the target map and the gate's inputs to the losses."""
+    state = seer.state
+    mask = _check_mask(mask)
+    q_len, k_len = query.shape[2], mask.k_len
+    if q_len != k_len or mask.has_overlay:
+        raise ValueError(
+            f"a training batch must be whole causal sequences without a cache, got {q_len} tokens against {k_len}"
+        )
+    lengths = mask.lengths
+    segment_ids = state.losses.segment_ids
+    if segment_ids is None and not mask.is_causal:
+        segment_ids = _segments(seer.position_ids, query.shape[0])
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    softcap = kwargs.get("softcap")
+    config = state.gate.config
+    with torch.no_grad():
+        out, target = pooled_attention(
+            query,
+            key,
+            value,
+            block_q=config.block_q,
+            block_k=config.block_k,
+            scale=scale,
+            softcap=softcap,
+            sinks=kwargs.get("s_aux"),
+            lengths=None if lengths is None else torch.tensor(lengths, device=query.device),
+            segment_ids=segment_ids,
+        )
+        for b, n in [(None, k_len)] if lengths is None else enumerate(lengths):
+            unrotate = seer.context(row=b, q_len=n, k_len=n, scale=scale, softcap=softcap).unrotate
+            rows = slice(None) if b is None else slice(b, b + 1)
+            num_q, num_k = num_query_blocks(0, n, config.block_q), num_query_blocks(0, n, config.block_k)
+            state.losses.add(
+                state.layer,
+                state.gate,
+                unrotate(query[rows, :, k_len - n :], 0),
+                unrotate(key[rows, :, k_len - n :], 0),
+                target[rows, :, :num_q, :num_k],
+                None if segment_ids is None else segment_ids[rows, k_len - n :],
+            )
+    return out.transpose(1, 2).contiguous()
+
+
+def _check_mask(mask: CallMask | Tensor | None) -> CallMask:
+    if not isinstance(mask, CallMask):
+        got = "None" if mask is None else f"shape {list(mask.shape)}"
+        raise ValueError(
+            f"attention_mask must be a 2-D padding mask [B, S] or None, got {got}; sparse attention cannot follow a "
+            "finished mask, set_policy(model, None) runs dense"
+        )
+    return mask
+
+
+def _segments(position_ids: Tensor | None, batch: int) -> Tensor:
+    """Document numbers ``[B, S]`` of packed rows: a document begins where the positions do not count on."""
+    if position_ids is None:
+        raise ValueError("segment_ids must be given where position_ids do not reach the attention layers, got None")
+    starts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+    return starts.cumsum(1).expand(batch, -1)
+
+
+def _expected_density(selector: Selector) -> float:
+    """Density that the policy names, averaged over layers and heads; 0 where none is known before selection."""
+    policy = getattr(selector, "policy", None)
+    if isinstance(policy, KeepAll):
+        return 1.0
+    density = getattr(policy, "density", 0.0)
+    return float(torch.tensor(density, dtype=torch.float64).mean())
+
+
+def _count_dense(state: LayerState, q_len: int, k_len: int) -> None:
+    if state.meters:
+        rows, columns = num_query_blocks(k_len - q_len, q_len, 64), num_query_blocks(0, k_len, 64)
+        causal = int(causal_block_mask(k_len - q_len, q_len, rows, columns, 64, 64).sum())
+        for meter in state.meters:
+            meter.add_dense(state.layer, state.heads, causal)
+
+
+@functools.cache
+def _log_dense(k_len: int) -> None:
+    logger.info('a prefill of %d keys runs dense, which impl="auto" expects to be faster here', k_len)
+
+
+for _dense, _name in IMPLEMENTATIONS.items():
+    AttentionInterface.register(_name, partial(seer_attention, dense=_dense))
+    AttentionMaskInterface.register(_name, partial(make_mask, dense=_dense))

@@ -1,0 +1,287 @@
+"""Gates as a PEFT adapter: files, refusals, training."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model, tokens
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import seerattn
+from seerattn import AttnGate, AttnGateConfig, KeepAll, SeerConfig, TopK, pooled_attention
+from seerattn.hf.adapter import SeerLayer
+from seerattn.hf.attention import layer_states
+from seerattn.hf.distillation import GateLosses
+
+GATE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, init="normal")
+SPARSE = TopK(density=0.3, rule="row_share")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A base model and its gates, saved."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    seerattn.attach(model, GATE, SPARSE).save_pretrained(tmp_path / "gates")
+    return tmp_path
+
+
+def base(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder / "base")
+
+
+def test_files_hold_the_gates_and_nothing_else(folder: Path) -> None:
+    tensors = load_file(folder / "gates" / "adapter_model.safetensors")
+    assert sorted(tensors) == [
+        f"base_model.model.model.layers.{i}.self_attn.seer_gate.{name}"
+        for i in (0, 1)
+        for name in ("k_weight", "q_weight")
+    ]
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    config = PeftConfig.from_pretrained(folder / "gates")
+    assert isinstance(config, SeerConfig)
+    assert AttnGateConfig.from_dict(config.gate) == GATE
+    assert seerattn.policy_from_dict(config.policy) == SPARSE
+    assert config.base_model["architecture"] == "LlamaForCausalLM" and config.base_model["head_dim"] == 32
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"num_hidden_layers": 3}, {"num_key_value_heads": 4}, {"hidden_size": 96}],
+    ids=["layers", "kv-heads", "width"],
+)
+def test_gates_reject_a_model_of_other_sizes(folder: Path, overrides: dict) -> None:
+    with pytest.raises(ValueError, match="gates must belong to the model"):
+        seerattn.attach(tiny_model("llama", **overrides), folder / "gates")
+
+
+def test_gates_reject_a_model_of_another_architecture(folder: Path) -> None:
+    model = tiny_model("qwen2")
+    with pytest.raises(ValueError, match="gates must belong to the model"):
+        PeftModel.from_pretrained(model, folder / "gates")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def damage(name: str, gates: Path) -> None:
+    weights, config = gates / "adapter_model.safetensors", gates / "adapter_config.json"
+    if name == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif name == "pickled":
+        torch.save(load_file(weights), gates / "adapter_model.bin")
+        weights.unlink()
+    elif name == "no-weights":
+        weights.unlink()
+    elif name == "no-config":
+        config.unlink()
+    elif name == "broken-config":
+        config.write_text("{")
+    elif name == "other-kind":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "LORA"}))
+    elif name == "no-gates":
+        save_file({"x": torch.zeros(1)}, weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("truncated", "whole safetensors file"),
+        ("pickled", "pickled gates are not read"),
+        ("no-weights", "no weights"),
+        ("no-config", "must be a folder with adapter_config.json"),
+        ("broken-config", "must be JSON"),
+        ("other-kind", "peft_type"),
+        ("no-gates", "must hold gates"),
+    ],
+)
+def test_attach_rejects_damaged_folders(folder: Path, name: str, reason: str) -> None:
+    damage(name, folder / "gates")
+    model = base(folder)
+    with pytest.raises(ValueError, match=reason):
+        seerattn.attach(model, folder / "gates")
+    assert not layer_states(model)
+    if name in ("truncated", "pickled", "no-weights"):
+        with pytest.raises(ValueError, match=reason):
+            PeftModel.from_pretrained(model, folder / "gates")
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # PEFT's own words for the same fault
+def test_every_path_rejects_gates_that_miss_a_layer(folder: Path) -> None:
+    weights = folder / "gates" / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(weights).items() if "layers.1" not in k}, weights)
+    model = base(folder)
+    with pytest.raises(ValueError, match="must be finite in every layer"):
+        seerattn.attach(model, folder / "gates")
+    assert not layer_states(model)
+    for loaded in (
+        PeftModel.from_pretrained(model, folder / "gates"),
+        AutoModelForCausalLM.from_pretrained(folder / "gates"),
+    ):
+        with pytest.raises(ValueError, match="must be finite in every layer"):
+            loaded(input_ids=tokens(1, 70))
+
+
+def test_config_rejects_unknown_gate_fields() -> None:
+    with pytest.raises(ValueError, match="unknown"):
+        SeerConfig(gate={"block": 64})
+    with pytest.raises(ValueError, match="policy must be one of"):
+        SeerConfig(policy={"policy": "Magic"})
+
+
+@pytest.mark.parametrize("layers", [[], [2], [0, 7]])
+def test_attach_rejects_layers_that_do_not_exist(layers: list[int]) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="layers must be among"):
+        seerattn.attach(model, GATE, layers=layers)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_gates_and_frequencies_stay_fp32_when_the_model_is_cast(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "gates", dtype=torch.bfloat16)
+    moved = seerattn.attach(base(folder), folder / "gates").to(torch.bfloat16)
+    saved = load_file(folder / "gates" / "adapter_model.safetensors")
+    for loaded in (model, moved):
+        assert loaded.lm_head.weight.dtype == torch.bfloat16
+        for layer, state in enumerate(layer_states(loaded)):
+            name = f"base_model.model.model.layers.{layer}.self_attn.seer_gate.k_weight"
+            assert torch.equal(state.gate.k_weight, saved[name])
+            assert state.gate.inv_freq.dtype == torch.float32
+        assert loaded(input_ids=tokens(1, 100)).logits.isfinite().all()
+
+
+def test_second_attach_is_refused_and_detach_restores(folder: Path) -> None:
+    plain = base(folder)
+    ids = tokens(1, 130)
+    expected = plain(input_ids=ids).logits
+    model = seerattn.attach(plain, folder / "gates", impl="reference")
+    with pytest.raises(ValueError, match="no gates or selectors yet"):
+        seerattn.attach(model, GATE)
+    assert not torch.equal(model(input_ids=ids).logits, expected)
+    detached = seerattn.detach(model)
+    assert torch.equal(detached(input_ids=ids).logits, expected)
+    assert not any(isinstance(m, SeerLayer) for m in detached.modules())
+    with pytest.raises(ValueError, match="must have gates"):
+        seerattn.set_policy(detached, SPARSE)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        seerattn.attach(detached, folder / "gates").merge_and_unload()
+
+
+def test_two_sets_of_gates_switch(folder: Path) -> None:
+    other = seerattn.attach(base(folder), GATE, KeepAll())
+    other.save_pretrained(folder / "other")
+    model = seerattn.attach(base(folder), folder / "gates", impl="reference")
+    ids = tokens(1, 130)
+    sparse = model(input_ids=ids).logits
+    model.load_adapter(str(folder / "other"), "other")
+    model.set_adapter("other")
+    assert (model(input_ids=ids).logits - base(folder)(input_ids=ids).logits).abs().max() < 2e-5
+    model.set_adapter("default")
+    assert torch.equal(model(input_ids=ids).logits, sparse)
+
+
+def cross_entropy(gate: AttnGate, q: Tensor, k: Tensor, target: Tensor, segment_ids: Tensor | None):
+    rows = -(target * gate(q, k).softmax(-1).clamp(min=1e-9).log()).sum(-1)
+    return rows.mean(), {"rows": torch.tensor(float(rows.numel()))}
+
+
+def test_losses_and_gradients_match_plain_autograd() -> None:
+    """The oracle recomputes queries and keys from the projections and keeps one graph over all layers."""
+    model = seerattn.attach(tiny_model("llama"), GATE).train()
+    seen: dict[tuple[int, str], Tensor] = {}
+    inner = model.get_base_model().model
+    for i, layer in enumerate(inner.layers):
+        for side in "qkv":
+            projection = getattr(layer.self_attn, f"{side}_proj")
+            projection.register_forward_hook(lambda m, a, out, key=(i, side): seen.update({key: out}))
+    ids = tokens(2, 100)
+    losses = GateLosses(cross_entropy)
+    out = model(input_ids=ids, labels=ids, gate_losses=losses, use_cache=False, logits_to_keep=1)
+    assert out.logits.shape[1] == 1 and not out.logits.requires_grad
+    out["loss"].backward()
+    gates = [state.gate for state in layer_states(model)]
+    got = [[p.grad.clone() for p in gate.parameters()] for gate in gates]
+    model.zero_grad()
+
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    cos, sin = inner.rotary_emb(torch.zeros(1), torch.arange(100)[None])
+    total = 0.0
+    for i, gate in enumerate(gates):
+        q, k, v = (seen[i, side].detach().unflatten(-1, (-1, 32)).transpose(1, 2) for side in "qkv")
+        _, target = pooled_attention(*apply_rotary_pos_emb(q, k, cos, sin), v, block_q=32, block_k=32)
+        total = total + cross_entropy(gate, q, k, target, None)[0] / 2
+    total.backward()
+    assert torch.allclose(out["loss"], total, rtol=1e-5)
+    for gate, grads in zip(gates, got):
+        for parameter, grad in zip(gate.parameters(), grads):
+            assert (parameter.grad - grad).abs().max() < 1e-4 * parameter.grad.abs().max()
+    assert not [n for n, p in model.named_parameters() if p.grad is not None and "seer_gate" not in n]
+    assert losses.metrics()[0].keys() == {"loss", "rows"}
+
+
+def recorded(model: torch.nn.Module, **inputs) -> list[tuple[Tensor, Tensor]]:
+    """Un-rotated keys and target of every loss call."""
+    calls = []
+
+    def remember(gate, q, k, target, segment_ids):
+        calls.append((k, target, segment_ids))
+        return cross_entropy(gate, q, k, target, segment_ids)
+
+    model(**inputs, gate_losses=GateLosses(remember), use_cache=False)
+    return calls
+
+
+def test_training_on_a_padded_batch_sees_the_rows_as_if_alone() -> None:
+    model = seerattn.attach(tiny_model("llama", torch.float64), GATE).train()
+    ids = tokens(2, 100)
+    mask = torch.ones(2, 100, dtype=torch.long)
+    mask[1, :37] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    together = recorded(model, input_ids=ids, attention_mask=mask, position_ids=positions)
+    alone = [recorded(model, input_ids=ids[:1]), recorded(model, input_ids=ids[1:, 37:])]
+    for layer in (0, 1):
+        for row in (0, 1):
+            for a, b in zip(together[2 * layer + row][:2], alone[row][layer][:2]):
+                assert a.shape == b.shape and (a - b).abs().max() < 1e-6
+
+
+def test_training_on_packed_documents_sees_no_attention_across_them() -> None:
+    model = seerattn.attach(tiny_model("llama", torch.float64), GATE).train()
+    ids = tokens(1, 192)
+    positions = torch.cat((torch.arange(64), torch.arange(128)))[None]
+    packed = recorded(model, input_ids=ids, position_ids=positions)
+    alone = [recorded(model, input_ids=ids[:, :64]), recorded(model, input_ids=ids[:, 64:])]
+    for layer in (0, 1):
+        keys, target, segments = packed[layer]
+        assert segments.diff().nonzero()[:, 1].tolist() == [63]
+        assert (keys[:, :, 64:] - alone[1][layer][0]).abs().max() < 1e-5
+        assert (target[:, :, :2, :2] - alone[0][layer][1]).abs().max() < 1e-6
+        assert (target[:, :, 2:, 2:] - alone[1][layer][1]).abs().max() < 1e-6
+        assert (target[:, :, 2:, :2] == 0).all()
+
+
+def test_training_rejects_a_cache_and_a_model_without_gates() -> None:
+    model = seerattn.attach(tiny_model("llama"), GATE).train()
+    cache = model(input_ids=tokens(1, 64), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="whole causal sequences"):
+        model(input_ids=tokens(1, 64), past_key_values=cache, gate_losses=GateLosses(cross_entropy))
+    with model.disable_adapter(), pytest.raises(ValueError, match="at least one layer"):
+        model(input_ids=tokens(1, 64), gate_losses=GateLosses(cross_entropy))
+
+
+def test_importing_seerattn_is_enough_for_transformers_to_load_gates(folder: Path) -> None:
+    code = f"""
+import seerattn, sys
+assert not {{"torch", "transformers", "peft"}} & set(sys.modules)
+import importlib.util; importlib.util.find_spec("peft")
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder / "gates")!r})
+print(type(model.model.layers[0].self_attn).__name__)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "SeerLayer"

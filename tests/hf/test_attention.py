@@ -1,0 +1,159 @@
+"""Traps of masks, caches and implementations: each was a silent wrong result before it was a test."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import tiny_model, tokens
+from transformers import StaticCache
+
+import seerattn
+from seerattn import AttnGateConfig, BlockIndices, KeepAll, TokenBudget, TopK
+from seerattn.hf import attention
+from seerattn.hf.attention import IMPLEMENTATIONS, layer_states
+
+GATE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=1, key_subblocks=1)
+SPARSE = TopK(density=0.3, rule="row_share")
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return seerattn.attach(tiny_model("llama"), GATE, SPARSE, impl="reference").eval()
+
+
+@pytest.fixture
+def visited(monkeypatch: pytest.MonkeyPatch) -> list[BlockIndices]:
+    """The blocks that the op was called with."""
+    calls, op = [], attention.block_sparse_attention
+
+    def spy(q, k, v, blocks, **kwargs):
+        calls.append(blocks)
+        return op(q, k, v, blocks, **kwargs)
+
+    monkeypatch.setattr(attention, "block_sparse_attention", spy)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [[1] * 90 + [0] * 10, [1] * 40 + [0] * 10 + [1] * 50, [0] * 100],
+    ids=["right-padding", "hole", "empty-row"],
+)
+def test_sparse_prefill_rejects_masks_other_than_left_padding(model: torch.nn.Module, mask: list[int]) -> None:
+    with pytest.raises(ValueError, match="attention_mask must"):
+        model(input_ids=tokens(2, 100), attention_mask=torch.tensor([[1] * 100, mask]))
+
+
+def test_sparse_prefill_rejects_a_finished_mask_and_dense_takes_it(model: torch.nn.Module) -> None:
+    ids = tokens(1, 100)
+    causal = torch.ones(1, 1, 100, 100, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="2-D padding mask"):
+        model(input_ids=ids, attention_mask=causal)
+    plain = seerattn.detach(copy.deepcopy(model))
+    seerattn.set_policy(model, None)
+    assert torch.equal(model(input_ids=ids, attention_mask=causal).logits, plain(ids, attention_mask=causal).logits)
+
+
+def test_sparse_prefill_rejects_packed_documents(model: torch.nn.Module) -> None:
+    positions = torch.cat((torch.arange(60), torch.arange(40)))[None]
+    with pytest.raises(ValueError, match="packed documents"):
+        model(input_ids=tokens(1, 100), position_ids=positions, use_cache=False)
+
+
+def test_chunked_prefill_rejects_positions_that_do_not_count_up(model: torch.nn.Module) -> None:
+    cache = model(input_ids=tokens(1, 64), use_cache=True).past_key_values
+    positions = torch.cat((torch.arange(64, 96), torch.arange(200, 232)))[None]
+    with pytest.raises(ValueError, match="position_ids must count up"):
+        model(input_ids=tokens(1, 64), position_ids=positions, past_key_values=cache)
+
+
+def test_sparse_prefill_rejects_dropout() -> None:
+    model = seerattn.attach(tiny_model("llama", attention_dropout=0.1), GATE, SPARSE, impl="reference").train()
+    with pytest.raises(ValueError, match="dropout must be 0"):
+        model(input_ids=tokens(1, 100))
+
+
+def test_static_cache_gives_the_logits_of_a_dynamic_one(model: torch.nn.Module) -> None:
+    ids = tokens(2, 200)
+    cache = StaticCache(config=model.get_base_model().config, max_cache_len=300)
+    pieces = [model(input_ids=piece, past_key_values=cache).logits for piece in ids.split([128, 72], dim=1)]
+    # 5e-5: fp32 softmax over buffers of different lengths.
+    assert (torch.cat(pieces, 1) - model(input_ids=ids).logits).abs().max() < 5e-5
+
+
+def test_padding_of_a_plain_forward_is_not_ignored(model: torch.nn.Module) -> None:
+    """Without position_ids the rows' positions are shifted, which must not shift their blocks."""
+    ids = tokens(2, 100)
+    mask = torch.ones(2, 100, dtype=torch.long)
+    mask[1, :37] = 0
+    padded = model(input_ids=ids, attention_mask=mask).logits[1:, 37:]
+    alone = model(input_ids=ids[1:, 37:]).logits
+    assert (padded - alone).abs().max() < 1e-4
+    assert (padded - model(input_ids=ids).logits[1:, 37:]).abs().max() > 1e-2
+
+
+def test_recorded_density_matches_the_blocks_that_the_op_visits(
+    model: torch.nn.Module, visited: list[BlockIndices]
+) -> None:
+    mask = torch.ones(2, 130, dtype=torch.long)
+    mask[1, :50] = 0
+    with seerattn.record_density(model) as meter:
+        model(input_ids=tokens(2, 130), attention_mask=mask)
+        model(input_ids=tokens(1, 90, seed=1))
+    causal = sum(n * (n + 1) // 2 for n in (5, 3, 3))
+    for layer in (0, 1):
+        counted = sum(blocks.counts.sum((0, 2)) for blocks in visited[layer::2])
+        assert torch.allclose(meter.by_head()[layer], counted.double() / causal)
+    assert 0.3 < meter.mean() < 1
+    assert not any(state.meters for state in layer_states(model))
+
+
+def test_decode_and_other_layers_are_not_counted() -> None:
+    model = seerattn.attach(tiny_model("llama"), GATE, SPARSE, impl="reference", layers=[1]).eval()
+    with seerattn.record_density(model) as meter:
+        model.generate(tokens(1, 1), max_new_tokens=3, do_sample=False)
+        assert meter.layers == []
+        with pytest.raises(ValueError, match="at least one prefill"):
+            meter.mean()
+        model.generate(tokens(1, 100), max_new_tokens=3, do_sample=False)
+    assert meter.layers == [1]
+
+
+def test_auto_runs_short_and_nearly_dense_prompts_dense_and_says_so(visited: list[BlockIndices]) -> None:
+    model = seerattn.attach(tiny_model("llama", max_position_embeddings=4096), GATE, TopK(density=0.1)).eval()
+    short, long = tokens(1, 200), tokens(1, 3000)
+    with seerattn.record_density(model) as meter:
+        model(input_ids=short)
+    assert not visited and meter.mean() == 1.0
+    seerattn.set_policy(model, KeepAll())
+    model(input_ids=long)
+    assert not visited
+    seerattn.set_policy(model, TopK(density=0.1))
+    with seerattn.record_density(model) as meter:
+        model(input_ids=long)
+    assert len(visited) == 2 and meter.mean() < 0.2
+
+
+def test_policy_and_implementation_change_on_a_loaded_model(
+    model: torch.nn.Module, visited: list[BlockIndices]
+) -> None:
+    ids = tokens(1, 200)
+    for policy in (KeepAll(), TokenBudget(tokens=64), SPARSE):
+        seerattn.set_policy(model, policy)
+        model(input_ids=ids)
+        assert model.active_peft_config.policy == policy.to_dict()
+    kept = [int(blocks.counts.sum()) for blocks in visited[::2]]
+    assert kept[0] == 4 * 7 * 8 // 2 and kept[1] == 4 * (1 + 2 * 6)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        seerattn.set_policy(model, KeepAll(), impl="magic")
+
+
+def test_gradients_reach_the_model_through_sparse_attention(model: torch.nn.Module) -> None:
+    model.get_base_model().requires_grad_(True)
+    ids = tokens(1, 100)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(layer.self_attn.q_proj.weight.grad.abs().sum() > 0 for layer in model.get_base_model().model.layers)
+
+
+def test_names_of_the_implementations_do_not_wake_other_dispatchers() -> None:
+    assert not any(word in name for name in IMPLEMENTATIONS.values() for word in ("flash", "sdpa", "flex", "/"))
