@@ -1,0 +1,181 @@
+"""`seerattn distill` as a user runs it: switches, dry run, errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_corpus import tiny_tokenizer, write_documents, write_model
+from tiny_models import tiny_model
+
+from seerattn.cli import main
+from seerattn.gate import AttnGateConfig
+from seerattn.gate.attn_gate import parameter_count
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_model(folder / "model")
+    write_documents(folder / "data.jsonl", 600, 300)
+    write_documents(folder / "short.jsonl", 60, 50)
+    (folder / "empty.jsonl").write_text("")
+    (folder / "text.csv").write_text("a,b")
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text"')
+    tiny_model("gpt-neox").save_pretrained(folder / "neox")
+    tiny_tokenizer().save_pretrained(folder / "neox")
+    return folder
+
+
+def call(folder: Path, *arguments: Any, **options: Any) -> int:
+    """Exit code of `seerattn distill` with short defaults for what is not given."""
+    given = {"model": folder / "model", "data": folder / "data.jsonl", "context": 128, "steps": 1, "batch-size": 1}
+    given |= {name.replace("_", "-"): value for name, value in options.items()}
+    pairs = [str(word) for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", *pairs, *map(str, arguments)])
+    return stop.value.code or 0
+
+
+SWITCHES = {
+    "default": ("", AttnGateConfig()),
+    "paper": ("--paper", AttnGateConfig.paper()),
+    "paper-variant": (
+        "--paper --block-size 32 --q-linear --gate-dim 16 --no-rope --share kv_group --init identity",
+        AttnGateConfig.paper(
+            block_q=32, block_k=32, q_linear=True, gate_dim=16, rope=False, share="kv_group", init="identity"
+        ),
+    ),
+    "pooling": (
+        "--q-pooling max,avg --k-pooling min --qk-norm --distance-bias 3 --init normal",
+        AttnGateConfig(q_pooling=("max", "avg"), k_pooling=("min",), qk_norm=True, distance_bias=3, init="normal"),
+    ),
+    "blocks": (
+        "--block-q 32 --block-k 64 --query-subblocks 2 --key-subblocks 4 --no-normalize-subblocks "
+        "--no-exclude-forced --rope --no-qk-norm",
+        AttnGateConfig(block_q=32, query_subblocks=2, key_subblocks=4, normalize_subblocks=False, exclude_forced=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches_reach_the_saved_gates(name: str, folder: Path, tmp_path: Path) -> None:
+    arguments, expected = SWITCHES[name]
+    assert call(folder, *arguments.split(), "--layers", "1", output=tmp_path / "out") == 0
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert AttnGateConfig.from_dict(saved["gate"]) == expected
+    assert saved["layers"] == [1] and saved["base_model_name_or_path"] == str(folder / "model")
+
+
+def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
+    text = (
+        "--loss smooth_l1 --row-weight mass --drop-rows 0.25 --recall-share 1 --lr 0.002 --batch-size 2 --seed 7 "
+        "--micro-batch-size 2 --warmup-steps 0 --logging-steps 3 --save-steps 6 --keep-checkpoints 1 --dtype bfloat16"
+    )
+    assert call(folder, *text.split(), "--block-size", 32, output=tmp_path / "out", context=256, steps=2) == 0
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["config"] == {
+        "context": 256,
+        "steps": 2,
+        "lr": 0.002,
+        "batch_size": 2,
+        "micro_batch_size": 2,
+        "warmup_steps": 0,
+        "loss": "smooth_l1",
+        "row_weight": "mass",
+        "drop_rows": 0.25,
+        "recall_share": 1.0,
+        "logging_steps": 3,
+        "save_steps": 6,
+        "keep_checkpoints": 1,
+        "report_to": "none",
+        "seed": 7,
+    }
+    lines = (tmp_path / "out" / "training.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2] and json.loads(lines[0])["lr"] == 0.002
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert call(folder, "--dry-run", "--paper", output=tmp_path / "out", steps=3, batch_size=2) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    count = parameter_count(AttnGateConfig.paper(), layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+    assert count == 2 * 4 * 96 * 32
+    assert f"{count:,} parameters in 2 layers" in shown
+    assert "2 with 900 tokens, 0 too short" in shown and "768 tokens" in shown and "on each process" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+ERRORS = {
+    "missing data": ({"data": "nowhere.jsonl"}, [], "data must exist, got nowhere.jsonl"),
+    "empty data": ({"data": "{folder}/empty.jsonl"}, [], "data must hold text"),
+    "broken data": ({"data": "{folder}/broken.jsonl"}, [], "line 2 of"),
+    "other data": ({"data": "{folder}/text.csv"}, [], "data must be .jsonl or .txt"),
+    "short documents": ({"data": "{folder}/short.jsonl"}, [], "a document of at least two blocks"),
+    "missing model": ({"model": "{folder}/nowhere"}, [], "model must be"),
+    "unknown architecture": ({"model": "{folder}/neox"}, [], "GPTNeoX"),
+    "context longer than the model's": ({"context": 2048}, [], "1024"),
+    "context of less than two blocks": ({"context": 64}, [], "context must be a multiple of the block size 64"),
+    "context off the grid": ({"context": 200}, [], "context must be a multiple of the block size 64"),
+    "block size": ({}, ["--block-size", "48"], "block_q must be one of [32, 64, 128], got 48"),
+    "two block sizes": ({}, ["--block-size", "32", "--block-q", "64"], "block_size must be given alone"),
+    "no block size": ({}, ["--block-q", "0"], "block_q must be one of"),
+    "sub-blocks": ({}, ["--query-subblocks", "7"], "sub-blocks must divide"),
+    "pooling": ({}, ["--q-pooling", "mean"], "q_pooling must be a non-empty subset"),
+    "no pooling": ({}, ["--k-pooling", ""], "k_pooling must be a non-empty subset"),
+    "gate dim": ({}, ["--paper", "--gate-dim", "16"], "gate_dim must be the head dim 32"),
+    "share": ({}, ["--share", "layer"], "share must be one of"),
+    "loss": ({}, ["--loss", "hinge"], "loss must be one of"),
+    "layers": ({}, ["--layers", "0,x"], "layers must be numbers and ranges"),
+    "missing layers": ({}, ["--layers", "0-5"], "layers must be"),
+    "batch": ({"batch-size": 3}, ["--micro-batch-size", "2"], "batch_size must be a multiple of"),
+    "recall documents": ({}, ["--recall-share", "0.5"], "length must be at least 256"),
+    "steps": ({"steps": 0}, [], "steps must be at least 1"),
+    "device": ({}, ["--device", "toaster"], "device must be"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, arguments, message = ERRORS[name]
+    options = {key: value.format(folder=folder) if isinstance(value, str) else value for key, value in options.items()}
+    monkeypatch.chdir(tmp_path)
+    assert call(folder, *arguments, output="out", **options) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seerattn: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_is_taken_is_left_as_it_is(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert call(folder, output=tmp_path) == 2
+    assert "output must be a new or empty folder" in capsys.readouterr().err
+    assert call(folder, output=tmp_path / "notes.txt") == 2
+    assert "output must be a folder, got the file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"] and (
+        tmp_path / "notes.txt"
+    ).read_text() == "mine"
+
+
+def test_help_imports_no_sub_command() -> None:
+    code = (
+        "import sys\nfrom seerattn.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert 'distill' in sys.modules['seerattn.cli'].COMMANDS\n"
+        "assert not {'torch', 'transformers', 'seerattn.cli.distill'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("distill", "eval", "report"))
+
+
+def test_unknown_command_and_missing_option_exit_with_2(capsys: pytest.CaptureFixture) -> None:
+    for arguments, message in ((["destill"], "No such command"), (["distill", "--steps", "3"], "Missing option")):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
