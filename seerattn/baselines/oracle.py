@@ -1,0 +1,48 @@
+"""The oracle: the true block map, computed by dense attention, as the ceiling of what a gate can select."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from seerattn.ops.pooled_attention import pooled_attention
+from seerattn.selection.block_indices import BlockIndices
+from seerattn.selection.policies import Policy
+from seerattn.selection.selector import AttentionContext
+from seerattn.training.losses import group_target
+
+
+@dataclass(frozen=True)
+class OracleSelector:
+    """Scores are the logarithm of the target that gates learn (arXiv 2410.13276, section 4): the largest attention
+    probability of every tile, row-normalised.
+
+    It runs dense attention to choose blocks, so it saves nothing; it says how good a perfect gate would be.
+
+    Attributes:
+        policy: how many blocks to keep.
+        block_q: query block size in tokens.
+        block_k: key block size in tokens.
+        share: "kv_group" lets the heads of a group share their blocks, as gates of that form do.
+    """
+
+    policy: Policy
+    block_q: int = 64
+    block_k: int = 64
+    share: Literal["query_head", "kv_group"] = "query_head"
+
+    def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
+        """See `Selector.select`."""
+        _, target = pooled_attention(
+            q, k, k, block_q=self.block_q, block_k=self.block_k, scale=context.scale, softcap=context.softcap
+        )
+        return self.choose(target, q_len=q.shape[2], k_len=k.shape[2], kv_heads=k.shape[1], layer=context.layer)
+
+    def choose(self, target: Tensor, *, q_len: int, k_len: int, kv_heads: int, layer: int) -> BlockIndices:
+        """Chooses from a map that is already known, ``[B, H, Nq, Nk]`` as of `pooled_attention`."""
+        target = group_target(target, kv_heads if self.share == "kv_group" else target.shape[1])
+        return self.policy.select(
+            target.log(), q_start=k_len - q_len, q_len=q_len, block_q=self.block_q, block_k=self.block_k, layer=layer
+        )

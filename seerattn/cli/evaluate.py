@@ -1,0 +1,398 @@
+"""`seerattn eval`: measurements, each appending its results to one file of JSON lines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from seerattn.eval.arms import SELECTORS, Arm, Gates, Subject, choose_device, load_subject, make_arms
+from seerattn.eval.data import Window, cut_windows, digest, token_documents
+from seerattn.eval.results import Result, ResultsFile
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console(stderr=True)
+T = TypeVar("T", int, float)
+
+ModelOption = Annotated[str, typer.Option(help="Base model: a folder or the name of one on the Hub.")]
+GatesOption = Annotated[list[str], typer.Option(help="A folder of gates, or NAME=FOLDER; may be repeated.")]
+SelectorsOption = Annotated[str, typer.Option(help="Ways of choosing blocks: dense, gate, oracle, streaming.")]
+DensitiesOption = Annotated[str, typer.Option(help="Shares of the causal block area to compute, in (0, 1].")]
+DataOption = Annotated[list[str], typer.Option(help="Text or JSON-lines file, folder, or dataset; may be repeated.")]
+TextOption = Annotated[str, typer.Option(help="What to call the text in results; default: the name of the data.")]
+MaxDocsOption = Annotated[int, typer.Option(help="Use the first so many documents; 0 for all.", min=0)]
+ContextsOption = Annotated[str, typer.Option(help="Context lengths in tokens.")]
+OutputOption = Annotated[Path | None, typer.Option(help="Results file; finished cells in it are not run again.")]
+BatchOption = Annotated[int, typer.Option(help="Sequences that run together.", min=1)]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ...; default: cuda if there is one.")]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of the base model; auto is bfloat16 on an accelerator and float32 on a CPU."),
+]
+ImplOption = Annotated[str, typer.Option(help="Implementation of the sparse attention; auto is the fastest here.")]
+LastRowsOption = Annotated[str, typer.Option(help="Query-block rows at the end that keep all blocks.")]
+SavedOption = Annotated[bool, typer.Option("--saved-policy", help="Also run gates with the policy saved with them.")]
+WindowsOption = Annotated[int, typer.Option(help="Windows of each document, from its start; 0 for all.", min=0)]
+BlockOption = Annotated[int, typer.Option(help="Block size in tokens of oracle and streaming.")]
+MinTokensOption = Annotated[
+    int, typer.Option(help="Also keep shorter windows of so many tokens; 0 keeps full windows alone.", min=0)
+]
+TasksOption = Annotated[str, typer.Option(help="passkey, key_value.")]
+DepthsOption = Annotated[str, typer.Option(help="Shares of the text before a pass key.")]
+CountOption = Annotated[int, typer.Option("--n", help="Documents for each depth.", min=1)]
+PairsOption = Annotated[int, typer.Option(help="Key-value pairs in a document.", min=1)]
+SeedOption = Annotated[int, typer.Option(help="Draws facts, places and text.")]
+MapsOption = Annotated[Path | None, typer.Option(help="Also write block maps of one document (.npz) for the report.")]
+HeadsOption = Annotated[str, typer.Option(help="Which maps: LAYER:HEAD, with commas between.")]
+OneGatesOption = Annotated[str, typer.Option("--gates", help="A folder of gates, or NAME=FOLDER.")]
+OneContextOption = Annotated[int, typer.Option(help="Context length in tokens.", min=2)]
+TargetDensityOption = Annotated[float, typer.Option(help="Density to meet.")]
+TargetRecallOption = Annotated[float, typer.Option(help="Recall of the target map to meet, instead of a density.")]
+PerHeadOption = Annotated[bool, typer.Option("--per-head/--global", help="One threshold a head, or one for all.")]
+LevelOption = Annotated[
+    Literal["auto", "score", "softmax"],
+    typer.Option(help="What is compared: raw scores, the default for gates that normalise them, or their softmax."),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Do not save the thresholds.")]
+
+
+@app.command()
+def perplexity(
+    model: ModelOption,
+    data: DataOption,
+    gates: GatesOption = [],  # noqa: B006
+    selectors: SelectorsOption = "",
+    densities: DensitiesOption = "0.5,0.2,0.1",
+    contexts: ContextsOption = "4096",
+    windows: WindowsOption = 1,
+    min_tokens: MinTokensOption = 0,
+    max_docs: MaxDocsOption = 0,
+    text: TextOption = "",
+    last_rows_dense: LastRowsOption = "0",
+    saved_policy: SavedOption = False,
+    block: BlockOption = 64,
+    batch: BatchOption = 1,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+    impl: ImplOption = "auto",
+    output: OutputOption = None,
+) -> None:
+    """Measure the perplexity of whole documents, each selector beside the dense model on the same documents."""
+    from seerattn.eval.perplexity import evaluate_perplexity
+
+    folders, arms = _arms(gates, selectors, densities, last_rows_dense, saved_policy, block)
+    lengths = _numbers("contexts", contexts, int, 2)
+    where = choose_device(device or None)
+    file = ResultsFile(output, where)
+    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths))
+    cut, settings = _windows(subject, data, lengths, windows, min_tokens, max_docs)
+    with _progress() as progress:
+        rows = evaluate_perplexity(
+            subject,
+            arms,
+            cut,
+            file,
+            text=text or _name_of(data),
+            settings=settings,
+            batch=batch,
+            progress=progress,
+        )
+    _print_table(rows, {"perplexity": "perplexity", "perplexity_difference": "- dense"}, output)
+
+
+@app.command()
+def needle(
+    model: ModelOption,
+    data: DataOption,
+    gates: GatesOption = [],  # noqa: B006
+    selectors: SelectorsOption = "",
+    densities: DensitiesOption = "0.2,0.1",
+    contexts: ContextsOption = "4096",
+    tasks: TasksOption = "passkey,key_value",
+    depths: DepthsOption = "0.1,0.3,0.5,0.7,0.9",
+    n: CountOption = 20,
+    pairs: PairsOption = 8,
+    seed: SeedOption = 0,
+    max_docs: MaxDocsOption = 0,
+    text: TextOption = "",
+    last_rows_dense: LastRowsOption = "0,2",
+    saved_policy: SavedOption = False,
+    block: BlockOption = 64,
+    batch: BatchOption = 1,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+    impl: ImplOption = "auto",
+    output: OutputOption = None,
+) -> None:
+    """Measure retrieval: pass keys at given depths and key-value pairs at random ones, hidden in the data.
+
+    Document, question and answer are prefilled sparsely in one pass; an answer counts if each of its tokens is the
+    model's first choice.
+    """
+    from seerattn.eval.needle import Needle, evaluate_needle
+
+    folders, arms = _arms(gates, selectors, densities, last_rows_dense, saved_policy, block)
+    lengths = _numbers("contexts", contexts, int, 2)
+    places = _numbers("depths", depths, float, 0)
+    unknown = set(tasks.split(",")) - {"passkey", "key_value"}
+    if unknown or max(places) > 1:
+        raise ValueError(f"tasks must be passkey or key_value and depths shares, got {tasks} and {depths}")
+    where = choose_device(device or None)
+    file = ResultsFile(output, where)
+    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths))
+    haystacks = token_documents(data, subject.tokenizer, limit=max_docs or None)
+    cells = []
+    for length in lengths:
+        if "passkey" in tasks.split(","):
+            cells += [Needle("passkey", length, depth, n, seed) for depth in places]
+        if "key_value" in tasks.split(","):
+            cells.append(Needle("key_value", length, None, n * len(places), seed, pairs))
+    with _progress() as progress:
+        rows = evaluate_needle(
+            subject,
+            arms,
+            cells,
+            haystacks,
+            file,
+            text=text or _name_of(data),
+            settings={"data": digest(haystacks)},
+            batch=batch,
+            progress=progress,
+        )
+    _print_table(rows, {"accuracy": "accuracy", "answer_log_prob": "log-prob"}, output)
+
+
+@app.command()
+def recall(
+    model: ModelOption,
+    data: DataOption,
+    gates: GatesOption = [],  # noqa: B006
+    selectors: SelectorsOption = "",
+    densities: DensitiesOption = "0.5,0.2,0.1",
+    contexts: ContextsOption = "4096",
+    windows: WindowsOption = 1,
+    min_tokens: MinTokensOption = 0,
+    max_docs: MaxDocsOption = 0,
+    text: TextOption = "",
+    saved_policy: SavedOption = False,
+    block: BlockOption = 64,
+    batch: BatchOption = 1,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+    impl: ImplOption = "auto",
+    maps: MapsOption = None,
+    heads: HeadsOption = "0:0",
+    output: OutputOption = None,
+) -> None:
+    """Measure how much of the true block map the chosen blocks hold, per layer and head."""
+    from seerattn.eval.recall import evaluate_recall, observe_maps
+
+    folders, arms = _arms(gates, selectors, densities, "0", saved_policy, block)
+    lengths = _numbers("contexts", contexts, int, 2)
+    chosen = _heads(heads)
+    drawn = next((arm for arm in reversed(arms) if arm.selector == "gate" and arm.density is not None), None)
+    if maps is not None and drawn is None:
+        raise ValueError("maps must have gates to show, got none; give --gates")
+    where = choose_device(device or None)
+    file = ResultsFile(output, where)
+    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths))
+    cut, settings = _windows(subject, data, lengths, windows, min_tokens, max_docs)
+    with _progress() as progress:
+        rows = evaluate_recall(
+            subject,
+            arms,
+            cut,
+            file,
+            text=text or _name_of(data),
+            settings=settings,
+            batch=batch,
+            progress=progress,
+        )
+    if maps is not None:
+        observe_maps(subject, drawn, cut[max(lengths)][0], chosen).save(maps)
+    _print_table(rows, {"target_recall": "target", "mass_recall": "mass"}, output)
+
+
+@app.command()
+def calibrate(
+    model: ModelOption,
+    gates: OneGatesOption,
+    data: DataOption,
+    density: TargetDensityOption = 0.0,
+    target_recall: TargetRecallOption = 0.0,
+    per_head: PerHeadOption = True,
+    on: LevelOption = "auto",
+    context: OneContextOption = 4096,
+    windows: WindowsOption = 1,
+    max_docs: MaxDocsOption = 0,
+    batch: BatchOption = 1,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+    impl: ImplOption = "auto",
+    dry_run: DryRunOption = False,
+    text: TextOption = "",
+    output: OutputOption = None,
+) -> None:
+    """Find thresholds that meet a density or a recall, check them on other text, and save them with the gates.
+
+    Every second document calibrates, the others check.
+    """
+    from seerattn.eval.calibrate import evaluate_calibration
+
+    if (density > 0) == (target_recall > 0):
+        raise ValueError(
+            f"one of density and target-recall must be given, in (0, 1], got {density:g} and {target_recall:g}"
+        )
+    where = choose_device(device or None)
+    file = ResultsFile(output, where)
+    folder = _gates([gates])[0]
+    subject = load_subject(model, gates=[folder], device=where, dtype=dtype, impl=impl, context=context)
+    cut, settings = _windows(subject, data, [context], windows, 0, max_docs)
+    with _progress() as progress:
+        rows = evaluate_calibration(
+            subject,
+            folder,
+            cut[context],
+            file,
+            goal="density" if density else "recall",
+            value=density or target_recall,
+            per_head=per_head,
+            on=None if on == "auto" else on,
+            context=context,
+            text=text or _name_of(data),
+            settings=settings,
+            save=not dry_run,
+            batch=batch,
+            progress=progress,
+        )
+    _print_table(rows, {"calibrated_density": "density", "calibrated_recall": "recall"}, output)
+
+
+def _arms(
+    gates: list[str], selectors: str, densities: str, last_rows_dense: str, saved_policy: bool, block: int
+) -> tuple[list[Gates], list[Arm]]:
+    folders = _gates(gates)
+    names = _words(selectors) or ["dense", *(["gate"] if folders else []), "oracle", "streaming"]
+    arms = make_arms(
+        names,
+        _numbers("densities", densities, float, 0),
+        gates=folders,
+        last_rows_dense=_numbers("last-rows-dense", last_rows_dense, int, 0),
+        saved_policy=saved_policy,
+        block_q=block,
+        block_k=block,
+    )
+    return folders, arms
+
+
+def _gates(named: list[str]) -> list[Gates]:
+    folders = []
+    for one in named:
+        name, _, path = one.rpartition("=")
+        folders.append(Gates(name or Path(path).name, Path(path)))
+        if not Path(path).is_dir():
+            raise ValueError(f"gates must be a folder, got {path}")
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names) or set(names) & set(SELECTORS):
+        raise ValueError(f"gates must have names of their own, got {', '.join(names)}; give NAME=FOLDER")
+    return folders
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(name: str, text: str, kind: Callable[[str], T], least: T) -> list[T]:
+    try:
+        values = [kind(word) for word in _words(text)]
+    except ValueError as error:
+        raise ValueError(f"{name} must be numbers with commas between, got {text!r}") from error
+    if not values or min(values) < least:
+        raise ValueError(f"{name} must be at least {least}, got {text!r}")
+    return list(dict.fromkeys(values))
+
+
+def _heads(text: str) -> list[tuple[int, int]]:
+    try:
+        return [(int(layer), int(head)) for layer, head in (word.split(":") for word in _words(text))]
+    except ValueError as error:
+        raise ValueError(f"heads must be LAYER:HEAD with commas between, got {text!r}") from error
+
+
+def _windows(
+    subject: Subject, data: list[str], contexts: list[int], windows: int, min_tokens: int, max_docs: int
+) -> tuple[dict[int, list[Window]], dict]:
+    """Windows for each context, and what identifies them."""
+    count = windows or None
+    documents = token_documents(data, subject.tokenizer, limit=max_docs or None, tokens=count and count * max(contexts))
+    cut = {
+        context: cut_windows(
+            documents,
+            context=context,
+            count=count,
+            min_tokens=min_tokens or None,
+            bos_token_id=subject.bos_token_id,
+        )
+        for context in contexts
+    }
+    for context, pieces in cut.items():
+        skipped = len(documents) - len({window.document for window in pieces})
+        if skipped:
+            console.print(f"{skipped} of {len(documents)} documents are shorter than {context} tokens and left out")
+    return cut, {"windows": windows, "min_tokens": min_tokens, "data": digest(documents)}
+
+
+def _name_of(data: list[str]) -> str:
+    return "+".join(dict.fromkeys(Path(source).name.split(".")[0] for source in data))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+
+        def start(description: str, total: int) -> Callable[[int], None]:
+            for task in bar.task_ids:
+                bar.remove_task(task)
+            task = bar.add_task(description, total=total)
+            return lambda done: bar.advance(task, done)
+
+        yield start
+
+
+def _print_table(rows: list[Result], columns: dict[str, str], output: Path | None) -> None:
+    """One line for each arm and cell, with a column for each quantity."""
+    lines: dict[tuple, dict[str, Result]] = {}
+    for row in rows:
+        where = {name: row.cell[name] for name in ("task", "depth", "per_head") if name in row.cell}
+        key = (row.context, row.arm, row.density, (row.policy or {}).get("last_rows_dense", 0), str(where))
+        lines.setdefault(key, {})[row.what] = row
+    body = []
+    for (context, arm, density, rows_dense, _), found in lines.items():
+        row = next(iter(found.values()))
+        where = " ".join(str(row.cell[name]) for name in ("task", "depth") if name in row.cell)
+        realised = "" if row.realised_density is None else f"{row.realised_density:.3f}"
+        values = [_value(found[what]) if what in found else "" for what in columns]
+        nominal = "" if density is None else f"{density:g}"
+        body.append([str(context), arm, nominal, realised, str(rows_dense or ""), where, str(row.n), *values])
+    heads = ["context", "selector", "density", "realised", "dense rows", "cell", "n", *columns.values()]
+    used = [i for i in range(len(heads)) if any(line[i] for line in body)]
+    table = Table(*(Column(heads[i], no_wrap=True, justify="left" if i == 1 else "right") for i in used), box=None)
+    for line in body:
+        table.add_row(*(line[i] for i in used))
+    # A file or a pipe has no width.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if output is not None:
+        console.print(f"results are in {output}", soft_wrap=True)
+
+
+def _value(row: Result) -> str:
+    value = "not finite" if row.value is None else f"{row.value:.4g}"
+    return value if row.stderr is None else f"{value} ± {row.stderr:.2g}"

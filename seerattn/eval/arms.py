@@ -1,0 +1,327 @@
+"""Arms: the ways of choosing blocks that an evaluation compares on one loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from seerattn.baselines.oracle import OracleSelector
+from seerattn.baselines.streaming import StreamingSelector
+from seerattn.eval.results import Result, fingerprint
+from seerattn.gate.attn_gate import AttnGate
+from seerattn.hf.attach import attach, detach
+from seerattn.hf.attention import DensityMeter, layer_states, record_density
+from seerattn.ops.resolve import resolve
+from seerattn.selection.policies import Policy, TopK, policy_from_dict
+from seerattn.selection.selector import GateSelector, Selector
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SelectorName = Literal["dense", "gate", "oracle", "streaming"]
+SELECTORS: tuple[str, ...] = get_args(SelectorName)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """A folder of gates under the name that results give it.
+
+    Attributes:
+        name: what tables call it.
+        path: the folder.
+    """
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of choosing blocks.
+
+    Attributes:
+        selector: its kind.
+        policy: how many blocks it keeps; None for dense, and for gates the policy saved with them.
+        gates: the gates of a "gate".
+        block_q: query block size in tokens of oracle and streaming.
+        block_k: key block size in tokens of oracle and streaming.
+    """
+
+    selector: SelectorName
+    policy: Policy | None = None
+    gates: Gates | None = None
+    block_q: int = 64
+    block_k: int = 64
+
+    def __str__(self) -> str:
+        name = self.gates.name if self.gates else self.selector
+        if self.block_k != 64:
+            name += f" {self.block_k}"
+        if self.density is not None:
+            name += f" {self.density:g}"
+        elif self.gates and self.policy is None:
+            name += " (its own policy)"
+        if self.policy is not None and self.policy.last_rows_dense:
+            name += f", last {self.policy.last_rows_dense} rows dense"
+        return name
+
+    @property
+    def density(self) -> float | None:
+        """The nominal density, None if the policy has no single one."""
+        density = self.policy.density if isinstance(self.policy, TopK) else None
+        return density if isinstance(density, float) else None
+
+
+DENSE = Arm("dense")
+
+
+def make_arms(
+    selectors: Sequence[str],
+    densities: Sequence[float],
+    *,
+    gates: Sequence[Gates] = (),
+    last_rows_dense: Sequence[int] = (0,),
+    saved_policy: bool = False,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> list[Arm]:
+    """All combinations of selectors, gates, densities and numbers of dense last rows, dense once.
+
+    Args:
+        selectors: names among `SELECTORS`.
+        densities: nominal densities of top-k, the same number of blocks in every row.
+        gates: what "gate" stands for.
+        last_rows_dense: query-block rows at the end that keep every block.
+        saved_policy: adds each of the gates with the policy it was saved with.
+        block_q: query block size in tokens of oracle and streaming.
+        block_k: key block size in tokens of oracle and streaming.
+
+    Raises:
+        ValueError: an unknown selector, a density outside of (0, 1], or gates without "gate" or the reverse.
+    """
+    unknown = [name for name in selectors if name not in SELECTORS]
+    if unknown:
+        raise ValueError(f"selectors must be among {', '.join(SELECTORS)}, got {', '.join(unknown)}")
+    if ("gate" in selectors) != bool(gates):
+        raise ValueError(
+            "selectors must name gate if gates are given, and only then, "
+            f"got {', '.join(selectors)} and {len(gates)} folders; add gate to the selectors or give gates"
+        )
+    policies: list[Policy] = [
+        TopK(density=density, last_rows_dense=rows) for rows in last_rows_dense for density in densities
+    ]
+    arms = [DENSE] if "dense" in selectors else []
+    for name in selectors:
+        if name in ("oracle", "streaming"):
+            arms += [Arm(name, policy, None, block_q, block_k) for policy in policies]
+        elif name == "gate":
+            for folder in gates:
+                arms += [Arm("gate", policy, folder) for policy in policies]
+                arms += [Arm("gate", None, folder)] if saved_policy else []
+    return arms
+
+
+@dataclass
+class Run:
+    """A model with an arm attached, and the blocks that it computes.
+
+    Attributes:
+        model: the model.
+    """
+
+    model: PreTrainedModel
+    _meter: DensityMeter | None
+    _layers: list[int]
+
+    def density(self) -> float:
+        """Realised density so far over all full-attention layers; layers without a selector compute everything."""
+        if self._meter is None:
+            return 1.0
+        counted = self._meter.by_head()
+        found = [float(counted[layer].mean()) if layer in counted else 1.0 for layer in self._layers]
+        return sum(found) / len(found)
+
+
+class Subject:
+    """A loaded model, its tokenizer, and the gates that are compared on it.
+
+    Args:
+        model: a causal language model without gates or selectors.
+        tokenizer: its tokenizer.
+        name: what results call it.
+        gates: folders of gates; all are loaded, so that those of another model are refused at once.
+        impl: implementation of the sparse attention. Never dense instead: a measurement at a density is one.
+
+    Raises:
+        ValueError: gates that are not whole or belong to another model, or an unknown implementation.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        gates: Sequence[Gates] = (),
+        impl: str = "auto",
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self._impl = resolve("block_sparse_attention", impl)
+        self._weights = fingerprint(model.config._name_or_path or name)
+        self._gates = {folder: self._load(folder) for folder in gates}
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.tokenizer.bos_token_id
+
+    def gates(self, folder: Gates) -> dict[int, AttnGate]:
+        """The gate of each gated layer."""
+        return self._gates[folder][0]
+
+    def _load(self, folder: Gates) -> tuple[dict[int, AttnGate], Policy | None, str]:
+        if layer_states(self.model):
+            raise ValueError("model must have no gates or selectors yet, got one with some")
+        gated = attach(self.model, folder.path)
+        try:
+            # One short forward lets every layer refuse gates that the checkpoint does not fill.
+            with torch.inference_mode():
+                gated(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
+            gates = {state.layer: state.gate for state in layer_states(gated) if state.gate is not None}
+            saved = gated.active_peft_config.policy
+        finally:
+            detach(gated)
+        return gates, None if saved is None else policy_from_dict(saved), fingerprint(folder.path)
+
+    def block_sizes(self, arm: Arm) -> tuple[int, int]:
+        """Query and key block size in tokens of what an arm selects."""
+        if arm.gates is None:
+            return arm.block_q, arm.block_k
+        config = next(iter(self.gates(arm.gates).values())).config
+        return config.block_q, config.block_k
+
+    def selector(self, arm: Arm) -> Callable[[int], Selector | None]:
+        """What gives the selector of each layer.
+
+        Raises:
+            ValueError: the policy saved with the gates is asked for and there is none.
+        """
+        policy = self.policy(arm)
+        if arm.selector == "gate":
+            gates = self.gates(arm.gates)
+            return lambda layer: GateSelector(gates[layer], policy) if layer in gates else None
+        if arm.selector == "dense":
+            return lambda layer: None
+        kind = OracleSelector if arm.selector == "oracle" else StreamingSelector
+        return lambda layer: kind(policy, arm.block_q, arm.block_k)
+
+    def policy(self, arm: Arm) -> Policy | None:
+        """The arm's policy, or the one saved with its gates."""
+        if arm.selector != "gate" or arm.policy is not None:
+            return arm.policy
+        saved = self._gates[arm.gates][1]
+        if saved is None:
+            raise ValueError(
+                f"gates must have a saved policy to be run with it, got {arm.gates.path} without; "
+                "make one with seerattn eval calibrate"
+            )
+        return saved
+
+    @contextmanager
+    def attached(self, arm: Arm) -> Iterator[Run]:
+        """The model with an arm attached, inside the ``with``; the dense arm is the untouched model."""
+        with self.observed(self.selector(arm)) if arm != DENSE else nullcontext() as meter:
+            yield Run(self.model, meter, [state.layer for state in layer_states(self.model)])
+
+    @contextmanager
+    def observed(self, selector: Callable[[int], Selector | None]) -> Iterator[DensityMeter]:
+        """The model with a selector attached to its layers, inside the ``with``."""
+        attach(self.model, selector, impl=self._impl)
+        try:
+            with record_density(self.model) as meter:
+                yield meter
+        finally:
+            detach(self.model)
+
+    def result(self, arm: Arm, *, cell: dict[str, Any], **values: Any) -> Result:
+        """A result of this model without a value yet: what it will be found by."""
+        policy = self.policy(arm)
+        weights = {"model": self._weights} | ({"gates": self._gates[arm.gates][2]} if arm.gates else {})
+        blocks = {} if arm.gates or arm == DENSE else {"block_q": arm.block_q, "block_k": arm.block_k}
+        return Result(
+            value=None,
+            n=0,
+            model=self.name,
+            gates=arm.gates.name if arm.gates else None,
+            weights=weights,
+            selector=arm.selector,
+            policy=None if policy is None else policy.to_dict(),
+            density=arm.density,
+            cell=cell | blocks | {"dtype": str(self.model.dtype).removeprefix("torch.")},
+            **values,
+        )
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device of that name, or the accelerator if there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda or the like, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must exist, got {name!r} where torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def load_subject(
+    model: str,
+    *,
+    gates: Sequence[Gates] = (),
+    device: torch.device,
+    dtype: str = "auto",
+    impl: str = "auto",
+    context: int = 0,
+) -> Subject:
+    """Loads a model and its tokenizer.
+
+    Args:
+        model: a folder or the name of a model on the Hub.
+        gates: folders of gates to load with it.
+        device: where to load it.
+        dtype: of the model; "auto" is bfloat16 on an accelerator and float32 on a CPU.
+        impl: implementation of the sparse attention.
+        context: longest context that will be asked for.
+
+    Raises:
+        ValueError: no such model, gates of another model, or a context longer than the model's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+        longest = getattr(config.get_text_config(), "max_position_embeddings", context)
+        if context > longest:
+            raise ValueError(f"contexts must be at most the model's {longest} tokens, got {context}")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if dtype == "auto":
+            dtype = "float32" if device.type == "cpu" else "bfloat16"
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+    except OSError as error:
+        raise ValueError(f"model must be a folder or the name of a causal language model, got {model}") from error
+    return Subject(loaded, tokenizer, name=Path(model).name, gates=gates, impl=impl)

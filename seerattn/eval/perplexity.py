@@ -1,0 +1,148 @@
+"""Perplexity of whole documents at several contexts, for the dense model and for every way of choosing blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seerattn.eval import statistics
+from seerattn.eval.arms import DENSE, Arm, Subject
+from seerattn.eval.data import Window, batches
+from seerattn.eval.results import Result, ResultsFile, Stopwatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Logits held at once, in elements: 256 MiB in fp32.
+LOGITS_ELEMENTS = 1 << 26
+
+
+@torch.inference_mode()
+def token_losses(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Negative log-likelihood of every token but the first, fp32 ``[B, T - 1]``.
+
+    The backbone runs once. The model's own head, with whatever scaling or capping follows it, then runs on pieces of
+    the hidden states, so logits of ``T`` tokens times the vocabulary are never held.
+
+    Args:
+        model: a causal language model.
+        input_ids: ``[B, T]``, no padding.
+    """
+    backbone = model.base_model
+    hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+    size = max(1, LOGITS_ELEMENTS // (input_ids.shape[0] * model.config.get_text_config().vocab_size))
+    losses = []
+    for begin in range(0, input_ids.shape[1] - 1, size):
+        labels = input_ids[:, begin + 1 : begin + 1 + size]
+        with _backbone_output(backbone, hidden[:, begin : begin + labels.shape[1]]):
+            logits = model(input_ids=labels, use_cache=False).logits
+        losses.append(F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none"))
+    return torch.cat(losses, dim=1)
+
+
+@contextmanager
+def _backbone_output(backbone: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
+    """Lets the backbone return these hidden states instead of computing any."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    def forward(*args, **kwargs) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    before = vars(backbone).get("forward")
+    backbone.forward = forward
+    try:
+        yield
+    finally:
+        del backbone.forward
+        if before is not None:
+            backbone.forward = before
+
+
+def document_losses(
+    model: PreTrainedModel, windows: Sequence[Window], *, batch: int = 1, advance: Callable[[int], None] | None = None
+) -> tuple[list[int], list[float], list[int]]:
+    """Losses of windows, summed per document.
+
+    Args:
+        model: a causal language model.
+        windows: windows of documents.
+        batch: windows of equal length that run together.
+        advance: told the number of windows done.
+
+    Returns:
+        Numbers of the documents, their summed losses and their predicted tokens.
+    """
+    losses: dict[int, float] = {}
+    tokens: dict[int, int] = {}
+    for group in batches(windows, batch):
+        input_ids = torch.tensor([window.input_ids for window in group], device=model.device)
+        sums = token_losses(model, input_ids).double().sum(1).tolist()
+        for window, loss in zip(group, sums):
+            losses[window.document] = losses.get(window.document, 0.0) + loss
+            tokens[window.document] = tokens.get(window.document, 0) + len(window.input_ids) - 1
+        if advance is not None:
+            advance(len(group))
+    return list(losses), list(losses.values()), list(tokens.values())
+
+
+def evaluate_perplexity(
+    subject: Subject,
+    arms: Sequence[Arm],
+    windows: dict[int, list[Window]],
+    output: ResultsFile,
+    *,
+    text: str,
+    settings: dict,
+    batch: int = 1,
+    progress: Callable[[str, int], Callable[[int], None]] | None = None,
+) -> list[Result]:
+    """Measures the perplexity of every arm at every context and its difference from the dense model's.
+
+    Args:
+        subject: the model.
+        arms: what to measure. The dense model is measured in any case, as the baseline of the differences.
+        windows: windows of text for each context.
+        output: where results go; cells that it already holds are not measured again.
+        text: kind of text.
+        settings: limits of the data, part of what identifies a result.
+        batch: windows of equal length that run together.
+        progress: called with a description and a number of windows, returns what is told of finished windows.
+
+    Returns:
+        "perplexity" and, but for dense, "perplexity_difference" of each arm and context, in that order.
+    """
+    rows = []
+    for context, pieces in windows.items():
+        baseline = None
+        for arm in [DENSE, *(arm for arm in arms if arm != DENSE)]:
+            blank = subject.result(arm, what="perplexity", unit="tokens", context=context, text=text, cell=settings)
+            row = output.find(blank)
+            if row is None:
+                watch = Stopwatch(subject.device)
+                advance = progress(f"{arm} at {context}", len(pieces)) if progress else None
+                with subject.attached(arm) as run:
+                    documents, losses, tokens = document_losses(run.model, pieces, batch=batch, advance=advance)
+                row = replace(
+                    blank,
+                    **statistics.perplexity(losses, tokens)._asdict(),
+                    n=sum(tokens),
+                    realised_density=run.density(),
+                    samples={"documents": documents, "losses": losses, "tokens": tokens},
+                )
+                row = output.append(row, watch.seconds())
+            rows.append(row)
+            if baseline is None:
+                baseline = row
+                continue
+            gap = statistics.perplexity_difference(
+                row.samples["losses"], baseline.samples["losses"], row.samples["tokens"]
+            )
+            difference = replace(row, what="perplexity_difference", samples={}, **gap._asdict())
+            rows.append(output.setdefault(difference, row.seconds))
+    return rows

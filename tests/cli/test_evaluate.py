@@ -1,0 +1,136 @@
+import json
+import shutil
+
+import pytest
+from tiny_corpus import tiny_tokenizer, write_documents
+from tiny_models import tiny_model
+
+from seerattn.cli import main
+from seerattn.eval.results import read_results
+from seerattn.gate import AttnGateConfig
+from seerattn.hf.attach import attach, detach
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, gates for it and for another, and documents."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for name, overrides in (("model", {}), ("other", {"num_attention_heads": 2, "num_key_value_heads": 1})):
+        model = tiny_model("llama", **overrides)
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+        gated = attach(model, AttnGateConfig(rope=False))
+        gated.save_pretrained(folder / f"gates-of-{name}")
+        detach(gated)
+    write_documents(folder / "docs.jsonl", 450, 500, 550)
+    (folder / "empty.jsonl").write_text("")
+    return folder
+
+
+def command(*args: str) -> int:
+    """Runs `seerattn` and returns its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    return stop.value.code
+
+
+def run(folder, *args: str) -> int:
+    return command("eval", *(arg.replace("@", f"{folder}/") for arg in args))
+
+
+BASE = ("--model", "@model", "--data", "@docs.jsonl", "--device", "cpu")
+
+
+def test_perplexity_command_writes_results_that_a_second_run_only_adds_to(folder, tmp_path, capsys) -> None:
+    output = tmp_path / "r.jsonl"
+    args = ("perplexity", *BASE, "--gates", "mine=@gates-of-model", "--contexts", "300,400", "--output", str(output))
+    assert run(folder, *args, "--densities", "0.5") == 0
+    rows = read_results([output])
+    found = [(r.context, r.arm, r.density) for r in rows if r.what == "perplexity"]
+    arms = [("dense", None), ("mine", 0.5), ("oracle", 0.5), ("streaming", 0.5)]
+    assert found == [(context, *arm) for context in (300, 400) for arm in arms]
+    shown = capsys.readouterr().out
+    assert all(f"{r.value:.4g}" in shown for r in rows)
+    before = output.read_bytes()
+    assert run(folder, *args, "--densities", "0.5,0.7") == 0
+    after = output.read_bytes()
+    assert after.startswith(before) and len(read_results([output])) == len(rows) + 2 * 3 * 2
+    assert run(folder, *args, "--densities", "0.7") == 0
+    assert output.read_bytes() == after
+
+
+def test_recall_and_needle_commands_measure_every_arm(folder, tmp_path) -> None:
+    output, maps = tmp_path / "r.jsonl", tmp_path / "maps.npz"
+    gates = ("--gates", "mine=@gates-of-model")
+    assert run(folder, "recall", *BASE, *gates, "--contexts", "300", "--densities", "0.5", "--output", str(output),
+        "--maps", str(maps), "--heads", "1:2") == 0  # fmt: skip
+    assert run(folder, "needle", *BASE, *gates, "--contexts", "300", "--densities", "0.5", "--output", str(output),
+        "--n", "2", "--depths", "0.5", "--last-rows-dense", "0,1", "--batch", "2") == 0  # fmt: skip
+    rows = read_results([output])
+    assert {r.arm for r in rows if r.what == "target_recall"} == {"mine", "oracle", "streaming"}
+    asked = {(r.cell["task"], r.arm, (r.policy or {}).get("last_rows_dense")) for r in rows if r.what == "accuracy"}
+    assert len(asked) == 2 * (1 + 3 * 2) and maps.exists()
+
+
+def test_calibrate_command_saves_a_policy_that_perplexity_can_use(folder, tmp_path) -> None:
+    gates = tmp_path / "gates"
+    shutil.copytree(folder / "gates-of-model", gates)
+    calibrate = ("calibrate", *BASE, "--gates", str(gates), "--context", "400", "--density", "0.7")
+    assert run(folder, *calibrate, "--dry-run") == 0
+    assert json.loads((gates / "adapter_config.json").read_text())["policy"] is None
+    assert run(folder, *calibrate, "--global") == 0
+    assert json.loads((gates / "adapter_config.json").read_text())["policy"]["policy"] == "Threshold"
+    output = tmp_path / "r.jsonl"
+    assert run(folder, "perplexity", *BASE, "--gates", f"mine={gates}", "--selectors", "gate", "--contexts", "400",
+        "--densities", "0.7", "--saved-policy", "--output", str(output)) == 0  # fmt: skip
+    own = next(r for r in read_results([output]) if r.gates and r.density is None)
+    assert own.policy["policy"] == "Threshold" and 0.5 < own.realised_density < 0.9
+
+
+BAD = {
+    "density": (("perplexity", *BASE, "--densities", "1.5"), "density must be in (0, 1]"),
+    "density zero": (("needle", *BASE, "--densities", "0"), "density must be in (0, 1]"),
+    "densities": (("perplexity", *BASE, "--densities", "few"), "densities must be numbers"),
+    "selector": (("recall", *BASE, "--selectors", "magic"), "selectors must be among"),
+    "context": (("perplexity", *BASE, "--contexts", "2000"), "at most the model's 1024 tokens"),
+    "short documents": (("perplexity", *BASE, "--contexts", "700"), "at least 700 tokens"),
+    "haystack": (("needle", *BASE, "--contexts", "700"), "a text of 700 tokens"),
+    "no data": (("perplexity", "--model", "@model", "--data", "@none.jsonl", "--contexts", "300"), "data must exist"),
+    "empty data": (("recall", "--model", "@model", "--data", "@empty.jsonl", "--contexts", "300"), "data must hold"),
+    "no model": (("perplexity", "--model", "@none", "--data", "@docs.jsonl"), "model must be"),
+    "no gates": (("perplexity", *BASE, "--gates", "@none"), "gates must be a folder"),
+    "other gates": (("perplexity", *BASE, "--contexts", "300", "--gates", "@gates-of-other"), "gates must belong"),
+    "gate selector": (("perplexity", *BASE, "--selectors", "gate"), "selectors must name gate"),
+    "gates' name": (("perplexity", *BASE, "--gates", "oracle=@gates-of-model"), "names of their own"),
+    "device": (("perplexity", *BASE, "--device", "abacus"), "device must be"),
+    "impl": (("perplexity", *BASE, "--contexts", "300", "--impl", "magic"), "impl must be one of"),
+    "depth": (("needle", *BASE, "--depths", "1.5"), "depths"),
+    "heads": (("recall", *BASE, "--heads", "one"), "heads must be LAYER:HEAD"),
+    "maps": (("recall", *BASE, "--maps", "@maps.npz"), "maps must have gates"),
+    "goal": (("calibrate", *BASE, "--gates", "@gates-of-model"), "one of density and target-recall"),
+    "unreachable goal": (
+        ("calibrate", *BASE, "--gates", "@gates-of-model", "--context", "400", "--density", "0.1"),
+        "at least that of the forced blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_eval_rejects_bad_input_in_a_sentence_and_writes_nothing(folder, tmp_path, capsys, name: str) -> None:
+    args, message = BAD[name]
+    before = sorted(folder.rglob("*"))
+    assert run(folder, *args, "--output", str(tmp_path / "r.jsonl")) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir()) and sorted(folder.rglob("*")) == before
+
+
+def test_report_command_names_what_it_wrote(folder, tmp_path, capsys) -> None:
+    output, report = tmp_path / "r.jsonl", tmp_path / "report"
+    assert run(folder, "perplexity", *BASE, "--contexts", "300", "--densities", "0.5", "--output", str(output)) == 0
+    capsys.readouterr()
+    assert command("report", str(output), "--output", str(report)) == 0
+    written = {report / name for name in ("table.md", "perplexity.png", "perplexity.svg")}
+    assert set(report.iterdir()) == written
+    assert set(capsys.readouterr().out.split()) == set(map(str, written))

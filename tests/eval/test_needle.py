@@ -1,0 +1,123 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from seerattn.eval import needle
+from seerattn.eval.arms import make_arms
+from seerattn.eval.documents import RecallDocument
+from seerattn.eval.needle import Needle, answers, evaluate_needle
+from seerattn.eval.results import ResultsFile
+
+
+class Characters:
+    """A tokenizer of 94 characters, a token each."""
+
+    bos_token_id = 1
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [3 + (ord(c) - 32) % 94 for c in text]
+
+
+HAYSTACKS = [[3 + (7 * i) % 94 for i in range(3000)], [3 + (11 * i) % 94 for i in range(2000)], [5] * 10]
+
+
+def document(ids: list[int], answer: int, depth: float = 0.5) -> RecallDocument:
+    return RecallDocument(ids, [(len(ids) - answer, len(ids))], [depth], "passkey")
+
+
+def test_answers_match_a_greedy_reading_and_fp64_log_probabilities() -> None:
+    model = tiny_model("llama", torch.float64)
+    prompt = torch.randint(3, 97, (90,), generator=torch.Generator().manual_seed(1)).tolist()
+    greedy = list(prompt)
+    for _ in range(4):
+        with torch.no_grad():
+            greedy.append(int(model(input_ids=torch.tensor([greedy])).logits[0, -1].argmax()))
+    wrong = greedy[:-1] + [3 + (greedy[-1] - 2) % 90]
+    early = greedy[:-4] + [3 + (greedy[-4] - 2) % 90] + greedy[-3:]
+    # The third asks for the last token alone, so the wrong one before it is part of the prompt.
+    documents = [document(greedy, 4), document(wrong, 4), document(early, 1), document(greedy, 2, depth=0.2)]
+    found = answers(model, documents, batch=3)
+    assert [a.correct for a in found][:2] == [True, False] and found[3].correct and found[3].depth == 0.2
+    for given, one in zip(found, documents):
+        size = one.answers[0][1] - one.answers[0][0]
+        ids = torch.tensor(one.input_ids)
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        expected = sum(float(logits[i - 1, ids[i]]) for i in range(len(ids) - size, len(ids)))
+        assert given.log_prob == pytest.approx(expected, abs=1e-4)
+
+
+def test_needles_hide_the_answer_where_they_say_and_are_the_same_every_time() -> None:
+    cell = Needle("passkey", 400, 0.25, 3, seed=5)
+    made = cell.documents(Characters(), HAYSTACKS, 1)
+    assert made == cell.documents(Characters(), HAYSTACKS, 1)
+    assert made != Needle("passkey", 400, 0.25, 3, seed=6).documents(Characters(), HAYSTACKS, 1)
+    for one in made:
+        ((start, stop),) = one.answers
+        assert len(one.input_ids) == stop == 400 and one.input_ids[0] == 1
+        first = next(i for i in range(400) if one.input_ids[i : i + stop - start] == one.input_ids[start:stop])
+        assert abs(first / 400 - 0.25) < 0.15
+    assert len({tuple(one.input_ids) for one in made}) == 3
+
+
+def test_needle_rejects_haystacks_that_are_all_too_short() -> None:
+    with pytest.raises(ValueError, match="data must hold a text of 4000 tokens, got at most 3000"):
+        Needle("key_value", 4000, None, 2).documents(Characters(), HAYSTACKS, 1)
+
+
+def test_accuracy_and_log_prob_match_the_answers_of_the_dense_model(subject, monkeypatch) -> None:
+    monkeypatch.setattr(subject, "tokenizer", Characters())
+    cells = [Needle("passkey", 300, 0.5, 4), Needle("key_value", 350, None, 3, pairs=2)]
+    arms = make_arms(["dense", "streaming"], [1.0, 0.2], last_rows_dense=[0, 2])
+    rows = evaluate_needle(subject, arms, cells, HAYSTACKS, ResultsFile(None), text="t", batch=2)
+    assert len(rows) == 2 * len(cells) * len(arms)
+    for cell in cells:
+        given = answers(subject.model, cell.documents(Characters(), HAYSTACKS, 1))
+        found = [r for r in rows if r.context == cell.length]
+        for what, value in (
+            ("accuracy", sum(a.correct for a in given) / len(given)),
+            ("answer_log_prob", sum(a.log_prob for a in given) / len(given)),
+        ):
+            dense, *sparse = [r for r in found if r.what == what]
+            assert dense.value == pytest.approx(value, rel=1e-5) and dense.n == cell.n
+            for r in sparse:
+                kept_all = r.density == 1.0
+                assert (r.realised_density == 1) == kept_all
+                if what == "answer_log_prob":
+                    assert (abs(r.value - value) < 1e-3) == kept_all
+    # Dense last rows show the question everything, so they cost blocks and change the answers.
+    few, few_dense_rows = (
+        next(r for r in rows if r.what == "answer_log_prob" and r.density == 0.2 and r.policy["last_rows_dense"] == n)
+        for n in (0, 2)
+    )
+    assert few_dense_rows.realised_density > few.realised_density and few_dense_rows.value != few.value
+
+
+def test_finished_cells_are_not_asked_again(subject, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(subject, "tokenizer", Characters())
+    arms, cells = make_arms(["dense", "streaming"], [0.2]), [Needle("passkey", 300, d, 2) for d in (0.2, 0.8)]
+    path = tmp_path / "r.jsonl"
+    first = evaluate_needle(subject, arms, cells, HAYSTACKS, ResultsFile(path), text="t")
+    monkeypatch.setattr(needle, "answers", lambda *_, **__: pytest.fail("asked again"))
+    assert evaluate_needle(subject, arms, cells, HAYSTACKS, ResultsFile(path), text="t") == first
+
+
+def test_all_tokens_of_an_answer_must_be_right() -> None:
+    ids = list(range(3, 23))
+
+    def logits_of(right: int):
+        """A model that is right about the last so many tokens alone."""
+
+        def call(input_ids, use_cache, logits_to_keep):
+            logits = torch.zeros(*input_ids.shape, 40)
+            for position in range(len(ids) - 1 - right, len(ids) - 1):
+                logits[:, position, ids[position + 1]] = 5.0
+            return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+        return call
+
+    for right, expected in ((5, True), (4, False), (1, False)):
+        model = type("Fixed", (), {"device": "cpu", "__call__": staticmethod(logits_of(right))})()
+        assert answers(model, [document(ids, 5)])[0].correct is expected
