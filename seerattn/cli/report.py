@@ -1,0 +1,19 @@
+"""`seerattn report`: tables and figures from results files, and from nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Results files (.jsonl), and block maps (.npz).")],
+    output: Annotated[Path, typer.Option(help="Folder for table.md and the figures.")] = Path("report"),
+) -> None:
+    """Draw tables and figures from results."""
+    from seerattn.report import write_report
+
+    for path in write_report(results, output):
+        typer.echo(path)

@@ -1,0 +1,44 @@
+"""Tables and figures; they read results files and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from seerattn.eval.maps import BlockMaps
+from seerattn.eval.results import read_results
+from seerattn.report.maps import draw_maps
+from seerattn.report.perplexity import draw_perplexity
+from seerattn.report.select import latest
+from seerattn.report.table import render_tables
+
+
+def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
+    """Writes ``table.md``, ``perplexity.png/.svg`` and ``maps.png/.svg``, those that the files hold data for.
+
+    Args:
+        paths: results (.jsonl) and at most one file of block maps (.npz).
+        output: folder, made if it is missing.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: a file is missing, is something else, or there is no result.
+    """
+    map_files = [path for path in paths if path.suffix == ".npz"]
+    if len(map_files) > 1:
+        raise ValueError(f"results may hold one .npz of maps, got {len(map_files)}; draw each into a folder of its own")
+    results = latest(read_results([path for path in paths if path.suffix != ".npz"]))
+    maps = [BlockMaps.load(path) for path in map_files]
+    if not results and not maps:
+        raise ValueError(f"results must hold at least one line, got none in {', '.join(map(str, paths))}")
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    if results:
+        table = output / "table.md"
+        table.write_text(render_tables(results), encoding="utf-8")
+        written = [table, *draw_perplexity(results, output)]
+    for one in maps:
+        written += draw_maps(one, output)
+    return written

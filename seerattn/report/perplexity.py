@@ -1,0 +1,84 @@
+"""Figure: perplexity against realised sparsity, one line for each way of choosing blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from seerattn.eval.results import Result
+from seerattn.report import style
+from seerattn.report.select import group, last_rows_dense, paired, panels
+
+LABEL_POINTS = 11.0  # distance of two labels
+
+
+def draw_perplexity(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Draws a panel for each kind of text and context, and returns the files written; none without such results.
+
+    Error bars are the standard error of the paired difference from the dense model: what two lines have in common,
+    the difficulty of the documents, is not in them.
+    """
+    rows = [r for r in results if r.what == "perplexity" and r.value is not None and not last_rows_dense(r)]
+    found = panels(rows)
+    if not found:
+        return []
+    with style.context():
+        looks = style.looks(r.arm for r in rows)
+        texts = list(dict.fromkeys(key[:2] for key in sorted(found)))
+        columns = max(sum(key[:2] == text for key in found) for text in texts)
+        figure = Figure(figsize=(4.6 * columns, 3.4 * len(texts)), layout="constrained")
+        grid = figure.subplots(len(texts), columns, squeeze=False)
+        for line, text in zip(grid, texts):
+            keys = sorted(key for key in found if key[:2] == text)
+            for axes, key in zip(line, keys):
+                _panel(axes, key, found[key], paired(results), looks)
+            for axes in line[len(keys) :]:
+                axes.remove()
+        figure.canvas.draw()
+        for axes in figure.axes:
+            _label_lines(axes)
+        return style.save(figure, folder, "perplexity")
+
+
+def _panel(axes: Axes, key: tuple, rows: Sequence[Result], errors: dict[str, float], looks: dict[str, dict]) -> None:
+    _, text, context, _ = key
+    axes.set_title(f"{text}, {context:,} tokens")
+    for (arm,), line in sorted(group(rows, "arm").items()):
+        if arm == "dense":
+            axes.axhline(line[0].value, color=style.DENSE, linewidth=1.2, linestyle=(0, (5, 3)), label="dense")
+            continue
+        line = sorted(line, key=lambda r: 1 - r.realised_density)
+        x, y = [1 - r.realised_density for r in line], [r.value for r in line]
+        axes.errorbar(x, y, yerr=[errors.get(r.key, 0.0) for r in line], label=arm, elinewidth=1.0, **looks[arm])
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("sparsity: share of causal blocks not computed")
+    axes.set_ylabel("perplexity")
+    axes.grid(axis="x", visible=False)
+
+
+def _label_lines(axes: Axes) -> None:
+    """Writes the name of each line beside its right end, in its colour."""
+    handles, names = axes.get_legend_handles_labels()
+    ends = []
+    for handle in handles:
+        line = handle[0] if isinstance(handle, tuple) else handle
+        ends.append((line.get_color(), line.get_ydata()[-1]))
+    right = axes.get_xlim()[1]
+    to_points = 72 / axes.figure.dpi
+    heights = [axes.transData.transform((right, y))[1] * to_points for _, y in ends]
+    for name, (colour, y), height, moved in zip(names, ends, heights, style.spread(heights, LABEL_POINTS)):
+        axes.annotate(
+            name,
+            xy=(1, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, moved - height),
+            textcoords="offset points",
+            color=colour,
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+        )
