@@ -69,6 +69,9 @@ def distill(
         float,
         typer.Option(help="Share of samples that are synthetic recall documents.", rich_help_panel=_ABOUT),
     ] = 0.0,
+    density: Annotated[
+        float, typer.Option(help="Density that the gates run at when they are loaded.", rich_help_panel=_ABOUT)
+    ] = 0.2,
     paper: Annotated[
         bool, typer.Option("--paper", help="Start from the published form.", rich_help_panel=_FORM)
     ] = False,
@@ -135,6 +138,7 @@ def distill(
         row_weight=row_weight,
         drop_rows=drop_rows,
         recall_share=recall_share,
+        density=density,
         logging_steps=logging_steps,
         save_steps=save_steps,
         keep_checkpoints=keep_checkpoints,

@@ -13,7 +13,7 @@ CALIBRATED = "own policy"
 
 def render_tables(results: Sequence[Result]) -> str:
     """All tables that the results allow, as Markdown."""
-    parts = [*_perplexity(results), *_retrieval(results), *_by_depth(results), *_recall(results)]
+    parts = [*_perplexity(results), *_gap(results), *_retrieval(results), *_by_depth(results), *_recall(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -34,6 +34,29 @@ def _perplexity(results: Sequence[Result]) -> list[str]:
         if dense is not None:
             note = f"{len(dense.samples['documents'])} documents, {dense.n} tokens; {note}"
         parts += [f"### Perplexity: {text}, {context} tokens, {model}", note, _grid(panel, cell)]
+    return parts
+
+
+def _gap(results: Sequence[Result]) -> list[str]:
+    """How far each arm comes from streaming (0) to the oracle (1) at the same density, in perplexity."""
+    parts = []
+    rows = [r for r in results if r.what == "perplexity" and r.value is not None and not last_rows_dense(r)]
+    for (model, text, context, _), panel in panels(rows).items():
+        floor = {r.density: r.value for r in panel if r.arm == "streaming"}
+        ceiling = {r.density: r.value for r in panel if r.arm == "oracle"}
+        between = [
+            r for r in panel if r.selector == "gate" and floor.get(r.density, 0) > ceiling.get(r.density, float("inf"))
+        ]
+        if not between:
+            continue
+
+        def cell(rows: list[Result], floor: dict = floor, ceiling: dict = ceiling) -> str:
+            (row,) = rows
+            low, high = floor[row.density], ceiling[row.density]
+            return f"{(low - row.value) / (low - high):.0%}"
+
+        title = f"### Share of the gap from streaming to the oracle that is closed: {text}, {context} tokens, {model}"
+        parts += [title, _grid(between, cell)]
     return parts
 
 

@@ -45,7 +45,7 @@ import seerattn
 from transformers import AutoModelForCausalLM
 
 model = seerattn.attach(AutoModelForCausalLM.from_pretrained({facts["model"]!r}), "path/to/these/gates")
-seerattn.set_policy(model, seerattn.TopK(density=0.2))
+seerattn.set_policy(model, seerattn.TopK(density=0.1))  # or keep {config["density"]}, which is saved with the gates
 ```
 
 ## Training

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.selection.policies import TopK
 from seerattn.training.data import Samples, collate, read_documents, tokenize
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.losses import LossKind, RowWeight
@@ -48,6 +49,8 @@ class DistillConfig:
         drop_rows: share of the first query-block rows of every document that the loss leaves out; officially 0.25.
         recall_share: share of samples that are synthetic recall documents (`seerattn.eval.documents`). They teach
             the rows that look far back, which plain text rarely has.
+        density: of the `TopK` policy that is saved with the gates and applied when they are loaded. Training does not
+            depend on it, and `set_policy` changes it at any time.
         logging_steps: steps from one record to the next.
         save_steps: steps from one checkpoint to the next, a multiple of ``logging_steps``.
         keep_checkpoints: older ones are deleted.
@@ -65,6 +68,7 @@ class DistillConfig:
     row_weight: RowWeight = "uniform"
     drop_rows: float = 0.0
     recall_share: float = 0.0
+    density: float = 0.2
     logging_steps: int = 10
     save_steps: int = 100
     keep_checkpoints: int = 2
@@ -88,6 +92,8 @@ class DistillConfig:
             raise ValueError(f"drop_rows must be in [0, 1), got {self.drop_rows}")
         if not 0 <= self.recall_share <= 1:
             raise ValueError(f"recall_share must be in [0, 1], got {self.recall_share}")
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {self.density}")
         if self.save_steps % self.logging_steps:
             # A record averages over the steps since the last one; a run that resumes between two would lose some.
             raise ValueError(
@@ -218,7 +224,7 @@ def plan(
         seed=config.seed,
     )
     torch.manual_seed(config.seed)
-    gated = attach(model, gate, layers=None if layers is None else list(layers))
+    gated = attach(model, gate, policy=TopK(density=config.density), layers=None if layers is None else list(layers))
     return Plan(gated, samples, config, tuple(map(str, data)))
 
 

@@ -73,8 +73,9 @@ def test_switches_reach_the_saved_gates(name: str, folder: Path, tmp_path: Path)
 
 def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
     text = (
-        "--loss smooth_l1 --row-weight mass --drop-rows 0.25 --recall-share 1 --lr 0.002 --batch-size 2 --seed 7 "
-        "--micro-batch-size 2 --warmup-steps 0 --logging-steps 3 --save-steps 6 --keep-checkpoints 1 --dtype bfloat16"
+        "--loss smooth_l1 --row-weight mass --drop-rows 0.25 --recall-share 1 --density 0.3 --lr 0.002 --batch-size 2 "
+        "--seed 7 --micro-batch-size 2 --warmup-steps 0 --logging-steps 3 --save-steps 6 --keep-checkpoints 1 "
+        "--dtype bfloat16"
     )
     assert call(folder, *text.split(), "--block-size", 32, output=tmp_path / "out", context=256, steps=2) == 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -89,6 +90,7 @@ def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
         "row_weight": "mass",
         "drop_rows": 0.25,
         "recall_share": 1.0,
+        "density": 0.3,
         "logging_steps": 3,
         "save_steps": 6,
         "keep_checkpoints": 1,
@@ -97,6 +99,8 @@ def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
     }
     lines = (tmp_path / "out" / "training.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2] and json.loads(lines[0])["lr"] == 0.002
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["policy"]["policy"] == "TopK" and saved["policy"]["density"] == 0.3
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -120,6 +124,7 @@ ERRORS = {
     "context longer than the model's": ({"context": 2048}, [], "1024"),
     "context of less than two blocks": ({"context": 64}, [], "context must be a multiple of the block size 64"),
     "context off the grid": ({"context": 200}, [], "context must be a multiple of the block size 64"),
+    "density": ({}, ["--density", "0"], "density must be in (0, 1], got 0.0"),
     "block size": ({}, ["--block-size", "48"], "block_q must be one of [32, 64, 128], got 48"),
     "two block sizes": ({}, ["--block-size", "32", "--block-q", "64"], "block_size must be given alone"),
     "no block size": ({}, ["--block-q", "0"], "block_q must be one of"),
