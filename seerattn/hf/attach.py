@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +85,15 @@ def _attach_gates(
     if isinstance(gates, AttnGateConfig):
         config = SeerConfig(gate=gates.to_dict(), layers=layers)
         # inference_mode is False: the gates are fresh and trainable.
-        peft_model = get_peft_model(model, config)
+        with _without_deprecation_of_peft():
+            peft_model = get_peft_model(model, config)
     else:
         if layers is not None:
             raise ValueError(f"layers must be None for saved gates, which name their layers, got {layers}")
         if Path(gates).exists():
             check_gate_folder(Path(gates))
-        peft_model = PeftModel.from_pretrained(model, str(gates))
+        with _without_deprecation_of_peft():
+            peft_model = PeftModel.from_pretrained(model, str(gates))
         try:
             for layer in _gated_layers(peft_model):
                 layer.check_filled()
@@ -103,6 +107,14 @@ def _attach_gates(
     if peft_model.active_peft_config.policy is None:
         logger.info("the gates have no policy and the model runs dense; seerattn.set_policy makes it sparse")
     return peft_model
+
+
+@contextmanager
+def _without_deprecation_of_peft() -> Iterator[None]:
+    # PEFT 0.21 asks transformers 5.23 by an attribute that is deprecated there; users can do nothing about it.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _attach_selectors(
