@@ -35,9 +35,7 @@ class OracleSelector:
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
         """See `Selector.select`."""
-        _, target = pooled_attention(
-            q, k, k, block_q=self.block_q, block_k=self.block_k, scale=context.scale, softcap=context.softcap
-        )
+        _, target = pooled_attention(q, k, k, block_q=self.block_q, block_k=self.block_k, **context.logits)
         return self.choose(target, q_len=q.shape[2], k_len=k.shape[2], kv_heads=k.shape[1], layer=context.layer)
 
     def choose(self, target: Tensor, *, q_len: int, k_len: int, kv_heads: int, layer: int) -> BlockIndices:

@@ -194,9 +194,6 @@ class Subject:
             raise ValueError("model must have no gates or selectors yet, got one with some")
         gated = attach(self.model, folder.path)
         try:
-            # One short forward lets every layer refuse gates that the checkpoint does not fill.
-            with torch.inference_mode():
-                gated(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
             gates = {state.layer: state.gate for state in layer_states(gated) if state.gate is not None}
             saved = gated.active_peft_config.policy
         finally:

@@ -79,15 +79,7 @@ class Calibrator:
         if self._goal == "density":
             share = (causal / causal.sum()).expand(scores.shape)
         else:
-            _, target = pooled_attention(
-                q,
-                k,
-                k,
-                block_q=config.block_q,
-                block_k=config.block_k,
-                scale=context.scale,
-                softcap=context.softcap,
-            )
+            _, target = pooled_attention(q, k, k, block_q=config.block_q, block_k=config.block_k, **context.logits)
             share = target.unflatten(1, (scores.shape[1], -1)).mean(2) / scores.shape[2]
         free = causal & ~forced
         layer = self._layers.setdefault(context.layer, BlockGains())

@@ -1,8 +1,8 @@
 """Synthetic recall documents: facts hidden in real text, and questions that only long context answers.
 
 Three kinds of fact share one set of templates: a pass key (five digits), key-value pairs (a made-up two-word key, five
-digits) and names (who held a made-up office). `training_document` mixes them densely; `passkey_document`,
-`key_value_document` and `name_document` ask one question at the very end, for evaluation. Token ids are concatenated
+digits) and names (who held a made-up office). `training_document` mixes them densely; `passkey_document` and
+`key_value_document` ask one question at the very end, for evaluation. Token ids are concatenated
 from separately encoded pieces, so answer spans are exact whatever the tokenizer merges, and so are lengths in tokens.
 """
 
@@ -199,36 +199,11 @@ def passkey_document(
     Raises:
         ValueError: If `depth` is not a share, `length` is too short for the sentences, or the haystack for `length`.
     """
-    return _single("passkey", encoder, haystack_ids, length, depth, rng, bos_token_id)
-
-
-def name_document(
-    encoder: Encoder,
-    haystack_ids: Sequence[int],
-    length: int,
-    depth: float,
-    rng: random.Random,
-    *,
-    bos_token_id: int | None = None,
-) -> RecallDocument:
-    """One name, introduced after the share `depth` of the text and asked for at the end; as `passkey_document`."""
-    return _single("names", encoder, haystack_ids, length, depth, rng, bos_token_id)
-
-
-def _single(
-    kind: Literal["passkey", "names"],
-    encoder: Encoder,
-    haystack_ids: Sequence[int],
-    length: int,
-    depth: float,
-    rng: random.Random,
-    bos_token_id: int | None,
-) -> RecallDocument:
     if not 0 <= depth <= 1:
         raise ValueError(f"depth must be in [0, 1], got {depth}; it is the share of the text before the fact")
-    facts = [_MAKERS[kind](encoder, rng)]
+    facts = [_passkey(encoder, rng)]
     inserts = [_Insert(depth, 0, asked=False), _Insert(1, 0, asked=True)]
-    return _assemble(encoder, haystack_ids, length, rng, bos_token_id, kind, facts, inserts)
+    return _assemble(encoder, haystack_ids, length, rng, bos_token_id, "passkey", facts, inserts)
 
 
 def key_value_document(

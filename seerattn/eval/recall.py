@@ -76,8 +76,7 @@ class RecallMeter:
     @torch.no_grad()
     def see(self, q: Tensor, k: Tensor, context: AttentionContext) -> None:
         """Measures one call of sequences of equal length, queries and keys after RoPE."""
-        logits = {"scale": context.scale, "softcap": context.softcap}
-        mass, target = block_mass(q, k, **logits, **self._blocks, return_target=True)
+        mass, target = block_mass(q, k, **context.logits, **self._blocks, return_target=True)
         q_len, k_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]
         for name, selector_at in self._selectors.items():
             selector = selector_at(context.layer)
@@ -202,8 +201,7 @@ def observe_maps(subject: Subject, arm: Arm, window: Window, heads: Sequence[tup
         wanted = [head for layer, head in heads if layer == context.layer]
         if not wanted:
             return
-        logits = {"scale": context.scale, "softcap": context.softcap}
-        _, target = pooled_attention(q, k, k, block_q=block_q, block_k=block_k, **logits)
+        _, target = pooled_attention(q, k, k, block_q=block_q, block_k=block_k, **context.logits)
         scores = gates[context.layer](context.unrotate(q, 0), context.unrotate(k, 0))
         forced = forced_block_mask(0, q.shape[2], *scores.shape[2:], block_q, block_k, policy.sink_blocks)[0]
         forced = forced.to(scores.device)

@@ -40,7 +40,7 @@ class Result:
         what: the quantity, such as "perplexity", "accuracy" or "target_recall".
         value: the value; None where it is not finite, which JSON cannot hold.
         n: how many samples it rests on, in `unit`.
-        unit: what `n` counts: "tokens", "documents", "rows".
+        unit: what `n` counts: "tokens", "documents", "sequences".
         stderr: standard error of the value, None where it is not known.
         model: name or folder of the base model.
         gates: name of the gates, None for selectors without.

@@ -285,7 +285,8 @@ class SeerModel(BaseTuner):
 
 @contextmanager
 def _collecting(model: nn.Module, losses: GateLosses):
-    states = [m._seer for m in model.modules() if isinstance(m, SeerLayer) and not m.disable_adapters]
+    layers = [m for m in model.modules() if isinstance(m, SeerLayer) and not m.disable_adapters]
+    states = [layer._seer for layer in layers if layer._seer.gate is not None]
     for state in states:
         state.losses = losses
     try:

@@ -51,20 +51,13 @@ class DensityMeter:
         self._computed: dict[int, Tensor] = {}
         self._causal: dict[int, Tensor] = {}
 
-    def add(self, layer: int, blocks: BlockIndices) -> None:
-        """Counts one call."""
+    def add(self, layer: int, heads: int, blocks: BlockIndices) -> None:
+        """Counts one call of a layer with so many query heads."""
         causal = causal_block_mask(
             blocks.q_start, blocks.q_len, blocks.num_q_blocks, blocks.num_k_blocks, blocks.block_q, blocks.block_k
         )
-        self._count(layer, blocks.counts.sum((0, 2)), causal.sum())
-
-    def add_dense(self, layer: int, heads: int, causal_blocks: int) -> None:
-        """Counts a call that computed everything."""
-        total = torch.tensor(causal_blocks)
-        self._count(layer, total.expand(heads), total)
-
-    def _count(self, layer: int, computed: Tensor, causal: Tensor) -> None:
-        computed, causal = computed.double().cpu(), causal.double().cpu()
+        computed = blocks.counts.sum((0, 2)).repeat_interleave(heads // blocks.num_heads)
+        computed, causal = computed.double().cpu(), causal.sum().double().cpu()
         self._computed[layer] = self._computed[layer] + computed if layer in self._computed else computed
         self._causal[layer] = self._causal[layer] + causal if layer in self._causal else causal
 
@@ -74,7 +67,7 @@ class DensityMeter:
         return sorted(self._computed)
 
     def by_head(self) -> dict[int, Tensor]:
-        """Realised density of every counted layer, float64 ``[Hm]``."""
+        """Realised density of every counted layer, float64 ``[H]``; the heads of a group may share theirs."""
         return {layer: self._computed[layer] / self._causal[layer] for layer in self.layers}
 
     def mean(self) -> float:
@@ -246,7 +239,16 @@ class LayerCall:
             )
         return self.state.rotation.tables(positions, cos)
 
-    def context(self, *, row: int | None, q_len: int, k_len: int, scale: float, softcap: float | None):
+    def context(
+        self,
+        *,
+        row: int | None,
+        q_len: int,
+        k_len: int,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> AttentionContext:
         """What a selector may know of the call."""
         state = self.state
         if state.rotation is None:
@@ -258,7 +260,7 @@ class LayerCall:
                 end = start + x.shape[2]
                 return state.rotation.unrotate(x, cos[:, start:end], sin[:, start:end])
 
-        return AttentionContext(layer=state.layer, scale=scale, softcap=softcap, unrotate=unrotate)
+        return AttentionContext(layer=state.layer, scale=scale, softcap=softcap, sinks=sinks, unrotate=unrotate)
 
 
 def seer_attention(
@@ -319,19 +321,16 @@ def _sparse(
         )
     if kwargs.get("dropout"):
         raise ValueError(f"attention dropout must be 0 for sparse attention, got {kwargs['dropout']}")
-    q_len, k_len = query.shape[2], mask.k_len
+    q_len, k_len, lengths = query.shape[2], mask.k_len, mask.lengths
     if state.impl == "auto" and prefer_dense(
         q_len=q_len, k_len=k_len, density=_expected_density(state.selector), device=query.device
     ):
         _log_dense(k_len)
-        _count_dense(state, q_len, k_len)
+        _count_dense(state, [k_len] * len(query) if lengths is None else lengths, q_len, query.shape[1])
         return None
     key, value = key[:, :, :k_len], value[:, :, :k_len]
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    softcap = kwargs.get("softcap")
-
-    context = partial(seer.context, scale=scale, softcap=softcap)
-    lengths = mask.lengths
+    logits = _logits(query, kwargs)
+    context = partial(seer.context, **logits)
     if lengths is None:
         blocks = state.selector.select(query, key, context(row=None, q_len=q_len, k_len=k_len))
     else:
@@ -342,15 +341,13 @@ def _sparse(
             rows.append(state.selector.select(q, k, context(row=b, q_len=t, k_len=n)))
         blocks = BlockIndices.stack(rows)
     for meter in state.meters:
-        meter.add(state.layer, blocks)
+        meter.add(state.layer, state.heads, blocks)
     out = block_sparse_attention(
         query,
         key,
         value,
         blocks,
-        scale=scale,
-        softcap=softcap,
-        sinks=kwargs.get("s_aux"),
+        **logits,
         lengths=None if lengths is None else torch.tensor(lengths, device=query.device),
         impl=state.impl,
     )
@@ -372,8 +369,7 @@ def _distil(
     segment_ids = state.losses.segment_ids
     if segment_ids is None and not mask.is_causal:
         segment_ids = _segments(seer.position_ids, query.shape[0])
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    softcap = kwargs.get("softcap")
+    logits = _logits(query, kwargs)
     config = state.gate.config
     with torch.no_grad():
         out, target = pooled_attention(
@@ -382,14 +378,12 @@ def _distil(
             value,
             block_q=config.block_q,
             block_k=config.block_k,
-            scale=scale,
-            softcap=softcap,
-            sinks=kwargs.get("s_aux"),
+            **logits,
             lengths=None if lengths is None else torch.tensor(lengths, device=query.device),
             segment_ids=segment_ids,
         )
         for b, n in [(None, k_len)] if lengths is None else enumerate(lengths):
-            unrotate = seer.context(row=b, q_len=n, k_len=n, scale=scale, softcap=softcap).unrotate
+            unrotate = seer.context(row=b, q_len=n, k_len=n, **logits).unrotate
             rows = slice(None) if b is None else slice(b, b + 1)
             num_q, num_k = num_query_blocks(0, n, config.block_q), num_query_blocks(0, n, config.block_k)
             state.losses.add(
@@ -401,6 +395,12 @@ def _distil(
                 None if segment_ids is None else segment_ids[rows, k_len - n :],
             )
     return out.transpose(1, 2).contiguous()
+
+
+def _logits(query: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What makes attention logits of q and k, under the names of our ops."""
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    return {"scale": scale, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
 
 
 def _check_mask(mask: CallMask | Tensor | None) -> CallMask:
@@ -427,15 +427,18 @@ def _expected_density(selector: Selector) -> float:
     if isinstance(policy, KeepAll):
         return 1.0
     density = getattr(policy, "density", 0.0)
-    return float(torch.tensor(density, dtype=torch.float64).mean())
+    values = [density] if isinstance(density, (int, float)) else [value for row in density for value in row]
+    return sum(values) / len(values)
 
 
-def _count_dense(state: LayerState, q_len: int, k_len: int) -> None:
-    if state.meters:
-        rows, columns = num_query_blocks(k_len - q_len, q_len, 64), num_query_blocks(0, k_len, 64)
-        causal = int(causal_block_mask(k_len - q_len, q_len, rows, columns, 64, 64).sum())
-        for meter in state.meters:
-            meter.add_dense(state.layer, state.heads, causal)
+def _count_dense(state: LayerState, lengths: list[int], q_len: int, heads: int) -> None:
+    if not state.meters:
+        return
+    config = None if state.gate is None else state.gate.config
+    sizes = {"block_q": 64, "block_k": 64} if config is None else {"block_q": config.block_q, "block_k": config.block_k}
+    rows = [BlockIndices.dense(batch=1, heads=heads, q_len=min(q_len, n), k_len=n, **sizes) for n in lengths]
+    for meter in state.meters:
+        meter.add(state.layer, heads, BlockIndices.stack(rows))
 
 
 @functools.cache

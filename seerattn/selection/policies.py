@@ -111,9 +111,9 @@ class TopK(Policy):
 
     Attributes:
         density: share of the causal block area to compute, in (0, 1].
-        rule: "same_k" keeps the same number in every row (early rows are cheap and need their few blocks: oracle
-            perplexity 33.2 against 36.5 at density .1 in a trial); "row_share" keeps the same share of each row's own
-            blocks, and so does not depend on the length of the prompt.
+        rule: "same_k" keeps the same number in every row: early rows are cheap and need their few blocks (oracle
+            perplexity 33.2 against 36.5 at density .1, docs/LOG.md). "row_share" keeps the same share of each row's
+            own blocks, and so does not depend on the length of the prompt.
         length: tokens of the whole prompt where it is known before its last chunk; "same_k" derives its number from
             it. None takes the keys of the call at hand.
     """

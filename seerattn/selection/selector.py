@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ class AttentionContext:
         layer: index of the decoder layer.
         scale: factor of q.k before the softmax.
         softcap: tanh soft cap of the logits, or None.
+        sinks: ``[H]`` logits of one more key without a value, or None.
         unrotate: maps ``(x [B, h, n, D], start)`` - post-RoPE vectors of the tokens at positions
             ``start .. start + n`` - to the vectors before RoPE, fp32. The identity where the layer has no RoPE.
     """
@@ -29,6 +30,12 @@ class AttentionContext:
     scale: float
     softcap: float | None
     unrotate: Callable[[Tensor, int], Tensor]
+    sinks: Tensor | None = None
+
+    @property
+    def logits(self) -> dict[str, Any]:
+        """What makes attention logits of q and k, as keyword arguments of the ops."""
+        return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
 
 
 @runtime_checkable

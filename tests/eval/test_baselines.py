@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,13 +59,17 @@ def test_baselines_choose_the_same_in_chunks_cut_on_block_boundaries(kind, polic
         assert torch.equal(part, whole[:, :, rows, : part.shape[-1]])
 
 
-def true_map(q, k, block_q: int, block_k: int) -> torch.Tensor:
+def true_map(q, k, block_q: int, block_k: int, sinks: torch.Tensor | None = None) -> torch.Tensor:
     """fp64 softmax, tile maxima by loops, row-normalised: ``[H, Nq, Nk]``."""
     q_len, k_len = q.shape[2], k.shape[2]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q.double() @ k.double().transpose(-1, -2) * CONTEXT.scale
     future = torch.arange(k_len) > torch.arange(k_len - q_len, k_len)[:, None]
-    p = scores.masked_fill(future, -torch.inf).softmax(-1)[0]
+    scores = scores.masked_fill(future, -torch.inf)
+    if sinks is not None:
+        column = sinks.double().view(1, -1, 1, 1).expand(1, -1, q_len, 1)
+        scores = torch.cat((scores, column), dim=-1)
+    p = scores.softmax(-1)[0, ..., :k_len]
     rows = rows_of(q_len, k_len, block_q)
     target = torch.zeros(q.shape[1], len(rows), -(-k_len // block_k), dtype=torch.float64)
     for i, positions in enumerate(rows):
@@ -75,11 +81,12 @@ def true_map(q, k, block_q: int, block_k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("q_len", "k_len", "block_q", "block_k"), SHAPES)
 @pytest.mark.parametrize("share", ["query_head", "kv_group"])
-def test_oracle_keeps_the_best_blocks_of_the_fp64_map(q_len, k_len, block_q, block_k, share) -> None:
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.0, 5.0, 9.0, -1.0])], ids=["plain", "sinks"])
+def test_oracle_keeps_the_best_blocks_of_the_fp64_map(q_len, k_len, block_q, block_k, share, sinks) -> None:
     q, k = qk(q_len, k_len)
     policy = TokenBudget(tokens=3 * block_k, sink_blocks=0)
-    mask = OracleSelector(policy, block_q, block_k, share).select(q, k, CONTEXT).to_mask()[0]
-    target = true_map(q, k, block_q, block_k)
+    mask = OracleSelector(policy, block_q, block_k, share).select(q, k, replace(CONTEXT, sinks=sinks)).to_mask()[0]
+    target = true_map(q, k, block_q, block_k, sinks)
     if share == "kv_group":
         target = target.view(2, 2, *target.shape[1:]).amax(1)
     assert mask.shape == target.shape

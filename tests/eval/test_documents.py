@@ -9,7 +9,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from seerattn.eval.documents import (
     RecallDocument,
     key_value_document,
-    name_document,
     passkey_document,
     training_document,
 )
@@ -104,14 +103,6 @@ def test_key_value_document_asks_for_one_of_its_pairs(encoder, haystack):
     assert end == 1500 and encoder.decode(document.input_ids[begin:end]) == f" {pairs[asked.group(1)]}"
 
 
-def test_name_document_asks_for_the_name(encoder, haystack):
-    document = name_document(encoder, haystack, 900, 0.2, random.Random(5))
-    [(begin, end)] = document.answers
-    name = re.search(_STATEMENT["called"], encoder.decode(document.input_ids)).group(1)
-    assert (len(document.input_ids), end) == (900, 900)
-    assert encoder.decode(document.input_ids[begin:end]) == f" {name}"
-
-
 @pytest.mark.parametrize("length", [2049, 4097])
 def test_training_documents_state_every_fact_before_it_is_asked(encoder, haystack, length):
     if isinstance(encoder, _Characters):
@@ -165,7 +156,7 @@ def test_documents_reject_what_cannot_be_built(encoder, haystack):
     with pytest.raises(ValueError, match="haystack_ids must hold at least"):
         passkey_document(encoder, haystack[:100], 900, 0.5, rng)
     with pytest.raises(ValueError, match="depth must be in"):
-        name_document(encoder, haystack, 900, 1.5, rng)
+        passkey_document(encoder, haystack, 900, 1.5, rng)
     with pytest.raises(ValueError, match="pairs must be at least 1"):
         key_value_document(encoder, haystack, 900, rng, pairs=0)
     with pytest.raises(ValueError, match="length must be at least 256"):

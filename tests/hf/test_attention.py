@@ -134,6 +134,23 @@ def test_auto_runs_short_and_nearly_dense_prompts_dense_and_says_so(visited: lis
     assert len(visited) == 2 and meter.mean() < 0.2
 
 
+def test_density_over_dense_and_sparse_calls_is_the_share_of_all_their_causal_blocks() -> None:
+    shared = AttnGateConfig(block_q=32, block_k=32, share="kv_group")
+    model = seerattn.attach(tiny_model("llama", max_position_embeddings=4096), shared, TokenBudget(tokens=64)).eval()
+    lengths, padded = (100, 300), torch.ones(2, 300, dtype=torch.long)
+    padded[0, :200] = 0
+    with seerattn.record_density(model) as meter:
+        seerattn.set_policy(model, KeepAll(), impl="auto")
+        model(input_ids=tokens(2, 300), attention_mask=padded)  # dense
+        seerattn.set_policy(model, TokenBudget(tokens=64), impl="reference")
+        model(input_ids=tokens(1, 640))
+    rows = [-(-n // 32) for n in lengths]
+    dense = sum(n * (n + 1) // 2 for n in rows)
+    expected = (dense + 1 + 2 * 19) / (dense + 20 * 21 // 2)
+    for density in meter.by_head().values():
+        assert density.tolist() == pytest.approx([expected] * len(density))
+
+
 def test_policy_and_implementation_change_on_a_loaded_model(
     model: torch.nn.Module, visited: list[BlockIndices]
 ) -> None:

@@ -246,6 +246,11 @@ def test_bad_arguments_are_rejected():
             block_sparse_attention(q_, k_, v_, blocks_, **kwargs)
 
 
+def test_prefer_dense_on_cuda_until_there_is_a_kernel_for_it():
+    assert prefer_dense(q_len=131072, k_len=131072, density=0.05, device="cuda")
+    assert not prefer_dense(q_len=64, k_len=64, density=1.0, device="mps")
+
+
 @pytest.mark.parametrize(
     "q_len, k_len, density, dense",
     [(512, 512, 0.1, True), (1024, 1024, 0.23, True), (2048, 2048, 0.38, True), (2048, 2048, 0.12, False)]
