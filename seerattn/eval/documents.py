@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Literal, Protocol
 
 Kind = Literal["passkey", "key_value", "names", "mixed"]
@@ -177,6 +178,12 @@ def _assemble(
     return RecallDocument(input_ids, answers, depths, kind)
 
 
+def _fitting(facts: list[_Fact], length: int) -> list[_Fact]:
+    """The first facts, one at least, that fit beside their questions, should each be asked for twice."""
+    costs = accumulate(len(f.statement) + 2 * (len(f.question) + len(f.answer) + 2) for f in facts)
+    return facts[: max(1, sum(cost < length for cost in costs))]
+
+
 def passkey_document(
     encoder: Encoder,
     haystack_ids: Sequence[int],
@@ -266,7 +273,7 @@ def training_document(
         kinds = ["passkey"] + rng.choices(["key_value", "names"], k=count - 1)
     else:
         kinds = [kind] * count
-    facts = [_MAKERS[each](encoder, rng) for each in kinds]
+    facts = _fitting([_MAKERS[each](encoder, rng) for each in kinds], length)
     inserts, at_end = [], []
     for fact in range(len(facts)):
         place = rng.random()

@@ -149,6 +149,17 @@ def test_documents_are_the_same_for_the_same_seed_and_differ_otherwise(encoder, 
     assert all(a != b for a, b in zip(build(1), build(2)))
 
 
+def test_short_training_documents_hold_as_many_facts_as_fit():
+    encoder = _Characters()
+    haystack = encoder.encode("a quiet day in the valley\n" * 200, add_special_tokens=False)
+    for seed in range(60):
+        document = training_document(encoder, haystack, 700, random.Random(seed))
+        assert len(document.input_ids) == 700 and document.answers
+        for begin, end in document.answers:
+            answer = encoder.decode(document.input_ids[begin:end])
+            assert answer in encoder.decode(document.input_ids[:begin])
+
+
 def test_documents_reject_what_cannot_be_built(encoder, haystack):
     rng = random.Random(0)
     with pytest.raises(ValueError, match="length must be at least"):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,11 @@ def uninterrupted(folder: Path) -> Path:
     return folder / "uninterrupted"
 
 
-def train(folder: Path, output: Path, config: DistillConfig = RUN, **options: Any) -> PeftModel:
+def train(
+    folder: Path, output: Path, config: DistillConfig = RUN, gate: AttnGateConfig = FORM, **options: Any
+) -> PeftModel:
     model = seerattn_model(folder)
-    return distill(model, tiny_tokenizer(), [folder / "data.jsonl"], config, gate=FORM, output=output, **options)
+    return distill(model, tiny_tokenizer(), [folder / "data.jsonl"], config, gate=gate, output=output, **options)
 
 
 def seerattn_model(folder: Path) -> torch.nn.Module:
@@ -224,7 +227,10 @@ def test_two_processes_match_one_at_the_same_global_batch(folder: Path, tmp_path
         "--recall-share": 0.25,
         "--output": tmp_path / "two",
     }
-    form = {"--block-size": 32, "--query-subblocks": 4, "--key-subblocks": 2, "--init": "normal"}
+    # One sub-block a side: between two that score alike, the order of a sum decides which is the maximum and gets the
+    # gradient, and from then on runs differ by more than rounding (3e-5 in the loss, seen at the sixth step).
+    smooth = replace(FORM, query_subblocks=1, key_subblocks=1)
+    form = {"--block-size": 32, "--query-subblocks": 1, "--key-subblocks": 1, "--init": "normal"}
     arguments = [str(x) for pair in (options | form).items() for x in pair]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "seerattn"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -233,7 +239,7 @@ def test_two_processes_match_one_at_the_same_global_batch(folder: Path, tmp_path
     config = DistillConfig(
         context=256, steps=6, batch_size=4, logging_steps=2, save_steps=4, lr=3e-3, recall_share=0.25
     )
-    train(folder, tmp_path / "one", config)
+    train(folder, tmp_path / "one", config, gate=smooth)
     for two, one in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
         assert two["layer_loss"] == pytest.approx(one["layer_loss"], abs=1e-6)
