@@ -1,6 +1,6 @@
 """Dense attention against gate + selection + block-sparse attention on the CPU.
 
-    python benchmarks/cpu.py                                   # the table of the README, about two minutes on 2 cores
+    python benchmarks/cpu.py                                   # the table of docs/LOG.md, about two minutes on 2 cores
     python benchmarks/cpu.py --lengths 16384 --densities 0.1 --repeats 9 --output rows.jsonl
 
 Dense is `torch.nn.functional.scaled_dot_product_attention` with `is_causal`. Both sides start from the same q and k
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattn.eval.results import environment
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.gate.rope import rotate
 from seerattn.ops.block_sparse_attention import block_sparse_attention
@@ -136,9 +136,7 @@ def main() -> int:
                     "min": best,
                     "median": middle,
                     "n": args.repeats,
-                    "threads": args.threads,
-                    "torch": torch.__version__,
-                    "cpu": platform.processor() or platform.machine(),
+                    **environment("cpu"),
                 }
                 cells = [f"{best[s] * 1e3:.0f} ({middle[s] * 1e3:.0f})" for s in ("dense", "sparse")]
                 ratio = best["dense"] / best["sparse"]

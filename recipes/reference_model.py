@@ -18,11 +18,8 @@ setup, one for every 100 steps, one for each validation, and last a summary with
 the summary is also the last line printed.
 """
 
-import bz2
 import copy
-import gzip
 import json
-import lzma
 import math
 import os
 import platform
@@ -51,12 +48,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from seerattn.eval.documents import RecallDocument, key_value_document, passkey_document, training_document
+from seerattn.training.data import read_documents
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 GROUPS = ("books", "proofs")
 SIZE_LIMIT = 24_000_000  # bytes of all shipped files
 TOKENIZER_SAMPLE = 60_000  # characters of each training document, from its middle
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 Attention = Literal["auto", "flash", "cudnn"]
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -115,12 +112,6 @@ class Log:
         print(line, flush=True)
 
 
-def read_shard(path: Path) -> list[str]:
-    """Texts of one shard of JSON lines, decompressed by suffix."""
-    with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file if line.strip()]
-
-
 def read_texts(data: Path, split: str, limit: int | None = None) -> dict[str, list[str]]:
     """Texts of each group's `split`; decompression releases the GIL, so threads read shards side by side.
 
@@ -131,7 +122,7 @@ def read_texts(data: Path, split: str, limit: int | None = None) -> dict[str, li
     for group in GROUPS:
         shards = sorted((data / group).glob(f"{split}*.jsonl*"))
         with ThreadPoolExecutor() as pool:
-            texts[group] = [text for shard in pool.map(read_shard, shards) for text in shard if text][:limit]
+            texts[group] = [text for shard in pool.map(read_documents, zip(shards)) for text in shard][:limit]
         if not texts[group]:
             raise ValueError(
                 f"data must hold {group}/{split}*.jsonl[.gz|.bz2|.xz] with text, got {data}; name its parent"

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from seerattn.gate.attn_gate import AttnGate
+from seerattn.hf.mask import CallMask, make_mask
 from seerattn.hf.rotary import Rotation
 from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.pooled_attention import pooled_attention
@@ -123,87 +123,6 @@ def record_density(model: nn.Module) -> Iterator[DensityMeter]:
     finally:
         for state in states:
             state.meters.remove(meter)
-
-
-class CallMask:
-    """The mask of one forward, as the model described it; handed to the layers in place of a tensor.
-
-    It keeps the 2-D padding mask, which sparse layers need, and makes the tensor that the replaced implementation
-    expects when the first dense layer asks for it.
-    """
-
-    # All that transformers asks of a mask which `generate` prepares for a static cache.
-    ndim = 0
-
-    def contiguous(self) -> CallMask:
-        return self
-
-    def __init__(self, dense: str, arguments: dict[str, Any]) -> None:
-        self._dense = dense
-        self._arguments = arguments
-
-    @functools.cached_property
-    def tensor(self) -> Tensor | None:
-        """The mask of the replaced implementation."""
-        return ALL_MASK_ATTENTION_FUNCTIONS[self._dense](**self._arguments)
-
-    @functools.cached_property
-    def k_len(self) -> int:
-        """Real key slots, padding included; a static cache has more."""
-        return int(self._arguments["q_offset"]) + self._arguments["q_length"]
-
-    @functools.cached_property
-    def lengths(self) -> list[int] | None:
-        """Real tokens of every left-padded row, None without padding.
-
-        Raises:
-            ValueError: padding elsewhere than on the left.
-        """
-        mask = self._arguments["attention_mask"]
-        if mask is None:
-            return None
-        mask = mask[:, : self.k_len]
-        lengths = mask.sum(1)
-        from_right = torch.arange(self.k_len, 0, -1, device=mask.device)
-        if mask.shape[1] != self.k_len or not torch.equal(mask, from_right <= lengths[:, None]):
-            raise ValueError(
-                "attention_mask must be zeros followed by ones in every row (left padding), "
-                "got padding on the right or holes; set tokenizer.padding_side = 'left'"
-            )
-        rows = lengths.tolist()
-        if min(rows) == 0:
-            raise ValueError("attention_mask must keep at least one token of every row, got an empty row")
-        return None if min(rows) == self.k_len else rows
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether the mask is causality and padding alone: no packed documents, no overlay of other patterns."""
-        return bool(self._arguments["allow_is_causal_skip"])
-
-    @property
-    def has_overlay(self) -> bool:
-        """Whether the model laid a pattern of its own over the causal one."""
-        return bool(self._arguments.get("use_vmap"))
-
-
-def make_mask(
-    *,
-    dense: str,
-    q_length: int,
-    q_offset: int | Tensor = 0,
-    attention_mask: Tensor | CallMask | None = None,
-    **arguments: Any,
-) -> CallMask | Tensor | None:
-    """The mask function of our implementations, in the signature of `transformers.AttentionMaskInterface`."""
-    if isinstance(attention_mask, CallMask):
-        return attention_mask
-    # A static cache gives its own counter, which the first layer moves on before anybody asks.
-    q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
-    arguments |= {"attention_mask": attention_mask, "q_length": q_length, "q_offset": q_offset}
-    if q_length == 1:
-        # A decode step is dense in every layer; what it compiles to must not depend on us.
-        return ALL_MASK_ATTENTION_FUNCTIONS[dense](**arguments)
-    return CallMask(dense, arguments)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from seerattn.hf.attention import IMPLEMENTATIONS, CallMask, make_mask
+from seerattn.hf.attention import IMPLEMENTATIONS
+from seerattn.hf.mask import CallMask, make_mask
 from seerattn.hf.rotary import Rotation
 
 PROBE = "seer_probe"

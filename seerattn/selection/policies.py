@@ -7,6 +7,7 @@ the density. A knob is one number for the whole model or, as calibration makes t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
@@ -32,7 +33,7 @@ class _Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class Policy(ABC):
     """What all policies share.
 
     Attributes:
@@ -88,9 +89,9 @@ class Policy:
         mask = self._keep(scores.masked_fill(hidden[:, None], -torch.inf), rows) | rows.forced
         return BlockIndices.from_mask(mask, block_q=block_q, block_k=block_k, q_start=q_start, q_len=q_len)
 
+    @abstractmethod
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
         """Bool ``[B, Hm, Nq, Nk]``; forced and non-causal blocks may have any value."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict:
         """Plain JSON types, with the name of the policy under "policy"; `policy_from_dict` restores it."""
