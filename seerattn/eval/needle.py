@@ -122,7 +122,7 @@ def answers(
         # The token before the answer predicts its first one; the last token predicts nothing that is asked.
         logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=width + 1).logits[:, :-1].float()
         labels = input_ids[:, -width:]
-        log_probs = -F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").double()
+        log_probs = -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels).double()
         hits = logits.argmax(-1) == labels
         for row, document in enumerate(group):
             size = document.answers[-1][1] - document.answers[-1][0]

@@ -33,6 +33,17 @@ def test_token_losses_match_the_models_own_loss(monkeypatch, name: str, pieces: 
     assert "forward" not in vars(model.base_model)
 
 
+def test_token_losses_over_a_large_vocabulary_have_no_bias() -> None:
+    model, ids = tiny_model("llama", vocab_size=8192), tokens(1, 300)
+    with torch.no_grad():
+        # Spread as a trained model's: among equal logits every order of summation is exact.
+        model.lm_head.weight *= 6 / model(input_ids=ids).logits.std()
+        logits = model(input_ids=ids).logits[:, :-1].double()
+    expected = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    # A loss of 16 to 32 is rounded by 2^-20 at most, to either side; the mean of the errors is no larger.
+    assert (perplexity.token_losses(model, ids) - expected).mean().abs() < 2**-20
+
+
 def windows_of(documents, context: int = 400):
     return {context: cut_windows(documents, context=context, count=1, bos_token_id=1)}
 
