@@ -32,7 +32,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from seerattn.baselines.oracle import OracleSelector
 from seerattn.baselines.streaming import StreamingSelector
-from seerattn.eval.documents import key_value_document, passkey_document, training_document
+from seerattn.eval.data import Window
+from seerattn.eval.documents import RecallDocument, key_value_document, passkey_document, training_document
+from seerattn.eval.needle import answers
+from seerattn.eval.perplexity import document_losses
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.hf.attach import attach, detach
 from seerattn.ops.pooled_attention import pooled_attention
@@ -113,30 +116,6 @@ def save_adapter(base, stacked: AttnGate, folder: Path) -> None:
         gate.load_state_dict(trained.state_dict())
     adapter.save_pretrained(folder)
     detach(adapter)
-
-
-@torch.no_grad()
-def answers_right(model, documents, device: str) -> tuple[float, float]:
-    """Share of documents whose answer tokens are all the most likely ones, and the mean answer log-probability."""
-    right, log_probability = 0, 0.0
-    for document in documents:
-        begin, end = document.answers[-1]
-        ids = torch.tensor([document.input_ids], device=device)
-        logits = model(input_ids=ids, logits_to_keep=ids.shape[1] - begin + 1, use_cache=False).logits[0].float()
-        predictions, answer = logits[: end - begin], ids[0, begin:end]
-        right += bool((predictions.argmax(-1) == answer).all())
-        log_probability += float(predictions.log_softmax(-1).gather(-1, answer[:, None]).mean())
-    return right / len(documents), log_probability / len(documents)
-
-
-@torch.no_grad()
-def perplexity(model, windows: list[Tensor]) -> float:
-    total, count = 0.0, 0
-    for ids in windows:
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
-        count += ids.numel() - 1
-    return math.exp(total / count)
 
 
 def main(
@@ -259,7 +238,7 @@ def main(
         for _ in range(documents)
     ]
     pairs = [key_value_document(tokenizer, filler, context, evaluation, bos_token_id=bos) for _ in range(documents)]
-    windows = [torch.tensor([bos, *ids[: context - 1]], device=device) for ids in validation]
+    windows = [Window(number, [bos, *ids[: context - 1]]) for number, ids in enumerate(validation)]
 
     def report(name: str, density: float | None, **values: float) -> None:
         for what, value in values.items():
@@ -287,13 +266,20 @@ def main(
                 file.write(json.dumps(row) + "\n")
         print(name, density, {k: round(v, 4) for k, v in values.items()}, flush=True)
 
+    def retrieval(asked: list[RecallDocument]) -> tuple[float, float]:
+        """Share of right answers, and the mean log-probability of their tokens."""
+        found = answers(base, asked)
+        per_token = [a.log_prob / (d.answers[-1][1] - d.answers[-1][0]) for a, d in zip(found, asked)]
+        return sum(a.correct for a in found) / len(found), sum(per_token) / len(found)
+
     def evaluate(name: str, density: float | None) -> None:
-        passkey, passkey_log_p = answers_right(base, passkeys, device)
-        pair, pair_log_p = answers_right(base, pairs, device)
+        _, nats, tokens = document_losses(base, windows)
+        passkey, passkey_log_p = retrieval(passkeys)
+        pair, pair_log_p = retrieval(pairs)
         report(
             name,
             density,
-            perplexity=perplexity(base, windows),
+            perplexity=math.exp(sum(nats) / sum(tokens)),
             passkey=passkey,
             passkey_log_p=passkey_log_p,
             key_value=pair,

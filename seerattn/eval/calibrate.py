@@ -7,7 +7,6 @@ a head meets the target in every head; one for all heads meets it on average and
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from seerattn.eval.results import Result, ResultsFile, Stopwatch
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.hf.checkpoint import CONFIG, check_gate_folder
 from seerattn.ops.pooled_attention import pooled_attention
+from seerattn.saving import write_whole
 from seerattn.selection.block_indices import causal_block_mask, forced_block_mask
 from seerattn.selection.policies import Policy, Threshold
 from seerattn.selection.selector import AttentionContext
@@ -226,9 +226,4 @@ def save_policy(folder: Path, policy: Policy) -> None:
     """Writes a policy into the ``adapter_config.json`` of a folder of gates, whole or not at all."""
     path = folder / CONFIG
     config = check_gate_folder(folder) | {"policy": policy.to_dict()}
-    draft = path.with_name(path.name + ".part")
-    try:
-        draft.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+
+from seerattn.saving import staged
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,8 @@ class BlockMaps:
     def save(self, path: Path) -> None:
         """Writes a compressed .npz, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".part")
-        try:
-            with draft.open("wb") as file:
-                np.savez_compressed(file, **vars(self))
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with staged(path.parent, path.name) as staging, (staging / path.name).open("wb") as file:
+            np.savez_compressed(file, **vars(self))
 
     @classmethod
     def load(cls, path: Path) -> BlockMaps:

@@ -11,6 +11,7 @@ from seerattn.report.maps import draw_maps
 from seerattn.report.perplexity import draw_perplexity
 from seerattn.report.select import latest
 from seerattn.report.table import render_tables
+from seerattn.saving import write_whole
 
 
 def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
@@ -37,7 +38,7 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
     written = []
     if results:
         table = output / "table.md"
-        table.write_text(render_tables(results), encoding="utf-8")
+        write_whole(table, render_tables(results))
         written = [table, *draw_perplexity(results, output)]
     for one in maps:
         written += draw_maps(one, output)

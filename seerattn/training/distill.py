@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.saving import staged, write_whole
 from seerattn.selection.policies import TopK
 from seerattn.training.data import Samples, collate, read_documents, tokenize
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.losses import LossKind, RowWeight
 from seerattn.training.memory import estimate_memory
-from seerattn.training.saving import staged, write_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel

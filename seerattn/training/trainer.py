@@ -15,8 +15,8 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from seerattn.hf.distillation import GateLosses
+from seerattn.saving import staged, write_whole
 from seerattn.training.layer_loss import RECALL_DENSITIES, LayerLoss
-from seerattn.training.saving import staged, write_whole
 
 
 class DistillTrainer(Trainer):
