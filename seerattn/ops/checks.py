@@ -46,3 +46,17 @@ def check_lengths(k: Tensor, lengths: Tensor | None) -> list[int]:
     if not all(0 <= n <= k_tokens for n in rows):
         raise ValueError(f"lengths must be 0 to S = {k_tokens}, got {rows}")
     return rows
+
+
+def check_cu_seqlens(q: Tensor, k: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> list[int] | None:
+    """Bounds of the sequences that lie one after the other in a batch of one, on the host."""
+    if cu_seqlens is None:
+        return None
+    if lengths is not None:
+        raise ValueError("lengths must be None with cu_seqlens, which says where sequences end, got both")
+    if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
+        raise ValueError(f"cu_seqlens needs a batch of 1 with T == S, got {list(q.shape)} and {list(k.shape)}")
+    bounds = cu_seqlens.tolist() if cu_seqlens.ndim == 1 and not cu_seqlens.is_floating_point() else []
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != q.shape[2] or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens must be int [N + 1], ascending from 0 to T = {q.shape[2]}, got {bounds}")
+    return bounds

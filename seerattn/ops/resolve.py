@@ -1,67 +1,99 @@
-"""Which implementation runs: the one place that knows what `impl="auto"` means."""
+"""Which implementation of an op runs: the one place that knows what `impl="auto"` means.
+
+An implementation is a module. It is imported when it is first needed, so nothing here needs Triton or a GPU. Beside the
+function of the op it has ``refusal``, which takes the arguments of a call and says in a sentence why it cannot serve
+it, or None; the reference serves everything and has none.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import importlib.util
+import os
+from collections.abc import Iterator
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import torch
 
-KNOWN_IMPLS: dict[str, tuple[str, ...]] = {
-    "block_sparse_attention": ("reference",),
-    "pooled_attention": ("reference",),
+# In the order in which "auto" tries them.
+IMPLS: dict[str, dict[str, str]] = {
+    "block_sparse_attention": {
+        "gluon": "seerattn.ops.block_sparse_attention.gluon_fwd",
+        "triton": "seerattn.ops.block_sparse_attention.triton_fwd",
+        "flash4": "seerattn.ops.block_sparse_attention.flash4",
+        "reference": "seerattn.ops.block_sparse_attention.reference",
+    },
+    "pooled_attention": {
+        "triton": "seerattn.ops.pooled_attention.triton_fwd",
+        "reference": "seerattn.ops.pooled_attention.reference",
+    },
+    # The reference of these is torch modules, outside of `ops`.
+    "gate_scores": {"triton": "seerattn.ops.gate_scores.triton_select", "reference": "seerattn.gate_selector"},
+    "pool_windows": {"triton": "seerattn.ops.gate_scores.triton_pool", "reference": "seerattn.gate_selector"},
 }
 
+# Not chosen by "auto": betas of pinned versions, which compile for 4 to 8 s at the first call of every form.
+ON_REQUEST = ("flash4",)
 
-def resolve(op: str, impl: str) -> str:
-    """Turns ``impl`` into the name of an implementation of ``op``.
+
+def check_impl(op: str, impl: str) -> None:
+    """Refuses a name that no implementation of ``op`` has."""
+    if impl not in ("auto", *IMPLS[op]):
+        raise ValueError(f"impl must be one of {', '.join(('auto', *IMPLS[op]))} for {op}, got {impl!r}")
+
+
+def implementation(op: str, impl: str, device: torch.device, *args: Any, **kwargs: Any) -> ModuleType:
+    """The module that serves a call of ``op`` with these arguments.
 
     Raises:
-        ValueError: an explicit ``impl`` that does not exist; nothing is substituted for it.
+        ValueError: an explicit ``impl`` that does not exist or cannot run; nothing is substituted for it.
     """
-    known = KNOWN_IMPLS[op]
+    check_impl(op, impl)
     if impl == "auto":
-        return known[0]
-    if impl not in known:
-        raise ValueError(f"impl must be one of {', '.join(('auto',) + known)} for {op}, got {impl!r}")
-    return impl
+        candidates = (import_module(IMPLS[op][name]) for name in _available(op, device))
+        return next(m for m in candidates if not hasattr(m, "refusal") or m.refusal(*args, **kwargs) is None)
+    reason = _missing(impl, device)
+    if reason is None:
+        module = import_module(IMPLS[op][impl])
+        reason = module.refusal(*args, **kwargs) if hasattr(module, "refusal") else None
+    if reason is not None:
+        raise ValueError(f"impl={impl!r} cannot run this {op}: {reason}; use another impl, or 'auto'")
+    return module
 
 
-@dataclass(frozen=True)
-class SparseCost:
-    """Cost of gate + selection + sparse attention in units of dense attention, for one kind of device.
-
-    Attributes:
-        per_density: cost of a listed block against the same block in dense attention.
-        per_key: fixed cost (pooling, scoring, choosing) for every key, in dense (query, key) pairs.
-    """
-
-    per_density: float
-    per_key: float
+def preferred(op: str, impl: str, device: torch.device) -> str:
+    """The name behind ``impl`` on a device, for those who must name what they measure."""
+    check_impl(op, impl)
+    return next(_available(op, device)) if impl == "auto" else impl
 
 
-# CPU: AVX-512 Xeon, one thread, CPU time in ms, default gate, H 8, HKV 2, D 64, fp32, 64 x 64 blocks; dense first:
-#   T  512:   5    density .42:  11
-#   T 1024:  14    density .23:  20   .43:  24
-#   T 2048:  47    density .12:  43   .28:  55   .38:  63   .52:  75
-#   T 4096: 164    density .09:  78   .31: 146   .41: 152   .50: 189   .61: 219
-# and with two threads, wall time: T 16384: 1270, density .10: 365.
-# CUDA: one H100, the reference model's whole prefill of 8 x 8192 tokens, several runs sharing the card: dense 2.4 s,
-# density .1 4.9 s, .5 9.2 s. Gathers in plain torch do not pay where dense attention has a fused kernel.
-COSTS = {"cpu": SparseCost(per_density=1.6, per_key=700.0), "cuda": SparseCost(per_density=0.0, per_key=math.inf)}
+def _available(op: str, device: torch.device) -> Iterator[str]:
+    """Implementations that "auto" may choose on a device; Triton's interpreter is for tests and never chosen."""
+    for name in IMPLS[op]:
+        if name in ON_REQUEST:
+            continue
+        if name == "reference" or (device.type == "cuda" and _missing(name, device) is None):
+            yield name
 
 
-def prefer_dense(*, q_len: int, k_len: int, density: float, device: torch.device | str) -> bool:
-    """Whether plain dense attention is expected to be faster than gate + selection + sparse attention.
+def _missing(impl: str, device: torch.device) -> str | None:
+    """What an implementation needs and the machine lacks, as a sentence."""
+    if impl == "reference":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"it needs a CUDA device, got {device}"
+    if impl == "gluon":
+        import triton
 
-    Args:
-        q_len: query tokens ``T`` of the call, the last of its keys.
-        k_len: key tokens ``S``.
-        density: expected share of the causal block area that would be computed.
-        device: where the call runs. A device that was not measured never prefers dense.
-    """
-    cost = COSTS.get(torch.device(device).type)
-    if cost is None:
-        return False
-    pairs = q_len * (k_len - q_len) + q_len * (q_len + 1) / 2
-    return cost.per_density * density + cost.per_key * k_len / pairs > 1
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+            return f"it is written in the Gluon of Triton 3.6, got Triton {triton.__version__}"
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) != (9, 0) or torch.version.hip is not None:
+            return f"it is written for compute capability 9.0 (Hopper), got {major}.{minor}"
+    if impl == "flash4" and importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn-4 is not installed (pip install 'seerattn[flash4]')"
+    return None

@@ -9,5 +9,5 @@ from seerattn.selection.policies import TopK as TopK
 from seerattn.selection.policies import TopP as TopP
 from seerattn.selection.policies import policy_from_dict as policy_from_dict
 from seerattn.selection.selector import AttentionContext as AttentionContext
-from seerattn.selection.selector import GateSelector as GateSelector
+from seerattn.selection.selector import RotaryTables as RotaryTables
 from seerattn.selection.selector import Selector as Selector

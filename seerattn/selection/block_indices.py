@@ -23,7 +23,8 @@ class BlockIndices:
         counts: int32 ``[B, Hm, Nq]``, number of valid entries of each row; 0 only for a row that holds no query.
         block_q: query block size in tokens.
         block_k: key block size in tokens.
-        q_start: int32 ``[B]``, position of the first query token.
+        q_start: int32 ``[B]``, position of the first query token. Like ``q_len`` it is kept on the host whatever the
+            device of the lists, so that checking it against a call never waits for a GPU.
         q_len: int32 ``[B]``, number of query tokens; the last query is the last key, so there are
             ``q_start + q_len`` keys.
 
@@ -37,6 +38,10 @@ class BlockIndices:
     block_k: int
     q_start: Tensor
     q_len: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("q_start", "q_len"):
+            object.__setattr__(self, name, getattr(self, name).cpu())
 
     @classmethod
     def from_mask(
@@ -189,7 +194,11 @@ class BlockIndices:
             )
         required = _diagonal_block_mask(self.q_start, self.q_len, coarse.shape[2], num_k_blocks, block_q, self.block_k)
         return BlockIndices.from_mask(
-            coarse | required[:, None], block_q=block_q, block_k=self.block_k, q_start=self.q_start, q_len=self.q_len
+            coarse | required[:, None].to(mask.device),
+            block_q=block_q,
+            block_k=self.block_k,
+            q_start=self.q_start,
+            q_len=self.q_len,
         )
 
     def density(self) -> Tensor:
@@ -197,7 +206,7 @@ class BlockIndices:
         causal = causal_block_mask(
             self.q_start, self.q_len, self.num_q_blocks, self.num_k_blocks, self.block_q, self.block_k
         )
-        return self.counts.sum(-1).double() / causal.flatten(1).sum(-1).double()[:, None]
+        return self.counts.sum(-1).double() / causal.flatten(1).sum(-1).double()[:, None].to(self.counts.device)
 
 
 def num_query_blocks(q_start: int, q_len: int, block_q: int) -> int:

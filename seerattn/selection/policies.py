@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -131,16 +132,12 @@ class TopK(Policy):
 
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
         if self.rule == "same_k":
-            k = _map_knob(self.density, rows.layer, scores, lambda share: self._rows_k(rows, share))
+            tokens = max(self.length or 0, rows.tokens)
+            geometry = (tokens, rows.block_q, rows.block_k)
+            k = _map_knob(self.density, rows.layer, scores, lambda share: rows_k(*geometry, share))
         else:
             k = (rows.causal.sum(-1, keepdim=True) * _at_layer(self.density, rows.layer, scores)).ceil()
         return _ranks(scores, rows.forced) < k
-
-    def _rows_k(self, rows: _Rows, density: float) -> int:
-        tokens = max(self.length or 0, rows.tokens)
-        num_rows = num_query_blocks(0, tokens, rows.block_q)
-        blocks = causal_block_mask(0, tokens, num_rows, -(-tokens // rows.block_k), rows.block_q, rows.block_k)
-        return same_k(blocks[0].sum(-1), density)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +213,14 @@ def policy_from_dict(values: dict) -> Policy:
     if unknown:
         raise ValueError(f"{name} has no fields {sorted(unknown)}")
     return POLICIES[name](**values)
+
+
+@lru_cache(maxsize=1024)
+def rows_k(tokens: int, block_q: int, block_k: int, density: float) -> int:
+    """`same_k` of a prompt of ``tokens``, which every layer and head asks for again."""
+    num_rows = num_query_blocks(0, tokens, block_q)
+    blocks = causal_block_mask(0, tokens, num_rows, -(-tokens // block_k), block_q, block_k)
+    return same_k(blocks[0].sum(-1), density)
 
 
 def same_k(causal: Tensor, density: float) -> int:

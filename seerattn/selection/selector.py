@@ -8,9 +8,26 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from seerattn.gate.attn_gate import AttnGate
 from seerattn.selection.block_indices import BlockIndices
-from seerattn.selection.policies import Policy
+
+
+@dataclass(frozen=True, eq=False)
+class RotaryTables:
+    """How q and k of a call were rotated, for kernels that undo it themselves; the default is no rotation.
+
+    Attributes:
+        cos: ``[1 or B, S, columns]``, row ``p`` belongs to position ``p``.
+        sin: of the same shape.
+        width: leading channels of a head that are rotated.
+        interleaved: whether channel ``2 i`` is rotated with ``2 i + 1``; otherwise ``i`` with ``i + width / 2``.
+        column_step: pair ``i`` has its angle in column ``i * column_step`` of the tables.
+    """
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    width: int = 0
+    interleaved: bool = False
+    column_step: int = 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,7 @@ class AttentionContext:
         sinks: ``[H]`` logits of one more key without a value, or None.
         unrotate: maps ``(x [B, h, n, D], start)`` - post-RoPE vectors of the tokens at positions
             ``start .. start + n`` - to the vectors before RoPE, fp32. The identity where the layer has no RoPE.
+        rotary: the same as tables, or None where only `unrotate` knows how.
     """
 
     layer: int
@@ -31,6 +49,7 @@ class AttentionContext:
     softcap: float | None
     unrotate: Callable[[Tensor, int], Tensor]
     sinks: Tensor | None = None
+    rotary: RotaryTables | None = None
 
     @property
     def logits(self) -> dict[str, Any]:
@@ -54,26 +73,3 @@ class Selector(Protocol):
             Lists with ``Hm = H`` or ``HKV`` heads and ``q_start = S - T``.
         """
         ...
-
-
-@dataclass(frozen=True)
-class GateSelector:
-    """The learned gate: scores from un-rotated q and k, blocks by a policy."""
-
-    gate: AttnGate
-    policy: Policy
-
-    def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
-        """See `Selector.select`."""
-        config = self.gate.config
-        start = k.shape[2] - q.shape[2]
-        scores = self.gate(context.unrotate(q, start), context.unrotate(k, 0))
-        return self.policy.select(
-            scores,
-            q_start=start,
-            q_len=q.shape[2],
-            block_q=config.block_q,
-            block_k=config.block_k,
-            layer=context.layer,
-            forced_scored=not config.exclude_forced,
-        )

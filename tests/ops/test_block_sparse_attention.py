@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from seerattn.ops.block_sparse_attention import block_sparse_attention, reference
-from seerattn.ops.resolve import prefer_dense
 from seerattn.selection.block_indices import BlockIndices
 
 DIM = 32
@@ -239,22 +238,8 @@ def test_bad_arguments_are_rejected():
         "lengths must be int": (q, k, v, blocks, {"lengths": torch.tensor([10])}),
         "with the lengths of this call": (q, k, v, blocks, {"lengths": torch.tensor([100, 90])}),
         "sinks must be": (q, k, v, blocks, {"sinks": torch.zeros(2)}),
-        "impl must be one of auto, reference": (q, k, v, blocks, {"impl": "cutlass"}),
+        "impl must be one of auto, gluon, triton, flash4, reference": (q, k, v, blocks, {"impl": "cutlass"}),
     }
     for message, (q_, k_, v_, blocks_, kwargs) in wrong.items():
         with pytest.raises(ValueError, match=message):
             block_sparse_attention(q_, k_, v_, blocks_, **kwargs)
-
-
-def test_prefer_dense_on_cuda_until_there_is_a_kernel_for_it():
-    assert prefer_dense(q_len=131072, k_len=131072, density=0.05, device="cuda")
-    assert not prefer_dense(q_len=64, k_len=64, density=1.0, device="mps")
-
-
-@pytest.mark.parametrize(
-    "q_len, k_len, density, dense",
-    [(512, 512, 0.1, True), (1024, 1024, 0.23, True), (2048, 2048, 0.38, True), (2048, 2048, 0.12, False)]
-    + [(4096, 4096, 0.5, True), (4096, 4096, 0.3, False), (16384, 16384, 0.1, False), (1, 16384, 0.1, True)],
-)
-def test_prefer_dense_matches_measured_cpu_times(q_len, k_len, density, dense):
-    assert prefer_dense(q_len=q_len, k_len=k_len, density=density, device="cpu") == dense

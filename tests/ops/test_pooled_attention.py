@@ -146,7 +146,7 @@ def test_bad_arguments_are_rejected():
         "lengths must be 0 to": {"lengths": torch.tensor([0, 101])},
         "segment_ids must be int": {"segment_ids": torch.zeros(2, 64, dtype=torch.int64)},
         "block_q and block_k": {"block_q": 0},
-        "impl must be one of auto, reference": {"impl": "cuda"},
+        "impl must be one of auto, triton, reference": {"impl": "cuda"},
     }
     for message, kwargs in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from seerattn.ops.block_sparse_attention import reference
-from seerattn.ops.checks import check_lengths, check_qkv, check_sinks
-from seerattn.ops.resolve import resolve
+from seerattn.ops.checks import check_cu_seqlens, check_lengths, check_qkv, check_sinks
+from seerattn.ops.resolve import check_impl, implementation
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 
 BLOCK_SIZES = (16, 32, 64, 128)
-IMPLS = {"reference": reference.block_sparse_attention}
 
 
 def block_sparse_attention(
@@ -24,9 +23,10 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    impl: Literal["auto", "reference"] = "auto",
+    impl: Literal["auto", "gluon", "triton", "flash4", "reference"] = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention over the listed key blocks only; differentiable in q, k, v and sinks.
@@ -43,6 +43,9 @@ def block_sparse_attention(
         scale: factor of q.k, by default ``D ** -0.5``.
         lengths: int ``[B]``, real tokens of every row of a left-padded batch; by default all ``S``. Row ``b`` uses
             its last ``lengths[b]`` keys and last ``min(T, lengths[b])`` queries.
+        cu_seqlens: int ``[N + 1]``, ascending from 0 to ``T``: the only batch row holds ``N`` sequences one after the
+            other, sequence ``n`` the tokens ``cu_seqlens[n] .. cu_seqlens[n + 1]``, with ``T == S``. ``blocks`` then
+            has a row for each sequence. Excludes ``lengths``.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the softmax.
         sinks: ``[H]`` logits of one more key without a value per head.
         impl: "auto" or the name of an implementation.
@@ -55,30 +58,29 @@ def block_sparse_attention(
     Raises:
         ValueError: arguments that do not fit each other, or an unknown ``impl``.
     """
-    impl = resolve("block_sparse_attention", impl)
+    check_impl("block_sparse_attention", impl)
     check_qkv(q, k, v)
     check_sinks(q, sinks)
-    rows = check_lengths(k, lengths)
+    bounds = check_cu_seqlens(q, k, lengths, cu_seqlens)
+    rows = check_lengths(k, lengths) if bounds is None else [end - begin for begin, end in pairwise(bounds)]
     _check_blocks(q, k, blocks, rows)
+    call = {
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "lengths": rows,
+        "cu_seqlens": bounds,
+        "softcap": softcap,
+        "sinks": sinks,
+        "return_lse": return_lse,
+    }
+    module = implementation("block_sparse_attention", impl, q.device, q, k, v, blocks, **call)
     # Autocast would turn the fp32 products inside into half-precision ones.
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = IMPLS[impl](
-            q,
-            k,
-            v,
-            blocks,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            lengths=rows,
-            softcap=softcap,
-            sinks=sinks,
-            return_lse=return_lse,
-        )
+        out, lse = module.block_sparse_attention(q, k, v, blocks, **call)
     return (out, lse) if return_lse else out
 
 
 def _check_blocks(q: Tensor, k: Tensor, blocks: BlockIndices, lengths: list[int]) -> None:
-    batch, heads, q_tokens, _ = q.shape
-    kv_heads = k.shape[1]
+    batch, heads, q_tokens, kv_heads = len(lengths), q.shape[1], q.shape[2], k.shape[1]
     for name in ("block_q", "block_k"):
         if getattr(blocks, name) not in BLOCK_SIZES:
             raise ValueError(f"blocks.{name} must be one of {BLOCK_SIZES}, got {getattr(blocks, name)}")

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -67,8 +69,18 @@ def block_sparse_attention(
     softcap: float | None,
     sinks: Tensor | None,
     return_lse: bool,
+    cu_seqlens: list[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `api.block_sparse_attention`, which validates the arguments. ``lengths`` holds the keys of every row."""
+    """See `api.block_sparse_attention`, which validates the arguments.
+
+    ``lengths`` holds the keys of every row; with ``cu_seqlens`` the rows lie one after the other in a batch of one.
+    """
+    if cu_seqlens is not None:
+        rows = [_left_padded(x, cu_seqlens) for x in (q, k, v)]
+        out, lse = block_sparse_attention(
+            *rows, blocks, scale=scale, lengths=lengths, softcap=softcap, sinks=sinks, return_lse=return_lse
+        )
+        return _packed(out, lengths), None if lse is None else _packed(lse, lengths)
     batch, heads, q_tokens, dim = q.shape
     block_q, block_k, num_q_blocks = blocks.block_q, blocks.block_k, blocks.num_q_blocks
     num_k_blocks = max(1, -(-max(lengths) // block_k))
@@ -131,6 +143,19 @@ def block_sparse_attention(
     return out, lse
 
 
+def _left_padded(x: Tensor, cu_seqlens: list[int]) -> Tensor:
+    """Sequences of one row ``[1, h, n, D]`` as the rows of a left-padded batch."""
+    longest = max(end - begin for begin, end in pairwise(cu_seqlens))
+    return torch.cat(
+        [F.pad(x[:, :, begin:end], (0, 0, longest - end + begin, 0)) for begin, end in pairwise(cu_seqlens)]
+    )
+
+
+def _packed(x: Tensor, lengths: list[int]) -> Tensor:
+    """The inverse of `_left_padded`, for ``[N, h, n, ...]``."""
+    return torch.cat([x[b : b + 1, :, x.shape[2] - n :] for b, n in enumerate(lengths)], 2)
+
+
 def _causal_tiles(block_q: int, block_k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Bias ``[tiles, block_q, block_k]`` that hides keys after their query.
 
@@ -173,7 +198,8 @@ def _chunks(blocks: BlockIndices, heads: int, kv_heads: int, num_k_blocks: int, 
         listed = indices[item].gather(1, column.clamp(min=0)).long()
         k_heads = row * kv_heads + head * kv_heads // mask_heads
         diagonal = listed[:, -max(1, block_q // block_k) :]
-        ahead = diagonal * block_k - ((blocks.q_start[row] // block_q + block) * block_q)[:, None]
+        q_block = blocks.q_start.to(device)[row] // block_q + block
+        ahead = diagonal * block_k - (q_block * block_q)[:, None]
         span = _Chunk(
             q_rows=(row[:, None] * heads + q_heads) * num_q_blocks + block[:, None],
             k_rows=k_heads[:, None] * num_k_blocks + listed,

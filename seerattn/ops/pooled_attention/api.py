@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from seerattn.ops.checks import check_lengths, check_qkv, check_sinks
-from seerattn.ops.pooled_attention import reference
-from seerattn.ops.pooled_attention.reference import AttentionMaps
-from seerattn.ops.resolve import resolve
-
-IMPLS = {"reference": reference.attention_maps}
+from seerattn.ops.pooled_attention.maps import AttentionMaps
+from seerattn.ops.resolve import check_impl, implementation
 
 
 def pooled_attention(
@@ -27,7 +24,7 @@ def pooled_attention(
     sinks: Tensor | None = None,
     lengths: Tensor | None = None,
     segment_ids: Tensor | None = None,
-    impl: Literal["auto", "reference"] = "auto",
+    impl: Literal["auto", "triton", "reference"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Dense causal attention and its block map, the target of gates (arXiv 2410.13276, section 4).
 
@@ -70,7 +67,7 @@ def block_mass(
     sinks: Tensor | None = None,
     lengths: Tensor | None = None,
     segment_ids: Tensor | None = None,
-    impl: Literal["auto", "reference"] = "auto",
+    impl: Literal["auto", "triton", "reference"] = "auto",
     return_target: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Where the attention mass lies, for measuring recall: the share of every block in the probability of its row.
@@ -105,7 +102,7 @@ def _run(
     target: bool,
     mass: bool,
 ) -> AttentionMaps:
-    impl = resolve("pooled_attention", impl)
+    check_impl("pooled_attention", impl)
     check_qkv(q, k, k if v is None else v)
     check_sinks(q, sinks)
     rows = check_lengths(k, lengths)
@@ -116,19 +113,18 @@ def _run(
         raise ValueError(f"segment_ids must be int {expected}, got {segment_ids.dtype} {list(segment_ids.shape)}")
     if max(rows, default=0) == 0:
         raise ValueError("lengths must hold at least one real token, got none in the whole batch")
+    call = {
+        "block_q": block_q,
+        "block_k": block_k,
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "lengths": rows,
+        "segment_ids": segment_ids,
+        "softcap": softcap,
+        "sinks": sinks,
+        "target": target,
+        "mass": mass,
+    }
+    module = implementation("pooled_attention", impl, q.device, q, k, v, **call)
     # Autocast would turn the fp32 products inside into half-precision ones.
     with torch.autocast(q.device.type, enabled=False):
-        return IMPLS[impl](
-            q,
-            k,
-            v,
-            block_q=block_q,
-            block_k=block_k,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            lengths=rows,
-            segment_ids=segment_ids,
-            softcap=softcap,
-            sinks=sinks,
-            target=target,
-            mass=mass,
-        )
+        return module.attention_maps(q, k, v, **call)

@@ -7,25 +7,17 @@ never holds a ``T x S`` map.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from seerattn.ops.grid import from_grid, to_grid
+from seerattn.ops.pooled_attention.maps import AttentionMaps
 from seerattn.selection.block_indices import num_query_blocks
 
 # Scores held at once, in elements; one query block of one KV group at least. CPU time at T = 4096, H 8, D 64: 0.28 s
 # with 2^18 to 2^20, 0.41 s with 2^22, 0.68 s with 2^24 (fresh pages for every chunk).
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
-
-
-class AttentionMaps(NamedTuple):
-    """What one walk over the probabilities yields; None where it was not asked for."""
-
-    out: Tensor | None
-    target: Tensor | None
-    mass: Tensor | None
 
 
 @torch.no_grad()

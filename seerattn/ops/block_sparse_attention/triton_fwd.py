@@ -1,0 +1,377 @@
+"""`impl="triton"`: the forward pass as one Triton kernel over index lists.
+
+A program takes some query rows that share a list - a query block of one head, or of all heads of a KV group - and
+walks the list: scores, online softmax, weighted values. Keys and values arrive through tensor descriptors (TMA on
+Hopper). Only blocks that the diagonal crosses are masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from seerattn.selection.block_indices import BlockIndices
+
+BLOCK_SIZES = (32, 64, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel is launched.
+
+    Attributes:
+        rows: query rows of a program, over all heads that share its list.
+        keys: keys of one step, a divisor of the key block.
+        num_warps: warps of a program.
+        num_stages: depth of the pipeline of key and value blocks.
+        max_registers: per thread, so that more programs fit on a multiprocessor; None leaves it to the compiler.
+    """
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+def choose_launch(*, block_q: int, block_k: int, members: int, head_dim: int, element_size: int, tokens: int) -> Launch:
+    """Picks a launch from the shapes of a call; ``members`` heads share a list, ``tokens`` are those of the keys."""
+    width = triton.next_power_of_2(head_dim)
+    if element_size == 2 and width <= 128:
+        # One H100, bf16, D 128, density .1, ms at 128k / 32k by (rows, keys, warps, stages, registers):
+        #   64 x 64 a head:   (64, 64, 4, 1, 128) 32.0 / 2.36    (64, 64, 4, 1, -) 34.1 / 2.17
+        #   64 x 64 a group:  (128, 64, 8, 2, 128) 27.1 / 1.84   (128, 64, 8, 2, -) 33.7 / 2.29
+        #   128 x 128 a head: (128, 64, 8, 2, 128) 29.6 / 1.99   (128, 128, 8, 2, -) 31.1 / 2.12
+        # Fewer registers let more programs share a multiprocessor and so cover each other's softmax.
+        if block_q * members >= 128:
+            return Launch(rows=128, keys=min(block_k, 64), num_warps=8, num_stages=2, max_registers=128)
+        fewer = 128 if tokens > 1 << 16 else None
+        return Launch(
+            rows=min(block_q * members, 64), keys=min(block_k, 64), num_warps=4, num_stages=1, max_registers=fewer
+        )
+    keys = min(block_k, 64 if width * element_size <= 512 else 32)
+    return Launch(rows=min(block_q * members, 64), keys=keys, num_warps=4, num_stages=2)
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, sinks: Tensor | None, **_: object) -> str | None:
+    """Why this implementation cannot serve a call, in a sentence; None if it can."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+        return "it has no backward pass"
+    if q.dtype not in DTYPES:
+        return f"it takes fp16, bf16 or fp32, got {q.dtype}"
+    if q.shape[3] * q.element_size() % 16:
+        return f"it takes head dims of whole 16 bytes, got {q.shape[3]} x {q.element_size()} bytes"
+    if blocks.block_q not in BLOCK_SIZES or blocks.block_k not in BLOCK_SIZES:
+        return f"it takes blocks of {BLOCK_SIZES} tokens, got {blocks.block_q} x {blocks.block_k}"
+    return None
+
+
+@torch.no_grad()
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockIndices,
+    *,
+    scale: float,
+    lengths: list[int],
+    softcap: float | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+    cu_seqlens: list[int] | None = None,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `api.block_sparse_attention`, which validates the arguments.
+
+    ``lengths`` holds the keys of every row; with ``cu_seqlens`` the rows lie one after the other in a batch of one.
+    The output has the memory layout ``[B, T, H, D]``.
+    """
+    batch, heads, q_tokens, dim = q.shape
+    kv_heads, k_tokens = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    # Heads that share a list become rows of one program; tensor cores want a power of two of them.
+    members = group if blocks.num_heads == kv_heads and group & (group - 1) == 0 else 1
+    launch = launch or choose_launch(
+        block_q=blocks.block_q,
+        block_k=blocks.block_k,
+        members=members,
+        head_dim=dim,
+        element_size=q.element_size(),
+        tokens=k_tokens,
+    )
+    tile_q = min(blocks.block_q, max(1, launch.rows // members))
+    rows = len(lengths)
+
+    whole = cu_seqlens is None and all(n == k_tokens for n in lengths)
+    empty = torch.empty if whole or cu_seqlens is not None else torch.zeros
+    out = empty(batch, q_tokens, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = None
+    if return_lse:
+        lse = torch.full((batch, heads, q_tokens), -torch.inf, dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+
+    # Where a row of the batch begins and how long it is: no tensor, and no copy to the device, if all are whole.
+    geometry = None if whole else _geometry(q_tokens, k_tokens, lengths, cu_seqlens, q.device)
+    q = q if q.stride(3) == 1 else q.contiguous()
+    block_dim = triton.next_power_of_2(dim)
+    tile = [1, 1, launch.keys, block_dim]
+    k_tiles, v_tiles = (TensorDescriptor.from_tensor(_aligned(x), tile) for x in (k, v))
+    num_q_blocks = blocks.num_q_blocks
+    grid = (rows * kv_heads * num_q_blocks * (group // members) * (blocks.block_q // tile_q),)
+    _forward[grid](
+        q,
+        k_tiles,
+        v_tiles,
+        out,
+        lse,
+        sinks,
+        blocks.indices,
+        blocks.counts,
+        geometry,
+        k_tokens - q_tokens,
+        q_tokens,
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
+        out.stride(0),
+        out.stride(1),
+        out.stride(2),
+        heads,
+        kv_heads,
+        num_q_blocks,
+        blocks.indices.shape[3],
+        (scale if softcap is None else softcap) * LOG2_E,
+        0.0 if softcap is None else scale / softcap,
+        GROUP=group,
+        MEMBERS=members,
+        MASK_GROUP=heads // blocks.num_heads,
+        BLOCK_Q=blocks.block_q,
+        BLOCK_K=blocks.block_k,
+        TILE_Q=tile_q,
+        TILE_K=launch.keys,
+        D=dim,
+        BLOCK_D=block_dim,
+        PACKED=cu_seqlens is not None,
+        CAPPED=softcap is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        maxnreg=launch.max_registers,
+    )
+    return out, lse
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` as a tensor descriptor takes it: 16-byte strides and base, contiguous channels. A copy only if it must."""
+    size = x.element_size()
+    strides = (x.stride(i) * size for i in range(3))
+    fits = x.stride(3) == 1 and all(s > 0 and s % 16 == 0 for s in strides) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _geometry(
+    q_tokens: int, k_tokens: int, lengths: list[int], cu_seqlens: list[int] | None, device: torch.device
+) -> Tensor:
+    """int32 ``[rows, 5]``: batch index, first query slot, first key slot, position of the first query, queries."""
+    if cu_seqlens is not None:
+        table = [(0, begin, begin, 0, n) for begin, n in zip(cu_seqlens, lengths)]
+    else:
+        q_len = [min(q_tokens, n) for n in lengths]
+        table = [(b, q_tokens - t, k_tokens - n, n - t, t) for b, (n, t) in enumerate(zip(lengths, q_len))]
+    return torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True)
+
+
+@triton.jit
+def _walk(
+    acc,
+    top,
+    total,
+    q,
+    position,
+    k_tiles,
+    v_tiles,
+    batch,
+    kv_head,
+    k_slot,
+    k_end,
+    entries,
+    begin,
+    end,
+    scale,
+    inner_scale,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax over the steps ``begin .. end`` of a list; maxima are in units of log2(e)."""
+    STEPS: tl.constexpr = BLOCK_K // TILE_K
+    for i in range(begin, end):
+        first_key = tl.load(entries + i // STEPS) * BLOCK_K + i % STEPS * TILE_K
+        k = k_tiles.load([batch, kv_head, k_slot + first_key, 0]).reshape(TILE_K, BLOCK_D)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        factor = scale
+        if CAPPED:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1), exact at both ends.
+            scores = scale * (1.0 - 2.0 / (tl.exp2(scores * (inner_scale * 2.8853900817779268)) + 1.0))
+            factor = 1.0
+        if MASKED:
+            key = first_key + tl.arange(0, TILE_K)
+            scores = tl.where(key[None, :] <= position[:, None], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+        p = tl.exp2(scores * factor - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        v = v_tiles.load([batch, kv_head, k_slot + first_key, 0]).reshape(TILE_K, BLOCK_D)
+        if MASKED and PACKED:
+            # Keys after this sequence belong to the next one, and 0 x NaN would let them leak.
+            v = tl.where((key < k_end)[:, None], v, 0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def _forward(
+    q_ptr,
+    k_tiles,
+    v_tiles,
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    indices_ptr,
+    counts_ptr,
+    geometry_ptr,
+    whole_start,
+    whole_len,
+    q_stride_b,
+    q_stride_h,
+    q_stride_t,
+    out_stride_b,
+    out_stride_h,
+    out_stride_t,
+    heads,
+    kv_heads,
+    num_q_blocks,
+    list_width,
+    scale,
+    inner_scale,
+    GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    MASK_GROUP: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PACKED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    ROWS: tl.constexpr = TILE_Q * MEMBERS
+    PIECES: tl.constexpr = BLOCK_Q // TILE_Q
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+
+    # Programs of one KV head follow each other, so its keys stay in L2; long lists (late rows) go first.
+    pid = tl.program_id(0)
+    piece = PIECES - 1 - pid % PIECES
+    pid = pid // PIECES
+    first_head = pid % (GROUP // MEMBERS) * MEMBERS
+    pid = pid // (GROUP // MEMBERS)
+    block = num_q_blocks - 1 - pid % num_q_blocks
+    pid = pid // num_q_blocks
+    kv_head = pid % kv_heads
+    row = pid // kv_heads
+    first_head += kv_head * GROUP
+
+    batch, q_slot, k_slot, q_start, q_len = row, 0, 0, whole_start, whole_len
+    if geometry_ptr is not None:
+        batch = tl.load(geometry_ptr + row * 5)
+        q_slot = tl.load(geometry_ptr + row * 5 + 1)
+        k_slot = tl.load(geometry_ptr + row * 5 + 2)
+        q_start = tl.load(geometry_ptr + row * 5 + 3)
+        q_len = tl.load(geometry_ptr + row * 5 + 4)
+
+    # Positions of this tile and of its query block; slots without a query act as their nearest real neighbour.
+    q_end = q_start + q_len
+    block_first = (q_start // BLOCK_Q + block) * BLOCK_Q
+    tile_first = block_first + piece * TILE_Q
+    first = tl.maximum(tile_first, q_start)
+    last = tl.minimum(tile_first + TILE_Q, q_end) - 1
+    if first > last:
+        return
+    r = tl.arange(0, ROWS)
+    position = tile_first + r % TILE_Q
+    head = first_head + r // TILE_Q
+    real = (position >= q_start) & (position < q_end)
+    position = tl.minimum(tl.maximum(position, first), last)
+    token = q_slot + position - q_start
+    d = tl.arange(0, BLOCK_D)
+    q_offset = batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h + token.to(tl.int64) * q_stride_t
+    q = tl.load(q_ptr + q_offset[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
+
+    # The list ends with the blocks of the query block's own positions. Steps after this tile are left out, those that
+    # hold a key after the tile's first query are masked.
+    list_row = (row * (heads // MASK_GROUP) + first_head // MASK_GROUP) * num_q_blocks + block
+    entries = indices_ptr + list_row.to(tl.int64) * list_width
+    listed_end = ((tl.minimum(block_first + BLOCK_Q, q_end) - 1) // BLOCK_K + 1) * (BLOCK_K // TILE_K)
+    count = tl.load(counts_ptr + list_row) * (BLOCK_K // TILE_K) - (listed_end - 1 - last // TILE_K)
+    full = count - (last // TILE_K - (first + 1) // TILE_K + 1)
+
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for masked in tl.static_range(2):
+        acc, top, total = _walk(
+            acc,
+            top,
+            total,
+            q,
+            position,
+            k_tiles,
+            v_tiles,
+            batch,
+            kv_head,
+            k_slot,
+            q_end,
+            entries,
+            full if masked else 0,
+            count if masked else full,
+            scale,
+            inner_scale,
+            BLOCK_K=BLOCK_K,
+            TILE_K=TILE_K,
+            BLOCK_D=BLOCK_D,
+            MASKED=masked == 1,
+            PACKED=PACKED,
+            CAPPED=CAPPED,
+            PRECISION=PRECISION,
+        )
+
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        new_top = tl.maximum(top, sink)
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.exp2(sink - new_top)
+        acc = acc * shrink[:, None]
+        top = new_top
+    out_offset = batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+    out_offset += token.to(tl.int64) * out_stride_t
+    out = (acc / total[:, None]).to(DTYPE)
+    tl.store(out_ptr + out_offset[:, None] + d[None, :], out, mask=real[:, None] & (d[None, :] < D))
+    if lse_ptr is not None:
+        lse_offset = (batch * heads + head).to(tl.int64) * (whole_len) + token
+        tl.store(lse_ptr + lse_offset, (top + tl.log2(total)) * 0.6931471805599453, mask=real)

@@ -1,0 +1,510 @@
+"""`impl="triton"`: dense causal attention that emits its block map on the way, in one walk over the keys.
+
+A resident program takes one tile of query rows after the other. While it walks the keys with an online softmax it
+leaves, per row and key block, the raw maximum (and the raw sum, for the mass) in a scratch of its own. Only after the
+walk is a row's normaliser known: the scratch, mostly still in L2, is then read back and reduced to rows of the map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from seerattn.ops.pooled_attention.maps import AttentionMaps
+from seerattn.selection.block_indices import num_query_blocks
+
+BLOCK_SIZES = (32, 64, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LOG2_E = 1.4426950408889634
+# All scratch together. Programs are left out beyond it: at 128k tokens 126 of 132 run with 64-token key blocks.
+SCRATCH_BYTES = 126 << 20
+# Heads are walked in sections whose keys and values fit in half of the L2 of an H100.
+SECTION_BYTES = 24 << 20
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is launched.
+
+    Attributes:
+        rows: query rows of a tile, a multiple of block_q.
+        keys: keys of a step.
+        num_warps: warps of a program.
+        num_stages: depth of the pipeline of key and value tiles.
+        programs_per_sm: resident programs of a multiprocessor.
+        max_registers: cap of registers per thread, so that `programs_per_sm` fit; None leaves it to the compiler.
+    """
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 1
+    max_registers: int | None = None
+
+
+def choose_launch(*, block_q: int, head_dim: int, element_size: int) -> Launch:
+    """Picks a launch from the shapes of a call.
+
+    One H100, bf16, 32/8 heads, head dim 128, 64 x 64 blocks, ms at 8k / 32k / 64k by (rows, keys, warps, stages,
+    programs): (128, 128, 8, 3, 1) 1.12 / 17.4 / 74.6; (128, 128, 8, 2, 1) 1.25 / 18.7 / 75.3; (128, 64, 8, 3, 1)
+    1.25 / 18.5 / 76.6; (64, 64, 4, 2, 2) 1.27 / 20.3 / 83.3; (128, 64, 4, 2, 2) 1.41 / 22.4 / 87.6. The other widths
+    and fp32 were not measured.
+    """
+    width = triton.next_power_of_2(head_dim)
+    if element_size == 4:
+        # Full fp32 products run on the ordinary units and hold whole rows of q and K in registers.
+        return Launch(rows=max(64, block_q), keys=32, num_warps=16, num_stages=1)
+    if width == 256:
+        return Launch(rows=128, keys=64, num_warps=8, num_stages=2)
+    return Launch(rows=128, keys=128, num_warps=8, num_stages=3)
+
+
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor | None, *, block_q: int, block_k: int, scale: float, **_others: object
+) -> str | None:
+    """Why this implementation cannot serve a call of `attention_maps`, in a sentence; None if it can."""
+    if q.dtype not in DTYPES:
+        return f"it takes fp16, bf16 or fp32, got {q.dtype}"
+    if q.shape[3] % 8:
+        return f"it takes head dims that are multiples of 8, got {q.shape[3]}"
+    if block_q not in BLOCK_SIZES or block_k not in BLOCK_SIZES:
+        return f"it takes blocks of {BLOCK_SIZES} tokens, got {block_q} x {block_k}"
+    if scale <= 0:
+        return f"it takes a positive scale, got {scale}"
+    return None
+
+
+@torch.no_grad()
+def attention_maps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    lengths: list[int],
+    segment_ids: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    target: bool,
+    mass: bool,
+    launch: Launch | None = None,
+) -> AttentionMaps:
+    """See `api`, which validates the arguments. ``lengths`` holds the keys of every row; no ``v``, no output.
+
+    Documents of ``segment_ids`` are runs of equal ids. The output has the memory layout ``[B, T, H, D]``. q, k and v
+    are copied only if their channels are not contiguous or (k, v) their strides no multiples of 16 bytes.
+    """
+    batch, heads, q_tokens, dim = q.shape
+    kv_heads, k_tokens = k.shape[1:3]
+    launch = launch or choose_launch(block_q=block_q, head_dim=dim, element_size=q.element_size())
+    device = q.device
+
+    q_len = [min(q_tokens, n) for n in lengths]
+    q_start = [n - t for n, t in zip(lengths, q_len)]
+    num_q_blocks = max(num_query_blocks(s, t, block_q) for s, t in zip(q_start, q_len))
+    num_k_blocks = -(-max(lengths) // block_k)
+    num_tiles = -(-num_q_blocks * block_q // launch.rows)
+
+    whole = all(n == k_tokens for n in lengths)
+    geometry = None if whole else _geometry(q_tokens, k_tokens, lengths, device)
+    out = None
+    if v is not None:
+        make = torch.empty if whole else torch.zeros
+        out = make(batch, q_tokens, heads, dim, dtype=q.dtype, device=device).transpose(1, 2)
+    shape = (batch, heads, num_q_blocks, num_k_blocks)
+    target_map = torch.zeros(shape, dtype=torch.float32, device=device) if target else None
+    mass_map = torch.zeros(shape, dtype=torch.float32, device=device) if mass else None
+
+    # One column of scratch a key block, or a step of the walk if that is shorter.
+    column = min(block_k, launch.keys)
+    columns = -(-max(lengths) // launch.keys) * (launch.keys // column)
+    slot = columns * launch.rows
+    work = batch * heads * num_tiles
+    programs = max(1, min(work, _resident(device, launch), SCRATCH_BYTES // (4 * slot * (target + mass))))
+    maxima = torch.empty(programs * slot, dtype=torch.float32, device=device) if target else None
+    sums = torch.empty(programs * slot, dtype=torch.float32, device=device) if mass else None
+
+    q = q if q.stride(3) == 1 else q.contiguous()
+    block_dim = triton.next_power_of_2(dim)
+    tile = [1, 1, launch.keys, block_dim]
+    section = max(1, SECTION_BYTES // (2 * k_tokens * dim * k.element_size()))
+    _pooled_attention_fwd[(programs,)](
+        q,
+        TensorDescriptor.from_tensor(_aligned(k), tile),
+        None if v is None else TensorDescriptor.from_tensor(_aligned(v), tile),
+        out,
+        target_map,
+        mass_map,
+        maxima,
+        sums,
+        sinks,
+        geometry,
+        None if segment_ids is None else _document_starts(segment_ids, lengths),
+        torch.zeros(1, dtype=torch.int32, device=device),
+        k_tokens - q_tokens,
+        q_tokens,
+        k_tokens,
+        *q.stride()[:3],
+        *((0, 0, 0) if out is None else out.stride()[:3]),
+        heads,
+        batch * heads,
+        min(section, batch * kv_heads) * (heads // kv_heads),
+        num_tiles,
+        num_q_blocks,
+        num_k_blocks,
+        slot,
+        (scale if softcap is None else softcap) * LOG2_E,
+        0.0 if softcap is None else 2 * LOG2_E * scale / softcap,
+        GROUP=heads // kv_heads,
+        ROWS=launch.rows,
+        KEYS=launch.keys,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        COLUMN=column,
+        D=dim,
+        BLOCK_D=block_dim,
+        CAPPED=softcap is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        maxnreg=launch.max_registers,
+    )
+    return AttentionMaps(out, target_map, mass_map)
+
+
+def _resident(device: torch.device, launch: Launch) -> int:
+    """Programs that run at once; one in the interpreter, where they run one after the other."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count * launch.programs_per_sm
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` as a tensor descriptor takes it: 16-byte strides and base, contiguous channels. A copy only if it must."""
+    strides = (stride * x.element_size() for stride in x.stride()[:3])
+    fits = x.stride(3) == 1 and all(s > 0 and s % 16 == 0 for s in strides) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _geometry(q_tokens: int, k_tokens: int, lengths: list[int], device: torch.device) -> Tensor:
+    """int32 ``[B, 4]``: first query slot, first key slot, position of the first query, queries."""
+    q_len = [min(q_tokens, n) for n in lengths]
+    table = [(q_tokens - t, k_tokens - n, n - t, t) for n, t in zip(lengths, q_len)]
+    return torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True)
+
+
+def _document_starts(segment_ids: Tensor, lengths: list[int]) -> Tensor:
+    """Position of the first token of each token's document, int32 ``[B, S]`` in the slots of ``segment_ids``."""
+    tokens = segment_ids.shape[1]
+    slot = torch.arange(tokens, dtype=torch.int32, device=segment_ids.device)
+    begins = torch.ones_like(segment_ids, dtype=torch.bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = torch.where(begins, slot, 0).cummax(1).values
+    padding = torch.tensor([tokens - n for n in lengths], dtype=torch.int32).to(starts.device, non_blocking=True)
+    return (starts - padding[:, None]).clamp_(min=0)
+
+
+@triton.jit
+def _walk(
+    acc,
+    top,
+    total,
+    q,
+    position,
+    first_key,
+    k_tiles,
+    v_tiles,
+    maxima_ptr,
+    sums_ptr,
+    batch,
+    kv_head,
+    k_slot,
+    begin,
+    end,
+    scale,
+    inner_scale,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax over the keys ``begin .. end``; maxima and sums are left in log2 units, a column a block."""
+    for key in tl.range(begin, end, KEYS):
+        k = k_tiles.load([batch, kv_head, k_slot + key, 0]).reshape(KEYS, BLOCK_D)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        if CAPPED:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1), exact at both ends.
+            scores = 1.0 - 2.0 / (tl.exp2(scores * inner_scale) + 1.0)
+        if MASKED:
+            k_pos = key + tl.arange(0, KEYS)
+            visible = k_pos[None, :] <= position[:, None]
+            if first_key is not None:
+                visible &= k_pos[None, :] >= first_key[:, None]
+            scores = tl.where(visible, scores, -float("inf"))
+        columns = key // COLUMN + tl.arange(0, KEYS // COLUMN)
+        slots = columns[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
+        peak = tl.max(scores, 1) * scale
+        if maxima_ptr is not None:
+            if KEYS == COLUMN:
+                tl.store(maxima_ptr + key // COLUMN * ROWS + tl.arange(0, ROWS), peak)
+            else:
+                # Not folded into `peak`: its layout would drag all of p through shared memory for the sum.
+                peaks = tl.max(scores.reshape(ROWS, KEYS // COLUMN, COLUMN), 2) * scale
+                tl.store(maxima_ptr + slots, peaks)
+        new_top = tl.maximum(top, peak)
+        base = new_top
+        if MASKED and first_key is not None:
+            # The document of a row may begin after all of these keys.
+            base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        p = tl.exp2(scores * scale - base[:, None])
+        if sums_ptr is not None:
+            sums = tl.sum(p.reshape(ROWS, KEYS // COLUMN, COLUMN), 2)
+            tl.store(sums_ptr + slots, tl.log2(sums) + base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(p, 1)
+        if v_tiles is not None:
+            acc = acc * shrink[:, None]
+            v = v_tiles.load([batch, kv_head, k_slot + key, 0]).reshape(KEYS, BLOCK_D)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def _write_map(
+    map_ptr,
+    columns_ptr,
+    normaliser,
+    begin,
+    end,
+    written,
+    first_block,
+    num_q_blocks,
+    num_k_blocks,
+    ROWS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MASS: tl.constexpr,
+):
+    """Reduces the columns of scratch to rows of a map over the key blocks ``begin .. end``, each divided by its sum.
+
+    ``COLUMNS`` columns are a key block, ``written`` of all have been written; ``normaliser [ROWS]`` is infinite for
+    rows that count for nothing.
+    """
+    CHUNK: tl.constexpr = 64 // COLUMNS
+    BLOCKS: tl.constexpr = ROWS // BLOCK_Q
+    row = tl.arange(0, ROWS)
+    block = first_block + tl.arange(0, BLOCKS)
+    map_rows = map_ptr + block.to(tl.int64) * num_k_blocks
+    total = tl.zeros([BLOCKS], tl.float32)
+    for first in range(begin, end, CHUNK):
+        column = first * COLUMNS + tl.arange(0, CHUNK * COLUMNS)
+        logs = tl.load(
+            columns_ptr + column[:, None] * ROWS + row[None, :], mask=column[:, None] < written, other=-float("inf")
+        )
+        p = tl.exp2(logs - normaliser[None, :]).reshape(CHUNK, COLUMNS, BLOCKS, BLOCK_Q)
+        values = tl.sum(tl.sum(p, 3), 1) if MASS else tl.max(tl.max(p, 3), 1)
+        total += tl.sum(values, 0)
+        k_block = first + tl.arange(0, CHUNK)
+        inside = (k_block[:, None] < end) & (block[None, :] < num_q_blocks)
+        tl.store(map_rows[None, :] + k_block[:, None], values, mask=inside)
+    # What other threads of this program have stored is read from here on.
+    tl.debug_barrier()
+    factor = 1.0 / tl.where(total > 0, total, 1.0)
+    for first in range(begin, end, 256):
+        k_block = first + tl.arange(0, 256)
+        inside = (block[:, None] < num_q_blocks) & (k_block[None, :] < end)
+        pointers = map_rows[:, None] + k_block[None, :]
+        tl.store(pointers, tl.load(pointers, mask=inside) * factor[:, None], mask=inside)
+
+
+@triton.jit(do_not_specialize=["whole_start", "whole_q", "whole_k", "num_tiles", "num_q_blocks", "num_k_blocks"])
+def _pooled_attention_fwd(
+    q_ptr,
+    k_tiles,
+    v_tiles,
+    out_ptr,
+    target_ptr,
+    mass_ptr,
+    maxima_ptr,
+    sums_ptr,
+    sinks_ptr,
+    geometry_ptr,
+    starts_ptr,
+    ticket_ptr,
+    whole_start,
+    whole_q,
+    whole_k,
+    q_stride_b,
+    q_stride_h,
+    q_stride_t,
+    out_stride_b,
+    out_stride_h,
+    out_stride_t,
+    heads,
+    all_heads,
+    section_heads,
+    num_tiles,
+    num_q_blocks,
+    num_k_blocks,
+    slot,
+    scale,
+    inner_scale,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COLUMN: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    ALIGN: tl.constexpr = max(KEYS, BLOCK_K)
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    own = tl.program_id(0).to(tl.int64) * slot
+    if maxima_ptr is not None:
+        maxima_ptr += own
+    if sums_ptr is not None:
+        sums_ptr += own
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+
+    # Tickets share out the tiles: sections of heads one after the other, in a section late (long) tiles first. Which
+    # program computes a tile does not change the result.
+    work = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
+    while work < all_heads * num_tiles:
+        section = work // (section_heads * num_tiles)
+        rest = work - section * section_heads * num_tiles
+        here = tl.minimum(section_heads, all_heads - section * section_heads)
+        tile = num_tiles - 1 - rest // here
+        flat_head = section * section_heads + rest % here
+        batch = flat_head // heads
+        head = flat_head % heads
+
+        q_slot, k_slot, q_start, q_len = 0, 0, whole_start, whole_q
+        if geometry_ptr is not None:
+            q_slot = tl.load(geometry_ptr + batch * 4)
+            k_slot = tl.load(geometry_ptr + batch * 4 + 1)
+            q_start = tl.load(geometry_ptr + batch * 4 + 2)
+            q_len = tl.load(geometry_ptr + batch * 4 + 3)
+        tile_first = q_start // BLOCK_Q * BLOCK_Q + tile * ROWS
+        first = tl.maximum(tile_first, q_start)
+        last = tl.minimum(tile_first + ROWS, q_start + q_len) - 1
+        # Tiles of shorter rows of the batch may hold no query.
+        if first <= last:
+            # Slots without a query act as their nearest real neighbour and count for nothing in the end.
+            real = (tile_first + r >= first) & (tile_first + r <= last)
+            position = tl.minimum(tl.maximum(tile_first + r, first), last)
+            token = q_slot + position - q_start
+            q_base = q_ptr + batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+            q_offset = token.to(tl.int64) * q_stride_t
+            q = tl.load(q_base + q_offset[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
+
+            # Keys before `begin` are of earlier documents, those of `whole .. diagonal` are visible to all rows.
+            begin = 0
+            whole = 0
+            first_key = None
+            if starts_ptr is not None:
+                starts = starts_ptr + batch.to(tl.int64) * whole_k + k_slot
+                first_key = tl.load(starts + position)
+                begin = tl.load(starts + first) // ALIGN * ALIGN
+                whole = tl.cdiv(tl.load(starts + last), KEYS) * KEYS
+            diagonal = tl.maximum((first + 1) // KEYS * KEYS, begin)
+            end = last + 1
+
+            top = tl.full([ROWS], -float("inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            for part in tl.static_range(3):
+                if part > 0 or starts_ptr is not None:
+                    acc, top, total = _walk(
+                        acc,
+                        top,
+                        total,
+                        q,
+                        position,
+                        first_key,
+                        k_tiles,
+                        v_tiles,
+                        maxima_ptr,
+                        sums_ptr,
+                        batch,
+                        head // GROUP,
+                        k_slot,
+                        begin if part == 0 else (tl.minimum(whole, diagonal) if part == 1 else diagonal),
+                        tl.minimum(whole, diagonal) if part == 0 else (diagonal if part == 1 else end),
+                        scale,
+                        inner_scale,
+                        ROWS=ROWS,
+                        KEYS=KEYS,
+                        COLUMN=COLUMN,
+                        BLOCK_D=BLOCK_D,
+                        MASKED=part != 1,
+                        CAPPED=CAPPED,
+                        PRECISION=PRECISION,
+                    )
+
+            if sinks_ptr is not None:
+                sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+                new_top = tl.maximum(top, sink)
+                shrink = tl.exp2(top - new_top)
+                total = total * shrink + tl.exp2(sink - new_top)
+                acc = acc * shrink[:, None]
+                top = new_top
+            if v_tiles is not None:
+                out_base = out_ptr + batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+                pointers = out_base + token.to(tl.int64)[:, None] * out_stride_t + d[None, :]
+                out = (acc / total[:, None]).to(DTYPE)
+                tl.store(pointers, out, mask=real[:, None] & (d[None, :] < D))
+
+            normaliser = tl.where(real, top + tl.log2(total), float("inf"))
+            tl.debug_barrier()
+            map_offset = flat_head.to(tl.int64) * num_q_blocks * num_k_blocks
+            if target_ptr is not None:
+                _write_map(
+                    target_ptr + map_offset,
+                    maxima_ptr,
+                    normaliser,
+                    begin // BLOCK_K,
+                    last // BLOCK_K + 1,
+                    tl.cdiv(end, KEYS) * (KEYS // COLUMN),
+                    tile * (ROWS // BLOCK_Q),
+                    num_q_blocks,
+                    num_k_blocks,
+                    ROWS=ROWS,
+                    BLOCK_Q=BLOCK_Q,
+                    COLUMNS=BLOCK_K // COLUMN,
+                    MASS=False,
+                )
+            if mass_ptr is not None:
+                _write_map(
+                    mass_ptr + map_offset,
+                    sums_ptr,
+                    normaliser,
+                    begin // BLOCK_K,
+                    last // BLOCK_K + 1,
+                    tl.cdiv(end, KEYS) * (KEYS // COLUMN),
+                    tile * (ROWS // BLOCK_Q),
+                    num_q_blocks,
+                    num_k_blocks,
+                    ROWS=ROWS,
+                    BLOCK_Q=BLOCK_Q,
+                    COLUMNS=BLOCK_K // COLUMN,
+                    MASS=True,
+                )
+            # The next tile writes over the scratch.
+            tl.debug_barrier()
+        work = tl.atomic_add(ticket_ptr, 1, sem="relaxed")

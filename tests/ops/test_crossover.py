@@ -1,0 +1,96 @@
+"""The decision of `impl="auto"` between dense and sparse attention, on tables whose answer is known."""
+
+import json
+
+import pytest
+import torch
+
+from seerattn.ops import crossover
+from seerattn.ops.crossover import load_table, prefer_dense, table_path
+
+# Dense is 1 ms at 1k and 16 ms at 4k; sparse attention costs its density of that plus a tenth; choosing 0.5 ms.
+TABLE = {
+    "device": "Test GPU",
+    "heads": 32,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "rows": [
+        {"tokens": 1024, "dense_ms": 1.0, "overhead_ms": 0.5, "sparse_ms": {"0.1": 0.2, "1.0": 1.1}},
+        {"tokens": 4096, "dense_ms": 16.0, "overhead_ms": 0.5, "sparse_ms": {"0.1": 3.2, "1.0": 17.6}},
+    ],
+}
+
+
+@pytest.fixture
+def device(tmp_path, monkeypatch):
+    """A GPU with a table of the user's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+    monkeypatch.setattr(crossover, "preferred", lambda op, impl, device: "triton")
+    path = table_path("Test GPU")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(TABLE))
+    caches = (load_table, crossover._prefer_dense_cuda)
+    for cache in caches:
+        cache.cache_clear()
+    yield torch.device("cuda", 0)
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "tokens, density, dense",
+    [
+        (1024, 0.3, False),  # 0.5 + 0.4 < 1
+        (1024, 0.5, True),  # 0.5 + 0.6 > 1
+        (4096, 0.85, False),  # 0.5 + 15.2 < 16
+        (4096, 0.9, True),  # 0.5 + 16.0 > 16
+        (2560, 0.5, False),  # half way: 8.5 dense, 0.5 + 5.1
+        (128, 0.01, False),  # beyond the table the nearest length counts: 0.5 + 0.2 < 1
+        (1 << 20, 0.1, False),
+        (1 << 20, 1.0, True),
+    ],
+)
+def test_the_faster_side_of_the_table_is_chosen(device, tokens, density, dense):
+    assert prefer_dense(q_len=tokens, k_len=tokens, density=density, device=device) == dense
+
+
+def test_the_cost_of_choosing_no_longer_counts_once_blocks_are_chosen(device):
+    assert prefer_dense(q_len=1024, k_len=1024, density=0.6, device=device)
+    assert not prefer_dense(q_len=1024, k_len=1024, density=0.6, device=device, selected=True)
+
+
+def test_a_short_chunk_pays_for_choosing_with_its_share_of_the_pairs(device):
+    # The last 32 of 4096 queries are 1.6 % of the pairs: 0.25 ms dense, 0.5 ms to choose.
+    assert prefer_dense(q_len=32, k_len=4096, density=0.1, device=device)
+    assert not prefer_dense(q_len=1024, k_len=4096, density=0.1, device=device)
+
+
+def test_a_gpu_without_triton_runs_dense(device, monkeypatch):
+    monkeypatch.setattr(crossover, "preferred", lambda op, impl, device: "reference")
+    assert prefer_dense(q_len=4096, k_len=4096, density=0.05, device=device)
+
+
+def test_a_broken_table_is_refused_with_its_path(device):
+    table_path("Test GPU").write_text("{}")
+    with pytest.raises(ValueError, match=r"Test-GPU\.json must be a table of seerattn bench crossover"):
+        prefer_dense(q_len=64, k_len=64, density=0.5, device=device)
+
+
+def test_a_gpu_without_a_table_uses_the_shipped_one(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Other GPU")
+    assert prefer_dense(q_len=256, k_len=256, density=0.5, device=device)
+    assert not prefer_dense(q_len=131072, k_len=131072, density=0.1, device=device)
+
+
+def test_a_kind_of_device_that_was_not_measured_never_prefers_dense():
+    assert not prefer_dense(q_len=64, k_len=64, density=1.0, device="mps")
+
+
+@pytest.mark.parametrize(
+    "q_len, k_len, density, dense",
+    [(512, 512, 0.1, True), (1024, 1024, 0.23, True), (2048, 2048, 0.38, True), (2048, 2048, 0.12, False)]
+    + [(4096, 4096, 0.5, True), (4096, 4096, 0.3, False), (16384, 16384, 0.1, False), (1, 16384, 0.1, True)],
+)
+def test_cpu_decisions_match_measured_times(q_len, k_len, density, dense):
+    assert prefer_dense(q_len=q_len, k_len=k_len, density=density, device="cpu") == dense
