@@ -37,9 +37,10 @@ from seerattn.eval.documents import RecallDocument, key_value_document, passkey_
 from seerattn.eval.needle import answers
 from seerattn.eval.perplexity import document_losses
 from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.gate_selector import GateSelector
 from seerattn.hf.attach import attach, detach
 from seerattn.ops.pooled_attention import pooled_attention
-from seerattn.selection import GateSelector, TopK
+from seerattn.selection import TopK
 from seerattn.selection.block_indices import forced_block_mask
 from seerattn.training.data import read_documents
 from seerattn.training.losses import gate_loss, group_target, target_recall

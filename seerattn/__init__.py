@@ -25,7 +25,7 @@ _HOME = {
     "AttnGateConfig": "seerattn.gate",
     "AttentionContext": "seerattn.selection",
     "BlockIndices": "seerattn.selection",
-    "GateSelector": "seerattn.selection",
+    "GateSelector": "seerattn.gate_selector",
     "Selector": "seerattn.selection",
     "Policy": "seerattn.selection",
     "KeepAll": "seerattn.selection",

@@ -14,11 +14,12 @@ from seerattn.baselines.oracle import OracleSelector
 from seerattn.baselines.streaming import StreamingSelector
 from seerattn.eval.results import Result, fingerprint
 from seerattn.gate.attn_gate import AttnGate
+from seerattn.gate_selector import GateSelector
 from seerattn.hf.attach import attach, detach
 from seerattn.hf.attention import DensityMeter, layer_states, record_density
-from seerattn.ops.resolve import resolve
+from seerattn.ops.resolve import check_impl
 from seerattn.selection.policies import Policy, TopK, policy_from_dict
-from seerattn.selection.selector import GateSelector, Selector
+from seerattn.selection.selector import Selector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -173,7 +174,8 @@ class Subject:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
-        self._impl = resolve("block_sparse_attention", impl)
+        check_impl("block_sparse_attention", impl)
+        self._impl = "sparse" if impl == "auto" else impl
         self._weights = fingerprint(model.config._name_or_path or name)
         self._gates = {folder: self._load(folder) for folder in gates}
 

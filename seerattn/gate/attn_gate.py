@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seerattn.gate.config import AttnGateConfig
-from seerattn.gate.pooling import pool_blocks
+from seerattn.gate.pooling import Pooled, pool_blocks
 from seerattn.gate.rope import block_positions, rotate
 
 # Sub-block scores held at once, in elements. Larger problems are walked in strips of query blocks, each against its
@@ -99,29 +99,41 @@ class AttnGate(nn.Module):
             blocks = weight.view(weight.shape[0], members, len(kinds), self.head_dim, self.gate_dim)
             blocks[:, :, kinds.index("avg")] += eye
 
-    def gate_queries(self, q: Tensor, start: int = 0) -> Tensor:
-        """Projects queries before RoPE ``[B, H, T, D]`` at positions from ``start`` on to ``[B, Hm, Wq, DG]``."""
-        size = self.config.block_q // self.config.query_subblocks
-        pooled = pool_blocks(q, size=size, start=start, kinds=self.config.q_pooling)
-        if self.config.share == "kv_group":
+    def gate_queries(self, q: Tensor | Pooled, start: int = 0) -> Tensor:
+        """Projects queries to ``[B, Hm, Wq, DG]``.
+
+        Args:
+            q: queries before RoPE ``[B, H, T, D]`` at positions from ``start`` on, or the same pooled.
+            start: position of the first query; what is pooled has its own.
+        """
+        c = self.config
+        q = self._pooled(q, start, c.q_size, c.q_pooling)
+        pooled = q.features
+        if c.share == "kv_group":
             batch, _, windows, width = pooled.shape
             pooled = pooled.view(batch, self.num_kv_heads, self.group, windows, width)
             pooled = pooled.transpose(2, 3).reshape(batch, self.num_kv_heads, windows, self.group * width)
         if self.q_weight is not None:
             pooled = pooled @ self.q_weight
-        return self._place(self.q_norm(pooled), start, size)
+        return self._place(self.q_norm(pooled), q.start, c.q_size)
 
-    def gate_keys(self, k: Tensor, start: int = 0) -> Tensor:
-        """Projects keys before RoPE ``[B, HKV, S, D]`` at positions from ``start`` on to ``[B, h, Wk, DG]``.
+    def gate_keys(self, k: Tensor | Pooled, start: int = 0) -> Tensor:
+        """Projects keys to ``[B, h, Wk, DG]``; arguments are those of `gate_queries`, with ``HKV`` heads.
 
         Keys of finished sub-blocks never change, so a caller may cache them. ``h`` is ``HKV``, or ``H`` for a gate
         without a q linear.
         """
-        size = self.config.block_k // self.config.key_subblocks
-        pooled = pool_blocks(k, size=size, start=start, kinds=self.config.k_pooling)
+        c = self.config
+        k = self._pooled(k, start, c.k_size, c.k_pooling)
+        pooled = k.features
         if self.k_weight.shape[0] != self.num_kv_heads:
             pooled = pooled.repeat_interleave(self.group, dim=1)
-        return self._place(self.k_norm(pooled @ self.k_weight), start, size)
+        return self._place(self.k_norm(pooled @ self.k_weight), k.start, c.k_size)
+
+    def _pooled(self, x: Tensor | Pooled, start: int, size: int, kinds: tuple[str, ...]) -> Pooled:
+        if isinstance(x, Pooled):
+            return x
+        return Pooled(pool_blocks(x, size=size, start=start, kinds=kinds), size, start, x.shape[2])
 
     def _place(self, x: Tensor, start: int, size: int) -> Tensor:
         if self.inv_freq is None:
@@ -142,7 +154,7 @@ class AttnGate(nn.Module):
             the predicted row of the max-pooled attention map.
         """
         c = self.config
-        q_size, k_size = c.block_q // c.query_subblocks, c.block_k // c.key_subblocks
+        q_size, k_size = c.q_size, c.k_size
         batch, heads, windows, _ = gate_q.shape
         num_k_blocks = -(-gate_k.shape[2] // c.key_subblocks)
         first_window = q_start // q_size
@@ -166,7 +178,7 @@ class AttnGate(nn.Module):
     def _strip_scores(self, gate_q: Tensor, gate_k: Tensor, first_window: int, last: int) -> Tensor:
         """Scores of consecutive query sub-blocks, the first of number ``first_window``, the last token at ``last``."""
         c = self.config
-        q_size, k_size = c.block_q // c.query_subblocks, c.block_k // c.key_subblocks
+        q_size, k_size = c.q_size, c.k_size
         batch, heads, windows, _ = gate_q.shape
         device = gate_q.device
         grouped = gate_q.reshape(batch, gate_k.shape[1], -1, self.gate_dim)
@@ -193,17 +205,17 @@ class AttnGate(nn.Module):
             s = s.amax(-1)
         return s
 
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+    def forward(self, q: Tensor | Pooled, k: Tensor | Pooled) -> Tensor:
         """Scores the last ``T`` tokens as queries against all ``S`` keys.
 
         Args:
-            q: queries before RoPE ``[B, H, T, D]``, any float dtype.
-            k: keys before RoPE ``[B, HKV, S, D]``, the first at position 0, ``T <= S``.
+            q: queries before RoPE ``[B, H, T, D]``, any float dtype, or the same pooled.
+            k: keys before RoPE ``[B, HKV, S, D]``, the first at position 0, ``T <= S``, or the same pooled.
 
         Returns:
             fp32 ``[B, Hm, Nq, Nk]``, see `scores`.
         """
-        q_len, k_len = q.shape[2], k.shape[2]
+        q_len, k_len = (x.length if isinstance(x, Pooled) else x.shape[2] for x in (q, k))
         if not 1 <= q_len <= k_len:
             raise ValueError(f"k must hold the keys of all queries and of the past, got T = {q_len}, S = {k_len}")
         start = k_len - q_len

@@ -100,6 +100,16 @@ class AttnGateConfig:
         if self.distance_bias < 0:
             raise ValueError(f"distance_bias must be 0 or a number of blocks, got {self.distance_bias}")
 
+    @property
+    def q_size(self) -> int:
+        """Tokens of a query sub-block."""
+        return self.block_q // self.query_subblocks
+
+    @property
+    def k_size(self) -> int:
+        """Tokens of a key sub-block."""
+        return self.block_k // self.key_subblocks
+
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` restores an equal config."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """Queries or keys as a gate takes them: windows of the absolute grid, pooled.
+
+    Attributes:
+        features: fp32 ``[B, h, W, kinds * D]``.
+        size: window length in tokens.
+        start: position of the first token.
+        length: number of tokens.
+    """
+
+    features: Tensor
+    size: int
+    start: int
+    length: int
+
+    def cut(self, row: int, begin: int, end: int) -> Pooled:
+        """Tokens ``begin .. end`` of one batch row, as a text of their own; both on window boundaries or at an end."""
+        windows = slice(begin // self.size, -(-end // self.size))
+        return Pooled(self.features[row : row + 1, :, windows], self.size, 0, end - begin)
 
 
 def pool_blocks(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...]) -> Tensor:

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.config import AttnGateConfig
+from seerattn.gate_selector import GateSelector
 from seerattn.hf.attention import IMPLEMENTATIONS, LayerCall, LayerState, layer_states
 from seerattn.hf.checkpoint import check_gate_folder
 from seerattn.hf.distillation import GateLosses
 from seerattn.hf.probe import AttentionLayer, dense_implementation, probe, set_implementation
 from seerattn.hf.rotary import gate_frequencies
 from seerattn.selection.policies import Policy, policy_from_dict
-from seerattn.selection.selector import GateSelector
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 
 from seerattn.gate.config import AttnGateConfig
 from seerattn.hf.adapter import SeerConfig, SeerLayer, SeerModel
-from seerattn.hf.attention import IMPLEMENTATIONS, LayerCall, LayerState, layer_states
+from seerattn.hf.attention import IMPLEMENTATIONS, LayerCall, LayerState, check_attached_impl, layer_states
 from seerattn.hf.checkpoint import check_gate_folder
 from seerattn.hf.probe import dense_implementation, probe, set_implementation
-from seerattn.ops.resolve import resolve
 from seerattn.selection.policies import Policy
 from seerattn.selection.selector import Selector
 
@@ -45,8 +44,8 @@ def attach(
             any `Selector`, used by every layer, or a function from the layer's index to its selector (None leaves
             that layer dense).
         policy: replaces the policy that was saved with the gates. Without either, the model runs dense.
-        impl: implementation of `block_sparse_attention`. "auto" also runs dense where it expects that to be faster;
-            name one ("reference") to have every prefill sparse, as measurements need it.
+        impl: implementation of `block_sparse_attention`. "auto" takes the fastest, or dense attention where it expects
+            that to be faster; "sparse" takes the fastest and is never dense, as measurements need it.
         layers: indices of decoder layers; by default all full-attention layers, or those of the saved gates.
 
     Returns:
@@ -57,7 +56,7 @@ def attach(
         ValueError: the model cannot be served, the gates are not whole or belong to another model, or gates are
             attached already.
     """
-    resolve("block_sparse_attention", impl)
+    check_attached_impl(impl)
     if isinstance(gates, (str, Path, AttnGateConfig)):
         return _attach_gates(model, gates, policy, impl, layers)
     if policy is not None:
@@ -161,7 +160,7 @@ def set_policy(model: nn.Module, policy: Policy | None, *, impl: str | None = No
         ValueError: the model has no gates, or an unknown ``impl``.
     """
     if impl is not None:
-        resolve("block_sparse_attention", impl)
+        check_attached_impl(impl)
     gated, states = _gated_layers(model), layer_states(model)
     if not states or (policy is not None and not gated):
         raise ValueError(f"model must have gates for a policy, got {type(model).__name__} without; use seerattn.attach")

@@ -8,20 +8,21 @@ import torch
 from torch import Tensor
 
 from seerattn.gate.attn_gate import AttnGate
+from seerattn.gate.pooling import Pooled
 
 
 class GateLoss(Protocol):
     """The loss of one gate on one batch of unpadded sequences of equal length."""
 
     def __call__(
-        self, gate: AttnGate, q: Tensor, k: Tensor, target: Tensor, segment_ids: Tensor | None
+        self, gate: AttnGate, q: Pooled, k: Pooled, target: Tensor, segment_ids: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compares the gate with the target map.
 
         Args:
             gate: call it, so that wrappers such as FSDP see the call.
-            q: fp32 queries before RoPE ``[B, H, S, D]``.
-            k: fp32 keys before RoPE ``[B, HKV, S, D]``.
+            q: queries of all ``H`` heads, un-rotated and pooled as the gate takes them.
+            k: the same of the keys of all ``HKV`` heads.
             target: fp32 ``[B, H, Nq, Nk]``, rows sum to 1.
             segment_ids: int ``[B, S]``, documents of packed rows, or None.
 
@@ -48,7 +49,7 @@ class GateLosses:
         self.segment_ids = segment_ids
         self._rows: dict[int, list[tuple[int, Tensor, dict[str, Tensor]]]] = {}
 
-    def add(self, layer: int, gate: AttnGate, q: Tensor, k: Tensor, target: Tensor, segment_ids: Tensor | None) -> None:
+    def add(self, layer: int, gate: AttnGate, q: Pooled, k: Pooled, target: Tensor, segment_ids: Tensor | None) -> None:
         """Adds the loss of one layer on one batch of unpadded sequences; several calls a layer are averaged."""
         parameters = [p for p in gate.parameters() if p.requires_grad]
         with torch.enable_grad():
@@ -56,7 +57,9 @@ class GateLosses:
             gradients = torch.autograd.grad(loss, parameters)
             value = _FinishedLoss.apply(loss.detach(), gradients, *parameters)
         metrics = {name: torch.as_tensor(v).detach() for name, v in metrics.items()}
-        self._rows.setdefault(layer, []).append((q.shape[0] * q.shape[2], value, {"loss": loss.detach(), **metrics}))
+        self._rows.setdefault(layer, []).append(
+            (q.features.shape[0] * q.length, value, {"loss": loss.detach(), **metrics})
+        )
 
     def total(self) -> Tensor:
         """Mean over layers of each layer's token-weighted loss.

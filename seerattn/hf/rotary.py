@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seerattn.selection.selector import RotaryTables
+
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
@@ -48,11 +50,43 @@ class Rotation:
             turned = self.function(turned, turned[:, :0], cos, sin)[0]
         return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
+    def as_tables(self, cos: Tensor, sin: Tensor) -> RotaryTables | None:
+        """What `rotate` does with these tables, for kernels that undo it; None if it fits none of the known forms.
+
+        The form is found by trying each on random vectors, once.
+        """
+        if not hasattr(self, "_form"):
+            object.__setattr__(self, "_form", self._find_form(cos[:1, -8:].float(), sin[:1, -8:].float()))
+        return None if self._form is None else RotaryTables(cos, sin, **self._form)
+
+    def _find_form(self, cos: Tensor, sin: Tensor) -> dict[str, Any] | None:
+        columns = cos.shape[-1]
+        x = torch.randn(1, 1, cos.shape[1], self.width, generator=torch.Generator().manual_seed(0)).to(cos.device)
+        turned = self.rotate(x, cos, sin)
+        for width, step in ((columns, 1), (columns, 2), (2 * columns, 1)):
+            for interleaved in (False, True):
+                form = {"width": width, "interleaved": interleaved, "column_step": step}
+                if width <= self.width and torch.allclose(_turn(x, cos, sin, **form), turned, atol=1e-5):
+                    return form
+        return None
+
     def unrotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The inverse of `rotate`, fp32."""
         cos, sin = cos.float(), sin.float()
         norm = cos.square() + sin.square()
         return self.rotate(x.float(), cos / norm, -sin / norm)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, width: int, interleaved: bool, column_step: int) -> Tensor:
+    """Rotates ``x [B, h, n, D]`` in the form that `RotaryTables` describes."""
+    pairs = width // 2
+    cos, sin = (t[:, None, :, : pairs * column_step : column_step] for t in (cos, sin))
+    first = slice(0, width, 2) if interleaved else slice(0, pairs)
+    second = slice(1, width, 2) if interleaved else slice(pairs, width)
+    out = x.clone()
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., second] * cos + x[..., first] * sin
+    return out
 
 
 def gate_frequencies(rotation: Rotation | None, *, gate_dim: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.gate.pooling import Pooled
 from seerattn.selection.block_indices import forced_block_mask, num_query_blocks
 from seerattn.selection.policies import TopK
 from seerattn.training.losses import LossKind, RowWeight, gate_loss, group_target, target_recall
@@ -40,14 +41,14 @@ class LayerLoss:
     measure: bool = False
 
     def __call__(
-        self, gate: AttnGate, q: Tensor, k: Tensor, target: Tensor, segment_ids: Tensor | None
+        self, gate: AttnGate, q: Pooled, k: Pooled, target: Tensor, segment_ids: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and recall of one layer.
 
         Args:
             gate: the gate.
-            q: queries before RoPE ``[B, H, S, D]``.
-            k: keys before RoPE ``[B, HKV, S, D]``.
+            q: queries of all ``H`` heads as the gate takes them.
+            k: the same of the keys of all ``HKV`` heads.
             target: map ``[B, H, Nq, Nk]`` of the whole rows.
             segment_ids: int ``[B, S]``, documents of packed rows; each begins on a block boundary.
 
@@ -61,7 +62,7 @@ class LayerLoss:
         """
         config = gate.config
         if segment_ids is None:
-            scores, lengths = gate(q, k), [q.shape[2]] * q.shape[0]
+            scores, lengths = gate(q, k), [q.length] * len(q.features)
         else:
             scores, target, lengths = _cut_apart(gate, q, k, target, segment_ids)
         wanted = group_target(target, gate.mask_heads).clone()
@@ -82,7 +83,7 @@ def _too_short(length: int, config: AttnGateConfig) -> bool:
 
 
 def _cut_apart(
-    gate: AttnGate, q: Tensor, k: Tensor, target: Tensor, segment_ids: Tensor
+    gate: AttnGate, q: Pooled, k: Pooled, target: Tensor, segment_ids: Tensor
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Scores and maps of single documents, padded to the largest, and the documents' lengths."""
     block_q, block_k = gate.config.block_q, gate.config.block_k
@@ -95,8 +96,7 @@ def _cut_apart(
                     f"packed documents must begin on block boundaries, got one at token {begin} with blocks of "
                     f"{block_q} and {block_k}; cut documents to whole blocks"
                 )
-            tokens = (slice(row, row + 1), slice(None), slice(begin, end))
-            scores.append(gate(q[tokens], k[tokens]))
+            scores.append(gate(q.cut(row, begin, end), k.cut(row, begin, end)))
             rows = slice(begin // block_q, -(-end // block_q))
             targets.append(target[row : row + 1, :, rows, begin // block_k : -(-end // block_k)])
             lengths.append(end - begin)

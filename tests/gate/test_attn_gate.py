@@ -10,6 +10,7 @@ from torch import Tensor
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.gate import attn_gate as module
 from seerattn.gate.attn_gate import parameter_count
+from seerattn.gate.pooling import Pooled, pool_blocks
 
 D, H, HKV = 16, 4, 2
 INV_FREQ = 10_000.0 ** -(torch.arange(D // 2) / (D // 2))
@@ -208,3 +209,29 @@ def test_gate_rejects_missing_frequencies_and_a_query_without_its_key() -> None:
     q, k = qk(10)
     with pytest.raises(ValueError, match="k must hold the keys"):
         make(FORMS["paper"])(q, k[:, :, :5])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_pooled_inputs_score_like_the_tokens_they_come_from(name: str) -> None:
+    gate = make(FORMS[name])
+    c = gate.config
+    q, k = qk(70, 131)
+    pooled = (
+        Pooled(pool_blocks(x, size=size, start=start, kinds=kinds), size, start, x.shape[2])
+        for x, size, start, kinds in ((q, c.q_size, 61, c.q_pooling), (k, c.k_size, 0, c.k_pooling))
+    )
+    assert torch.equal(gate(*pooled), gate(q, k))
+
+
+def test_a_document_cut_out_of_pooled_rows_scores_as_if_alone() -> None:
+    gate = make(FORMS["default"])
+    c = gate.config
+    q, k = qk(150)
+    whole = (
+        Pooled(pool_blocks(x, size=size, start=0, kinds=kinds), size, 0, 150)
+        for x, size, kinds in ((q, c.q_size, c.q_pooling), (k, c.k_size, c.k_pooling))
+    )
+    # Matrix products of other shapes may add in another order.
+    torch.testing.assert_close(
+        gate(*(x.cut(1, 64, 150) for x in whole)), gate(q[1:, :, 64:], k[1:, :, 64:]), rtol=1e-5, atol=1e-5
+    )

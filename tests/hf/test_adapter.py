@@ -225,11 +225,11 @@ def test_losses_and_gradients_match_plain_autograd() -> None:
 
 
 def recorded(model: torch.nn.Module, **inputs) -> list[tuple[Tensor, Tensor]]:
-    """Un-rotated keys and target of every loss call."""
+    """Pooled un-rotated keys, target and segments of every loss call."""
     calls = []
 
     def remember(gate, q, k, target, segment_ids):
-        calls.append((k, target, segment_ids))
+        calls.append((k.features, target, segment_ids))
         return cross_entropy(gate, q, k, target, segment_ids)
 
     model(**inputs, gate_losses=GateLosses(remember), use_cache=False)
@@ -259,7 +259,7 @@ def test_training_on_packed_documents_sees_no_attention_across_them() -> None:
     for layer in (0, 1):
         keys, target, segments = packed[layer]
         assert segments.diff().nonzero()[:, 1].tolist() == [63]
-        assert (keys[:, :, 64:] - alone[1][layer][0]).abs().max() < 1e-5
+        assert (keys[:, :, 64 // GATE.k_size :] - alone[1][layer][0]).abs().max() < 1e-5
         assert (target[:, :, :2, :2] - alone[0][layer][1]).abs().max() < 1e-6
         assert (target[:, :, 2:, 2:] - alone[1][layer][1]).abs().max() < 1e-6
         assert (target[:, :, 2:, :2] == 0).all()

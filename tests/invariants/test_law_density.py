@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.gate_selector import GateSelector
 from seerattn.ops.block_sparse_attention import block_sparse_attention
-from seerattn.selection import AttentionContext, GateSelector, KeepAll, Threshold, TokenBudget, TopK, TopP
+from seerattn.selection import AttentionContext, KeepAll, Threshold, TokenBudget, TopK, TopP
 from seerattn.selection.block_indices import causal_block_mask
 
 BLOCK, D, H, HKV = 32, 64, 4, 2

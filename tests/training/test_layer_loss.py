@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import seerattn
 from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.gate.pooling import Pooled, pool_blocks
 from seerattn.hf.distillation import GateLosses
 from seerattn.training.layer_loss import LayerLoss
 
@@ -198,6 +199,10 @@ def test_recall_matches_a_count_over_rows() -> None:
     q, k = (torch.randn(1, n, blocks * BLOCK, 32, generator=generator) for n in (heads, 2))
     target = torch.rand(1, heads, blocks, blocks, generator=generator).tril()
     target = target / target.sum(-1, keepdim=True)
+    q, k = (
+        Pooled(pool_blocks(x, size=size, start=0, kinds=kinds), size, 0, blocks * BLOCK)
+        for x, size, kinds in ((q, config.q_size, config.q_pooling), (k, config.k_size, config.k_pooling))
+    )
     _, metrics = LayerLoss(measure=True)(gate, q, k, target, None)
     scores = gate(q, k).detach().repeat_interleave(2, 1)
     # Of 300 causal blocks, two a row are 47 and three are 69, which is nearer to .2: the first, the diagonal, the best.

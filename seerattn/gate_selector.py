@@ -1,0 +1,123 @@
+"""The learned gate as a selector: torch modules on any device, or one fused op.
+
+This is the one place that knows both the gate and the op, and it is the reference of the op: ``impl="reference"``
+un-rotates, runs `AttnGate` and lets the policy choose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from seerattn.gate.attn_gate import AttnGate
+from seerattn.gate.pooling import Pooled, pool_blocks
+from seerattn.ops import gate_scores
+from seerattn.ops.resolve import check_impl, implementation
+from seerattn.selection.block_indices import BlockIndices
+from seerattn.selection.policies import KeepAll, Knob, Policy, Threshold, TokenBudget, TopK, TopP, rows_k
+from seerattn.selection.selector import AttentionContext, RotaryTables
+
+
+@dataclass(frozen=True)
+class GateSelector:
+    """The learned gate: scores from un-rotated q and k, blocks by a policy.
+
+    Attributes:
+        gate: scores the blocks.
+        policy: chooses among them.
+        impl: "reference" runs the torch modules, "triton" the fused op; "auto" takes the fused op where it can run.
+    """
+
+    gate: AttnGate
+    policy: Policy
+    impl: Literal["auto", "triton", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_impl("gate_scores", self.impl)
+
+    def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
+        """See `Selector.select`."""
+        config = self.gate.config
+        start, k_len = k.shape[2] - q.shape[2], k.shape[2]
+        rule = _rule(self.policy, context.layer, k_len, config.block_q, config.block_k, not config.exclude_forced)
+        rotary = context.rotary or RotaryTables()
+        module = implementation("gate_scores", self.impl, q.device, q, k, self.gate, rule, rotary)
+        if module.__name__ != __name__:
+            if context.rotary is None:
+                q, k = context.unrotate(q, start), context.unrotate(k, 0)
+            return gate_scores.select_blocks(q, k, self.gate, rule, rotary)
+        scores = self.gate(context.unrotate(q, start), context.unrotate(k, 0))
+        return self.policy.select(
+            scores,
+            q_start=start,
+            q_len=q.shape[2],
+            block_q=config.block_q,
+            block_k=config.block_k,
+            layer=context.layer,
+            forced_scored=not config.exclude_forced,
+        )
+
+
+def pooled_inputs(
+    gate: AttnGate, q: Tensor, k: Tensor, context: AttentionContext, impl: str = "auto"
+) -> tuple[Pooled, Pooled]:
+    """What a gate takes of q and k after RoPE, un-rotated and pooled, without a graph.
+
+    The fused kernel reads each once and never holds it in fp32.
+    """
+    c = gate.config
+    return (
+        pool(q, context, start=k.shape[2] - q.shape[2], size=c.q_size, kinds=c.q_pooling, impl=impl),
+        pool(k, context, start=0, size=c.k_size, kinds=c.k_pooling, impl=impl),
+    )
+
+
+@torch.no_grad()
+def pool(
+    x: Tensor, context: AttentionContext, *, start: int, size: int, kinds: tuple[str, ...], impl: str = "auto"
+) -> Pooled:
+    """Un-rotates and pools vectors after RoPE ``[B, h, n, D]`` from position ``start`` on; see `pooled_inputs`."""
+    rotary = context.rotary or RotaryTables()
+    module = implementation("pool_windows", impl, x.device, x, rotary)
+    fused = module.__name__ != __name__
+    if context.rotary is None or not fused:
+        x = context.unrotate(x, start)
+    arguments = {"size": size, "start": start, "kinds": kinds}
+    features = gate_scores.pool_windows(x, rotary=rotary, **arguments) if fused else pool_blocks(x, **arguments)
+    return Pooled(features, size, start, x.shape[2])
+
+
+def _rule(
+    policy: Policy, layer: int, tokens: int, block_q: int, block_k: int, forced_scored: bool
+) -> gate_scores.Rule | None:
+    """A policy as the op takes it; None for policies of others."""
+    match policy:
+        case KeepAll():
+            kind, knob = "share", 1.0
+        case TopK(rule="same_k"):
+            tokens = max(policy.length or 0, tokens)
+            kind, knob = "count", _at_layer(policy.density, layer)
+            counts = [float(rows_k(tokens, block_q, block_k, share)) for share in _values(knob)]
+            knob = tuple(counts) if isinstance(knob, tuple) else counts[0]
+        case TopK():
+            kind, knob = "share", _at_layer(policy.density, layer)
+        case TokenBudget():
+            kind, knob = "count", float(-(-policy.tokens // block_k))
+        case Threshold():
+            kind, knob = policy.on, _at_layer(policy.threshold, layer)
+        case TopP():
+            kind, knob = "mass", _at_layer(policy.p, layer)
+        case _:
+            return None
+    return gate_scores.Rule(kind, knob, policy.sink_blocks, policy.last_rows_dense, forced_scored)
+
+
+def _at_layer(knob: Knob, layer: int) -> float | tuple[float, ...]:
+    return float(knob) if isinstance(knob, (int, float)) else tuple(knob[layer])
+
+
+def _values(knob: float | tuple[float, ...]) -> tuple[float, ...]:
+    return knob if isinstance(knob, tuple) else (knob,)

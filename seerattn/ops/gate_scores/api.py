@@ -1,0 +1,128 @@
+"""The public op: what it takes, and its checks.
+
+The reference of this op is not here but in torch modules: un-rotation, `AttnGate` and a `Policy`, one after the other,
+as `seerattn.gate_selector.GateSelector` runs them with ``impl="reference"``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from seerattn.ops.checks import check_qkv
+from seerattn.ops.resolve import implementation
+from seerattn.selection.block_indices import BlockIndices
+
+
+class GateForm(Protocol):
+    """Form of a gate; see `seerattn.gate.AttnGateConfig`, which fits."""
+
+    block_q: int
+    block_k: int
+    q_pooling: tuple[str, ...]
+    k_pooling: tuple[str, ...]
+    q_linear: bool
+    rope: bool
+    qk_norm: bool
+    query_subblocks: int
+    key_subblocks: int
+    normalize_subblocks: bool
+    distance_bias: int
+    q_size: int
+    k_size: int
+
+
+class Gate(Protocol):
+    """A gate with its weights; see `seerattn.gate.AttnGate`, which fits."""
+
+    config: GateForm
+    q_weight: Tensor | None
+    k_weight: Tensor
+    q_norm: nn.Module
+    k_norm: nn.Module
+    inv_freq: Tensor | None
+    mask_heads: int
+    gate_dim: int
+
+
+class Rotary(Protocol):
+    """How q and k were rotated; see `seerattn.selection.RotaryTables`, which fits."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+    width: int
+    interleaved: bool
+    column_step: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which blocks to keep, beside the diagonal.
+
+    Attributes:
+        kind: "count" keeps so many blocks of every row, "share" such a share of every row's causal blocks, rounded
+            up; both count forced blocks. "softmax" keeps blocks whose softmax over the row's keys exceeds a level,
+            "score" those whose score does, "mass" the fewest blocks that hold such a share of the softmax.
+        knob: the number, share, level or mass: one for all heads or one a head.
+        sink_blocks: first key blocks that every row keeps.
+        last_rows_dense: last rows of the call that keep every block.
+        forced_scored: whether blocks that are kept anyway take part in a softmax.
+    """
+
+    kind: Literal["count", "share", "softmax", "score", "mass"]
+    knob: float | tuple[float, ...]
+    sink_blocks: int = 1
+    last_rows_dense: int = 0
+    forced_scored: bool = True
+
+
+def select_blocks(q: Tensor, k: Tensor, gate: Gate, rule: Rule, rotary: Rotary) -> BlockIndices:
+    """Scores the blocks of one unpadded call with a gate and chooses some (arXiv 2410.13276, section 3).
+
+    One pass over q and k un-rotates, pools, projects and rotates; a second kernel multiplies, reduces to blocks and
+    chooses. Nothing is differentiable.
+
+    Args:
+        q: queries after RoPE ``[B, H, T, D]``, fp16, bf16 or fp32; the last query is the last key.
+        k: keys after RoPE ``[B, HKV, S, D]`` of the same dtype, ``T <= S``.
+        gate: the gate of the layer.
+        rule: what to keep.
+        rotary: tables of the positions ``0 .. S``.
+
+    Returns:
+        Lists of ``gate.mask_heads`` heads.
+
+    Raises:
+        ValueError: arguments that do not fit each other, or that the kernels do not serve.
+    """
+    check_qkv(q, k, k)
+    heads = gate.mask_heads
+    if isinstance(rule.knob, tuple) and len(rule.knob) != heads:
+        raise ValueError(f"a knob per head must have {heads} values a layer, got {len(rule.knob)}")
+    module = implementation("gate_scores", "triton", q.device, q, k, gate, rule, rotary)
+    return module.select_blocks(q, k, gate, rule, rotary)
+
+
+def pool_windows(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...], rotary: Rotary) -> Tensor:
+    """Un-rotates and pools windows of ``size`` tokens in one pass over ``x``; nothing is differentiable.
+
+    Args:
+        x: queries or keys after RoPE ``[B, h, N, D]``, the tokens at positions ``start .. start + N``.
+        size: window length in tokens; windows are ``position // size``.
+        start: position of the first token.
+        kinds: which of "avg", "max" and "min", in the order of their concatenation.
+        rotary: tables of the positions ``0 .. start + N``.
+
+    Returns:
+        fp32 ``[B, h, W, len(kinds) * D]``, what `seerattn.gate.pooling.pool_blocks` gives of the un-rotated tokens.
+
+    Raises:
+        ValueError: the kernel does not serve the call.
+    """
+    with torch.no_grad():
+        return implementation("pool_windows", "triton", x.device, x, rotary).pool_windows(
+            x, size=size, start=start, kinds=kinds, rotary=rotary
+        )

@@ -1,0 +1,177 @@
+"""Choosing blocks from rows of scores that are held in registers, and writing index lists.
+
+A tile ``[R, C, L]`` holds `R` rows of ``C * L`` key blocks; block ``c * L + l`` of row ``r`` is element ``[r, c, l]``.
+In this shape, with 32 lanes along `L`, Triton gives a row to one warp, so that no count over a row has to cross warps.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Values of RULE.
+COUNT = tl.constexpr(0)  # so many blocks of every row
+SHARE = tl.constexpr(1)  # this share of every row's causal blocks, rounded up
+SOFTMAX = tl.constexpr(2)  # softmax over the row above a threshold
+SCORE = tl.constexpr(3)  # score above a threshold
+MASS = tl.constexpr(4)  # the fewest blocks that hold this share of the row's softmax
+
+LOWEST = tl.constexpr(-(2**31))
+HIGHEST = tl.constexpr(2**31 - 1)
+STEPS = tl.constexpr(4)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def row_sum(x):
+    return tl.sum(tl.sum(x, axis=1), axis=1)
+
+
+@triton.jit
+def row_max(x):
+    return tl.max(tl.max(x, axis=1), axis=1)
+
+
+@triton.jit
+def row_min(x):
+    return tl.min(tl.min(x, axis=1), axis=1)
+
+
+@triton.jit
+def places(keep):
+    """Number of kept elements up to and including each element, in its row."""
+    x = keep.to(tl.int32)
+    totals = tl.sum(x, axis=2)
+    before = tl.cumsum(totals, axis=1) - totals
+    return tl.cumsum(x, axis=2) + before[:, :, None]
+
+
+@triton.jit
+def ordered(x):
+    """int32 images of fp32 values in the same order; both zeros have one image, and none is `LOWEST`."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & HIGHEST)
+
+
+@triton.jit
+def top_count(x, candidates, total, need):
+    """The ``need [R]``, 0 to ``total``, largest of the ``total [R]`` candidates of each row; the first among equals."""
+    key = tl.where(candidates, ordered(x), LOWEST)
+    # Bisection for the need-th largest image; it ends early where a threshold parts exactly `need` from the rest.
+    high = row_max(key)
+    low = tl.where(need == total, LOWEST + 1, row_min(tl.where(candidates, key, HIGHEST)))
+    low = tl.where(need == 0, HIGHEST, low)
+    high = tl.where((need == 0) | (need == total), low, high)
+    while tl.max((low < high).to(tl.int32), axis=0) > 0:
+        # Asking whether all rows are done is a barrier; rows that are done stay as they are.
+        for _ in tl.static_range(STEPS):
+            middle = (low | high) - ((low ^ high) >> 1)  # (low + high) / 2 rounded up, without overflow
+            count = row_sum((key >= middle[:, None, None]).to(tl.int32))
+            open = low < high
+            high = tl.where(open & (count < need), middle - 1, tl.where(open & (count == need), middle, high))
+            low = tl.where(open & (count >= need), middle, low)
+    keep = key >= low[:, None, None]
+    surplus = row_sum(keep.to(tl.int32)) - need
+    if tl.max(surplus, axis=0) > 0:
+        equal = key == low[:, None, None]
+        wanted = row_sum(equal.to(tl.int32)) - surplus
+        keep = keep & (~equal | (places(equal) <= wanted[:, None, None]))
+    return keep
+
+
+@triton.jit
+def probabilities(x, scored):
+    """Softmax over the scored elements of each row, from scores in units of log 2; zero in rows that have none."""
+    x = tl.where(scored, x, float("-inf"))
+    largest = row_max(x)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    e = tl.exp2(x - largest[:, None, None])
+    total = row_sum(e)
+    return e * (1.0 / tl.where(total > 0, total, 1.0))[:, None, None]
+
+
+@triton.jit
+def top_mass(x, scored, p):
+    """The largest of the scored elements of each row while the mass before them is short of ``p``."""
+    mass = probabilities(x, scored)
+    key = tl.where(scored, ordered(x), LOWEST)
+    low = row_min(tl.where(scored, key, HIGHEST))
+    high = row_max(key)
+    low = tl.minimum(low, high)
+    # Bisection for the least image above which the mass is short of p.
+    while tl.max((low < high).to(tl.int32), axis=0) > 0:
+        middle = (low & high) + ((low ^ high) >> 1)
+        short = row_sum(tl.where(key > middle[:, None, None], mass, 0.0)) < p
+        open = low < high
+        high = tl.where(open & short, middle, high)
+        low = tl.where(open & ~short, middle + 1, low)
+    above = key > low[:, None, None]
+    equal = (key == low[:, None, None]) & scored
+    held = row_sum(tl.where(above, mass, 0.0))
+    each = row_max(tl.where(equal, mass, 0.0))
+    earlier = places(equal) - 1
+    return above | (equal & (held[:, None, None] + earlier.to(tl.float32) * each[:, None, None] < p))
+
+
+@triton.jit
+def wanted_count(knob, num_causal, num_forced, RULE: tl.constexpr):
+    """Blocks that each row keeps, known without its scores: ``[R]``."""
+    count = tl.zeros_like(num_causal) + tl.ceil(knob).to(tl.int32)
+    if RULE == SHARE:
+        count = tl.ceil(num_causal.to(tl.float32) * knob).to(tl.int32)
+    return tl.maximum(tl.minimum(count, num_causal), num_forced)
+
+
+@triton.jit
+def chosen_by_level(x, scored, knob, RULE: tl.constexpr):
+    """Chosen blocks of rows of scores in units of log 2."""
+    if RULE == SOFTMAX:
+        keep = probabilities(x, scored) > knob
+    elif RULE == SCORE:
+        keep = tl.where(scored, x * LN_2, float("-inf")) > knob
+    else:
+        keep = top_mass(x, scored, knob)
+    return keep
+
+
+@triton.jit
+def write_lists(keep, count, column, indices, counts, live, rows, width, FILL: tl.constexpr):
+    """Ascending lists ``indices [rows, width]``, padded with -1, and their counts."""
+    tl.store(counts + rows, count, mask=live)
+    at = indices + rows.to(tl.int64) * width
+    # Not true, but the mask keeps stores single; without it Triton would move all three through shared memory.
+    to = tl.max_contiguous(tl.multiple_of(at[:, None, None] + places(keep) - 1, [1, 1, 16]), [1, 1, 4])
+    tl.store(to, column, mask=keep & live[:, None, None])
+    begin = tl.min(tl.where(live, count, width), axis=0) // FILL * FILL
+    for w in range(begin, width, FILL):
+        pad = w + tl.arange(0, FILL)[None, :]
+        tl.store(at[:, None] + pad, -1, mask=live[:, None] & (pad >= count[:, None]) & (pad < width))
+
+
+@triton.jit
+def write_bits(keep, counts, words, live, rows, stride, R: tl.constexpr, C: tl.constexpr, L: tl.constexpr):
+    """One bit a block, ``words [rows, stride]``, and counts: the lists once their width is known."""
+    tl.store(counts + rows, row_sum(keep.to(tl.int32)), mask=live)
+    bits = tl.reshape(keep.to(tl.int32), [R, C, L // 32, 32]) << tl.arange(0, 32)[None, None, None, :]
+    packed = tl.sum(bits, axis=3)
+    column = tl.arange(0, C)[None, :, None] * (L // 32) + tl.arange(0, L // 32)[None, None, :]
+    at = words + rows.to(tl.int64) * stride
+    tl.store(at[:, None, None] + column, packed, mask=live[:, None, None] & (column < stride))
+
+
+@triton.jit
+def expand_kernel(words, counts, indices, stride, width, CHUNK: tl.constexpr):
+    """Lists of one row from its bits."""
+    row = tl.program_id(0).to(tl.int64)
+    done = 0
+    for begin in range(0, stride * 32, CHUNK):
+        column = begin + tl.arange(0, CHUNK)
+        word = tl.load(words + row * stride + column // 32, mask=column < stride * 32, other=0)
+        keep = (word >> (column % 32)) & 1
+        place = done + tl.cumsum(keep, axis=0) - 1
+        tl.store(indices + row * width + place, column, mask=keep != 0)
+        done += tl.sum(keep, axis=0)
+    count = tl.load(counts + row)
+    for begin in range(count // CHUNK * CHUNK, width, CHUNK):
+        pad = begin + tl.arange(0, CHUNK)
+        tl.store(indices + row * width + pad, -1, mask=(pad >= count) & (pad < width))

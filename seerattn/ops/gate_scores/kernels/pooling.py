@@ -1,0 +1,171 @@
+"""From rotated tokens to pooled windows and gate vectors: one read of Q and K.
+
+Windows of `SIZE` tokens lie on the absolute grid ``position // SIZE``. A program takes `M` windows of one head and
+walks their tokens, `STEP` of each window at a time. Head channels are held as two halves, ``[0, D / 2)`` and
+``[D / 2, D)``: the pairs of the usual rotation, both of the model and of the gate, are then register to register.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Values of ROTATION.
+UNROTATED = tl.constexpr(0)
+HALVES = tl.constexpr(1)  # channel i turns with i + D / 2
+PART_HALVES = tl.constexpr(2)  # channel i turns with i + width / 2, channels from the width on do not turn
+INTERLEAVED = tl.constexpr(3)  # channel 2 i turns with 2 i + 1, channels from the width on do not turn
+
+# What the lower half of a split vector is multiplied by, so that it is as large as the upper one.
+LOW_SCALE = tl.constexpr(2048.0)
+
+
+@triton.jit
+def _turned_back(
+    x, x_rows, cos, cos_rows, sin, sin_rows, channel, D: tl.constexpr, ROTATED: tl.constexpr, ROTATION: tl.constexpr,
+    COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Channels ``channel [1, 1, HALF]`` of un-rotated vectors, fp32; for every rotation that exists."""
+    real = channel < D
+    value = tl.load(x + x_rows + channel, mask=real, other=0.0).to(tl.float32)
+    if ROTATION == UNROTATED:
+        return value
+    turns = channel < ROTATED
+    if ROTATION == INTERLEAVED:
+        first = channel % 2 == 0
+        partner = channel ^ 1
+        column = channel // 2
+    else:
+        first = channel < ROTATED // 2
+        partner = tl.where(first, channel + ROTATED // 2, channel - ROTATED // 2)
+        column = tl.where(first, channel, channel - ROTATED // 2)
+    other = tl.load(x + x_rows + partner, mask=turns, other=0.0).to(tl.float32)
+    c = tl.load(cos + cos_rows + column * COLUMN, mask=turns, other=1.0).to(tl.float32)
+    s = tl.load(sin + sin_rows + column * COLUMN, mask=turns, other=0.0).to(tl.float32)
+    inverse = 1.0 / (c * c + s * s)
+    return value * (c * inverse) + tl.where(first, other, -other) * (s * inverse)
+
+
+@triton.jit
+def _halves(
+    x, x_rows, cos, cos_rows, sin, sin_rows, D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr,
+    ROTATION: tl.constexpr, COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Both halves of un-rotated vectors, fp32 ``[M, STEP, HALF]`` each."""
+    p = tl.arange(0, HALF)[None, None, :]
+    MIDDLE: tl.constexpr = D // 2
+    if ROTATION == HALVES:
+        if HALF == MIDDLE:
+            low = tl.load(x + x_rows + p).to(tl.float32)
+            high = tl.load(x + x_rows + MIDDLE + p).to(tl.float32)
+            c = tl.load(cos + cos_rows + p * COLUMN).to(tl.float32)
+            s = tl.load(sin + sin_rows + p * COLUMN).to(tl.float32)
+        else:
+            real = p < MIDDLE
+            low = tl.load(x + x_rows + p, mask=real, other=0.0).to(tl.float32)
+            high = tl.load(x + x_rows + MIDDLE + p, mask=real, other=0.0).to(tl.float32)
+            c = tl.load(cos + cos_rows + p * COLUMN, mask=real, other=1.0).to(tl.float32)
+            s = tl.load(sin + sin_rows + p * COLUMN, mask=real, other=0.0).to(tl.float32)
+        inverse = 1.0 / (c * c + s * s)
+        c *= inverse
+        s *= inverse
+        return low * c + high * s, high * c - low * s
+    else:
+        low_channel, high_channel = p, MIDDLE + p
+        if HALF != MIDDLE:  # what is beyond a half that is no power of two counts as missing
+            low_channel, high_channel = tl.where(p < MIDDLE, p, D), tl.where(p < MIDDLE, MIDDLE + p, D)
+        low = _turned_back(x, x_rows, cos, cos_rows, sin, sin_rows, low_channel, D, ROTATED, ROTATION, COLUMN)
+        high = _turned_back(x, x_rows, cos, cos_rows, sin, sin_rows, high_channel, D, ROTATED, ROTATION, COLUMN)
+        return low, high
+
+
+@triton.jit
+def pool_windows(
+    x, stride_n, x_begin, cos, stride_cos_n, sin, stride_sin_n, windows, begin, end,
+    M: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr,
+    AVG: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Average, maximum and minimum of the tokens of each window, as halves fp32 ``[M, HALF]``; zeros if not asked for.
+
+    Token 0 of ``x`` has position ``x_begin``; tokens of positions ``begin .. end`` count. A window that lies outside
+    altogether has some finite value.
+    """
+    avg_low, avg_high = tl.zeros([M, HALF], tl.float32), tl.zeros([M, HALF], tl.float32)
+    max_low, max_high = tl.zeros([M, HALF], tl.float32), tl.zeros([M, HALF], tl.float32)
+    min_low, min_high = tl.zeros([M, HALF], tl.float32), tl.zeros([M, HALF], tl.float32)
+    if MAX:
+        max_low += float("-inf")
+        max_high += float("-inf")
+    if MIN:
+        min_low += float("inf")
+        min_high += float("inf")
+    for t in tl.range(0, SIZE, STEP, num_stages=STAGES):
+        position = windows[:, None] * SIZE + t + tl.arange(0, STEP)[None, :]
+        real = (position >= begin) & (position < end)
+        # A missing token becomes the nearest one, which is of the same window and changes no maximum.
+        position = tl.minimum(tl.maximum(position, begin), end - 1)
+        x_rows = ((position - x_begin).to(tl.int64) * stride_n)[:, :, None]
+        cos_rows = (position.to(tl.int64) * stride_cos_n)[:, :, None]
+        sin_rows = (position.to(tl.int64) * stride_sin_n)[:, :, None]
+        low, high = _halves(x, x_rows, cos, cos_rows, sin, sin_rows, D, HALF, ROTATED, ROTATION, COLUMN)
+        if AVG:
+            counts = real.to(tl.float32)[:, :, None]
+            avg_low += tl.sum(low * counts, axis=1)
+            avg_high += tl.sum(high * counts, axis=1)
+        if MAX:
+            max_low = tl.maximum(max_low, tl.max(low, axis=1))
+            max_high = tl.maximum(max_high, tl.max(high, axis=1))
+        if MIN:
+            min_low = tl.minimum(min_low, tl.min(low, axis=1))
+            min_high = tl.minimum(min_high, tl.min(high, axis=1))
+    if AVG:
+        count = tl.minimum((windows + 1) * SIZE, end) - tl.maximum(windows * SIZE, begin)
+        share = 1.0 / tl.maximum(count, 1).to(tl.float32)
+        avg_low *= share[:, None]
+        avg_high *= share[:, None]
+    return avg_low, avg_high, max_low, max_high, min_low, min_high
+
+
+@triton.jit
+def store_features(
+    pooled, rows, real, D: tl.constexpr, HALF: tl.constexpr, AVG: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr
+):
+    """Stores pooled windows at ``rows [M, 1]``; AVG, MAX, MIN are places in the concatenation, -1 if absent."""
+    channel = tl.arange(0, HALF)[None, :]
+    mask = real[:, None] & (channel < D // 2)
+    if AVG >= 0:
+        tl.store(rows + AVG * D + channel, pooled[0], mask=mask)
+        tl.store(rows + AVG * D + D // 2 + channel, pooled[1], mask=mask)
+    if MAX >= 0:
+        tl.store(rows + MAX * D + channel, pooled[2], mask=mask)
+        tl.store(rows + MAX * D + D // 2 + channel, pooled[3], mask=mask)
+    if MIN >= 0:
+        tl.store(rows + MIN * D + channel, pooled[4], mask=mask)
+        tl.store(rows + MIN * D + D // 2 + channel, pooled[5], mask=mask)
+
+
+@triton.jit
+def pool_kernel(
+    x, stride_b, stride_h, stride_n, start, cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
+    out, heads, length, windows,
+    M: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr,
+    AVG: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, KINDS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Pooled features ``out [B, H, W, KINDS * D]``."""
+    program = tl.program_id(0)
+    head = program % heads
+    tiles = tl.cdiv(windows, M)
+    tile = program // heads % tiles
+    b = (program // heads // tiles).to(tl.int64)
+    row = tile * M + tl.arange(0, M)
+    pooled = pool_windows(
+        x + b * stride_b + head.to(tl.int64) * stride_h, stride_n, start,
+        cos + b * stride_cos_b, stride_cos_n, sin + b * stride_sin_b, stride_sin_n,
+        start // SIZE + row, start, start + length,
+        M, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, AVG >= 0, MAX >= 0, MIN >= 0, STAGES,
+    )  # fmt: skip
+    out += ((b * heads + head) * windows + row)[:, None] * (KINDS * D)
+    store_features(pooled, out, row < windows, D, HALF, AVG, MAX, MIN)

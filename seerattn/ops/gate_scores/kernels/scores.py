@@ -1,0 +1,153 @@
+"""Block scores and the choice, in one kernel: scores of a strip of query blocks never leave the program's scratch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from seerattn.ops.gate_scores.kernels.choice import (
+    SHARE,
+    chosen_by_level,
+    top_count,
+    wanted_count,
+    write_bits,
+    write_lists,
+)
+from seerattn.ops.gate_scores.kernels.pooling import LOW_SCALE
+
+
+@triton.jit
+def _score_tile(
+    q_high, q_low, keys, key_row, plane_rows, k_scales, scratch, stride, factor, bias, q_last, m, total, n,
+    BM: tl.constexpr, BN: tl.constexpr, Q_SUBBLOCKS: tl.constexpr, K_SUBBLOCKS: tl.constexpr, K_SIZE: tl.constexpr,
+    PLANES: tl.constexpr, NORMALIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Scores of one tile of key windows, reduced to key blocks (and query blocks, if not normalised) into scratch."""
+    BLOCKS: tl.constexpr = BN // K_SUBBLOCKS
+    k_high = keys.load([key_row + n * BN, 0])
+    s = tl.dot(q_high, tl.trans(k_high))
+    if PLANES == 2:
+        k_low = keys.load([plane_rows + key_row + n * BN, 0])
+        rest = tl.dot(q_high, tl.trans(k_low))
+        rest = tl.dot(q_low, tl.trans(k_high), rest)
+        s += rest * (1.0 / LOW_SCALE)
+    place = tl.arange(0, BN)
+    s *= tl.load(k_scales + key_row + n * BN + place)[None, :]
+    if MASKED:
+        window = n * BN + place % BLOCKS * K_SUBBLOCKS + place // BLOCKS
+        s = tl.where((window * K_SIZE)[None, :] <= q_last[:, None], s, float("-inf"))
+    best = s
+    if K_SUBBLOCKS > 1:
+        best = tl.max(tl.reshape(s, [BM, K_SUBBLOCKS, BLOCKS]), axis=1)
+    column = n * BLOCKS + tl.arange(0, BLOCKS)
+    if NORMALIZE:
+        m_new = tl.maximum(m, tl.max(best, axis=1) * factor)
+        p = tl.exp2(s * factor[:, None] - m_new[:, None])
+        total = total * tl.exp2(m - m_new) + tl.sum(p, axis=1)
+        m = m_new
+        row = tl.arange(0, BM)
+        tl.store(scratch + row[:, None] * stride + column[None, :], best * factor[:, None])
+    else:
+        best = best * factor[:, None] + bias[:, None]
+        row = tl.arange(0, BM // Q_SUBBLOCKS)
+        if Q_SUBBLOCKS > 1:
+            best = tl.max(tl.reshape(best, [BM // Q_SUBBLOCKS, Q_SUBBLOCKS, BLOCKS]), axis=1)
+        tl.store(scratch + row[:, None] * stride + column[None, :], best)
+    return m, total
+
+
+@triton.jit
+def score_and_choose_kernel(
+    gate_q, q_plane, q_scales, keys, k_scales, scratch, log_totals, knobs, indices, counts, words,
+    items, heads, group, q_rows, k_rows, plane_rows, stride, width, word_stride,
+    q_start, q_end, first_window, num_q_blocks, scale, knob, sink_blocks, dense_from,
+    BM: tl.constexpr, BN: tl.constexpr, WIDTH_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, Q_SUBBLOCKS: tl.constexpr, K_SUBBLOCKS: tl.constexpr,
+    PLANES: tl.constexpr, NORMALIZE: tl.constexpr, FORCED_SCORED: tl.constexpr,
+    RULE: tl.constexpr, PER_HEAD: tl.constexpr, R: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Walks strips of `BM` query windows, the longest first: scores against all earlier key windows, then the choice.
+
+    ``scratch [programs, rows, stride]`` belongs to the program, which alone writes and reads it.
+    """
+    Q_SIZE: tl.constexpr = BLOCK_Q // Q_SUBBLOCKS
+    K_SIZE: tl.constexpr = BLOCK_K // K_SUBBLOCKS
+    STRIP: tl.constexpr = BM // Q_SUBBLOCKS  # query blocks of a strip
+    SCRATCH_ROWS: tl.constexpr = BM if NORMALIZE else STRIP
+    program = tl.program_id(0)
+    scratch += program.to(tl.int64) * SCRATCH_ROWS * stride
+    log_totals += program * BM
+    strips = tl.cdiv(num_q_blocks, STRIP)
+    for item in range(program, items, tl.num_programs(0)):
+        strip = strips - 1 - item // (items // strips)
+        bh = item % (items // strips)  # batch row and head
+        row = strip * BM + tl.arange(0, BM)
+        window = first_window + row
+        live = ((window + 1) * Q_SIZE > q_start) & (window * Q_SIZE < q_end)
+        q_last = tl.where(live, tl.minimum((window + 1) * Q_SIZE, q_end) - 1, -1)
+        at = (bh.to(tl.int64) * q_rows + row)[:, None] * WIDTH_D + tl.arange(0, WIDTH_D)[None, :]
+        q_high = tl.load(gate_q + at, mask=live[:, None], other=0.0)
+        q_low = q_high
+        if PLANES == 2:
+            q_low = tl.load(gate_q + q_plane + at, mask=live[:, None], other=0.0)
+        factor = tl.load(q_scales + bh.to(tl.int64) * q_rows + row, mask=live, other=1.0) * scale
+        bias = tl.where(live, 0.0, float("-inf"))
+        # A strip needs the key windows up to its last token; those up to its first one need no mask.
+        first_token = tl.maximum((first_window + strip * BM) * Q_SIZE, q_start)
+        first_end = tl.minimum((first_token // Q_SIZE + 1) * Q_SIZE, q_end)
+        last_end = tl.minimum((first_window + (strip + 1) * BM) * Q_SIZE, q_end)
+        whole = ((first_end - 1) // K_SIZE + 1) // BN
+        tiles = tl.cdiv((last_end - 1) // K_SIZE + 1, BN)
+        key_row = (bh // heads * (heads // group) + bh % heads // group) * k_rows
+        m = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        for n in range(0, whole):
+            m, total = _score_tile(
+                q_high, q_low, keys, key_row, plane_rows, k_scales, scratch, stride, factor, bias, q_last, m, total, n,
+                BM, BN, Q_SUBBLOCKS, K_SUBBLOCKS, K_SIZE, PLANES, NORMALIZE, False,
+            )  # fmt: skip
+        for n in range(whole, tiles):
+            m, total = _score_tile(
+                q_high, q_low, keys, key_row, plane_rows, k_scales, scratch, stride, factor, bias, q_last, m, total, n,
+                BM, BN, Q_SUBBLOCKS, K_SUBBLOCKS, K_SIZE, PLANES, NORMALIZE, True,
+            )  # fmt: skip
+        if NORMALIZE:
+            tl.store(log_totals + tl.arange(0, BM), tl.where(live, m + tl.log2(total), float("inf")))
+        tl.debug_barrier()
+
+        value = knob
+        if PER_HEAD:
+            value = tl.load(knobs + bh % heads)
+        column = tl.arange(0, C)[None, :, None] * L + tl.arange(0, L)[None, None, :]
+        for r in range(0, STRIP, R):
+            local = r + tl.arange(0, R)
+            block = strip * STRIP + local
+            x = tl.load(scratch + (local * (SCRATCH_ROWS // STRIP) * stride)[:, None, None] + column)
+            if NORMALIZE:
+                x -= tl.load(log_totals + local * Q_SUBBLOCKS)[:, None, None]
+                for sub in range(1, Q_SUBBLOCKS):
+                    y = tl.load(scratch + ((local * Q_SUBBLOCKS + sub) * stride)[:, None, None] + column)
+                    x = tl.maximum(x, y - tl.load(log_totals + local * Q_SUBBLOCKS + sub)[:, None, None])
+            # Geometry of the rows: absolute query block, its first and last token, its key blocks.
+            absolute = q_start // BLOCK_Q + block
+            begin = tl.maximum(absolute * BLOCK_Q, q_start)
+            real = block < num_q_blocks
+            num_causal = tl.where(real, (tl.minimum((absolute + 1) * BLOCK_Q, q_end) - 1) // BLOCK_K + 1, 0)
+            num_free = begin // BLOCK_K
+            num_free = tl.where(block >= dense_from, 0, num_free - tl.minimum(num_free, sink_blocks))
+            num_free = tl.where(real, num_free, 0)
+            rows = bh * num_q_blocks + block
+            causal = column < num_causal[:, None, None]
+            # Free blocks lie between the sinks and the diagonal.
+            free = (column >= sink_blocks) & (column < sink_blocks + num_free[:, None, None])
+            if RULE <= SHARE:  # the length of lists is known
+                count = wanted_count(value, num_causal, num_causal - num_free, RULE)
+                keep = top_count(x, free, num_free, count - (num_causal - num_free)) | (causal & ~free)
+                write_lists(keep, count, column, indices, counts, real, rows, width, 128)
+            else:
+                scored = causal
+                if not FORCED_SCORED:
+                    scored = free
+                keep = (chosen_by_level(x, scored, value, RULE) & causal) | (causal & ~free)
+                write_bits(keep, counts, words, real, rows, word_stride, R, C, L)
+        tl.debug_barrier()

@@ -1,0 +1,194 @@
+"""Gate queries and gate keys: pooled windows, projected, normed, rotated, split into halves of a float.
+
+A vector is stored as ``scale * (high + low / LOW_SCALE)``: ``scale`` is a power of two that brings its largest entry
+to 1 .. 2, ``high`` is the vector in fp16 (11 bits), ``low`` what is missing (11 more). The product of the high parts
+alone is as accurate as TF32 at twice its speed; with both cross products it is as accurate as fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from seerattn.ops.gate_scores.kernels.pooling import LOW_SCALE, pool_windows, store_features
+
+RMS_NORM_EPS = tl.constexpr(1e-6)
+
+
+@triton.jit
+def _project(
+    features, weight, M: tl.constexpr, WIDTH: tl.constexpr, DG: tl.constexpr, GATE_HALF: tl.constexpr,
+    DEPTH: tl.constexpr, PRECISION: tl.constexpr, low, high,
+):  # fmt: skip
+    """Adds ``features [M, WIDTH]`` times ``weight [WIDTH, DG]`` to both halves of gate vectors."""
+    column = tl.arange(0, GATE_HALF)[None, :]
+    here = column < DG // 2
+    for begin in range(0, WIDTH, DEPTH):
+        depth = begin + tl.arange(0, DEPTH)
+        at, real = tl.arange(0, M)[:, None] * WIDTH + depth[None, :], here
+        if WIDTH % DEPTH == 0:
+            x = tl.load(features + at)
+        else:
+            real = here & (depth < WIDTH)[:, None]
+            x = tl.load(features + at, mask=(depth < WIDTH)[None, :], other=0.0)
+        rows = weight + depth[:, None] * DG + column
+        if (WIDTH % DEPTH == 0) & (GATE_HALF == DG // 2):
+            w_low, w_high = tl.load(rows), tl.load(rows + DG // 2)
+        else:
+            w_low, w_high = tl.load(rows, mask=real, other=0.0), tl.load(rows + DG // 2, mask=real, other=0.0)
+        low = tl.dot(x, w_low, low, input_precision=PRECISION)
+        high = tl.dot(x, w_high, high, input_precision=PRECISION)
+    return low, high
+
+
+@triton.jit
+def _finish(
+    low, high, norm, inv_freq, out, plane, scales, row, position, mask,
+    DG: tl.constexpr, GATE_HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    """Norm, rotation and storing of gate vectors with halves ``low, high [M, GATE_HALF]`` as rows ``row``."""
+    channel = tl.arange(0, GATE_HALF)
+    real = channel < DG // 2
+    if NORM:
+        total = tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)
+        inverse = tl.rsqrt(total / DG + RMS_NORM_EPS)[:, None]
+        low *= inverse * tl.load(norm + channel, mask=real, other=0.0)[None, :]
+        high *= inverse * tl.load(norm + DG // 2 + channel, mask=real, other=0.0)[None, :]
+    if ROPE:
+        angle = position.to(tl.float32)[:, None] * tl.load(inv_freq + channel, mask=real, other=0.0)[None, :]
+        c, s = tl.cos(angle), tl.sin(angle)
+        low, high = low * c - high * s, high * c + low * s
+    largest = tl.maximum(tl.max(tl.abs(low), axis=1), tl.max(tl.abs(high), axis=1))
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.where(exponent == 0, 127, tl.minimum(exponent, 253))
+    tl.store(scales + row, (exponent << 23).to(tl.float32, bitcast=True), mask=mask)
+    shrink = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    low *= shrink
+    high *= shrink
+    out += row.to(tl.int64)[:, None] * (2 * GATE_HALF) + channel[None, :]
+    tl.store(out, low.to(tl.float16), mask=mask[:, None])
+    tl.store(out + GATE_HALF, high.to(tl.float16), mask=mask[:, None])
+    if PLANES == 2:
+        low_rest = (low - low.to(tl.float16).to(tl.float32)) * LOW_SCALE
+        high_rest = (high - high.to(tl.float16).to(tl.float32)) * LOW_SCALE
+        tl.store(out + plane, low_rest.to(tl.float16), mask=mask[:, None])
+        tl.store(out + plane + GATE_HALF, high_rest.to(tl.float16), mask=mask[:, None])
+
+
+@triton.jit
+def _vectors(
+    item, tiles, heads, x, stride_b, stride_h, stride_n, x_begin,
+    cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
+    weight, norm, inv_freq, features, out, plane, scales, rows, first_window, begin, end,
+    M: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr,
+    AVG: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, KINDS: tl.constexpr,
+    MEMBERS: tl.constexpr, OUTPUTS: tl.constexpr, LINEAR: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    DG: tl.constexpr, GATE_HALF: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, TILE: tl.constexpr, SUBBLOCKS: tl.constexpr,
+):  # fmt: skip
+    """`M` gate vectors from the windows of `MEMBERS` heads together, or `OUTPUTS` times `M` from those of one head."""
+    # Heads run fastest: they read the same rows of the rotary tables.
+    head = item % heads
+    tile = item // heads % tiles
+    b = (item // heads // tiles).to(tl.int64)
+    cos += b * stride_cos_b
+    sin += b * stride_sin_b
+    x += b * stride_b
+    row = tile * M + tl.arange(0, M)
+    windows = first_window + row
+    mask = ((windows + 1) * SIZE > begin) & (windows * SIZE < end)
+    if SUBBLOCKS > 1:
+        # Sub-blocks of one block lie `TILE / SUBBLOCKS` apart: their maximum is then one of registers.
+        block = row % TILE // SUBBLOCKS
+        row = row // TILE * TILE + row % SUBBLOCKS * (TILE // SUBBLOCKS) + block
+    if LINEAR:
+        WIDTH: tl.constexpr = KINDS * D
+        low, high = tl.zeros([M, GATE_HALF], tl.float32), tl.zeros([M, GATE_HALF], tl.float32)
+        for member in range(MEMBERS):
+            for part in range(0, M, PART):
+                local = part + tl.arange(0, PART)
+                pooled = pool_windows(
+                    x + (head * MEMBERS + member).to(tl.int64) * stride_h, stride_n, x_begin,
+                    cos, stride_cos_n, sin, stride_sin_n, first_window + tile * M + local, begin, end,
+                    PART, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, AVG >= 0, MAX >= 0, MIN >= 0, STAGES,
+                )  # fmt: skip
+                store_features(pooled, features + local[:, None] * WIDTH, local >= 0, D, HALF, AVG, MAX, MIN)
+            tl.debug_barrier()
+            if OUTPUTS == 1:
+                at = (head * MEMBERS + member).to(tl.int64) * (WIDTH * DG)
+                low, high = _project(features, weight + at, M, WIDTH, DG, GATE_HALF, DEPTH, PRECISION, low, high)
+                tl.debug_barrier()
+        for o in range(OUTPUTS):
+            made = head * OUTPUTS + o
+            if OUTPUTS > 1:
+                low, high = tl.zeros([M, GATE_HALF], tl.float32), tl.zeros([M, GATE_HALF], tl.float32)
+                at = made.to(tl.int64) * (WIDTH * DG)
+                low, high = _project(features, weight + at, M, WIDTH, DG, GATE_HALF, DEPTH, PRECISION, low, high)
+            vector = (b * heads * OUTPUTS + made) * rows
+            _finish(
+                low, high, norm, inv_freq, out + vector * (2 * GATE_HALF), plane, scales + vector, row, windows * SIZE,
+                mask, DG, GATE_HALF, NORM, ROPE, PLANES,
+            )  # fmt: skip
+        tl.debug_barrier()
+    else:
+        pooled = pool_windows(
+            x + head.to(tl.int64) * stride_h, stride_n, x_begin,
+            cos, stride_cos_n, sin, stride_sin_n, windows, begin, end,
+            M, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, AVG >= 0, MAX >= 0, MIN >= 0, STAGES,
+        )  # fmt: skip
+        if AVG >= 0:
+            low, high = pooled[0], pooled[1]
+        elif MAX >= 0:
+            low, high = pooled[2], pooled[3]
+        else:
+            low, high = pooled[4], pooled[5]
+        vector = (b * heads + head) * rows
+        _finish(
+            low, high, norm, inv_freq, out + vector * (2 * GATE_HALF), plane, scales + vector, row, windows * SIZE,
+            mask, DG, GATE_HALF, NORM, ROPE, PLANES,
+        )  # fmt: skip
+
+
+@triton.jit
+def vectors_kernel(
+    q, q_stride_b, q_stride_h, q_stride_n, k, k_stride_b, k_stride_h, k_stride_n,
+    cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
+    q_weight, k_weight, q_norm, k_norm, inv_freq, features,
+    gate_q, q_plane, q_scales, gate_k, k_plane, k_scales,
+    q_heads, q_tiles, q_rows, q_first_window, k_heads, k_tiles, k_rows, k_items, items, q_start, q_len,
+    Q_M: tl.constexpr, Q_SIZE: tl.constexpr, Q_STEP: tl.constexpr, Q_PART: tl.constexpr,
+    Q_AVG: tl.constexpr, Q_MAX: tl.constexpr, Q_MIN: tl.constexpr, Q_KINDS: tl.constexpr, Q_MEMBERS: tl.constexpr,
+    Q_LINEAR: tl.constexpr,
+    K_M: tl.constexpr, K_SIZE: tl.constexpr, K_STEP: tl.constexpr, K_PART: tl.constexpr,
+    K_AVG: tl.constexpr, K_MAX: tl.constexpr, K_MIN: tl.constexpr, K_KINDS: tl.constexpr, K_OUTPUTS: tl.constexpr,
+    K_TILE: tl.constexpr, K_SUBBLOCKS: tl.constexpr, FEATURES: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr,
+    NORM: tl.constexpr, ROPE: tl.constexpr, DG: tl.constexpr, GATE_HALF: tl.constexpr,
+    PLANES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All gate keys (the first ``k_items`` items) and gate queries of a call.
+
+    ``features [programs, FEATURES]`` is scratch between pooling and projection; its slots are used again and again and
+    so stay in the L2 cache.
+    """
+    program = tl.program_id(0)
+    features += program.to(tl.int64) * FEATURES
+    for item in range(program, items, tl.num_programs(0)):
+        if item < k_items:
+            _vectors(
+                item, k_tiles, k_heads, k, k_stride_b, k_stride_h, k_stride_n, 0,
+                cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
+                k_weight, k_norm, inv_freq, features, gate_k, k_plane, k_scales, k_rows, 0, 0, q_start + q_len,
+                K_M, K_SIZE, K_STEP, K_PART, D, HALF, ROTATED, ROTATION, COLUMN, K_AVG, K_MAX, K_MIN, K_KINDS,
+                1, K_OUTPUTS, True, NORM, ROPE, DG, GATE_HALF, PLANES, PRECISION, DEPTH, STAGES, K_TILE, K_SUBBLOCKS,
+            )  # fmt: skip
+        else:
+            _vectors(
+                item - k_items, q_tiles, q_heads, q, q_stride_b, q_stride_h, q_stride_n, q_start,
+                cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
+                q_weight, q_norm, inv_freq, features, gate_q, q_plane, q_scales, q_rows, q_first_window,
+                q_start, q_start + q_len,
+                Q_M, Q_SIZE, Q_STEP, Q_PART, D, HALF, ROTATED, ROTATION, COLUMN, Q_AVG, Q_MAX, Q_MIN, Q_KINDS,
+                Q_MEMBERS, 1, Q_LINEAR, NORM, ROPE, DG, GATE_HALF, PLANES, PRECISION, DEPTH, STAGES, 1, 1,
+            )  # fmt: skip

@@ -1,0 +1,303 @@
+"""The fused gate against the torch modules that it replaces: un-rotation, `AttnGate`, `Policy`."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from interpreted import large_steps
+from torch import Tensor
+
+from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.gate_selector import GateSelector, pool
+from seerattn.ops.gate_scores import triton_select
+from seerattn.selection import (
+    AttentionContext,
+    BlockIndices,
+    KeepAll,
+    Policy,
+    RotaryTables,
+    Threshold,
+    TokenBudget,
+    TopK,
+    TopP,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+D = 32
+# What lies outside of a row of scores is whatever the memory held.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    large_steps(monkeypatch)
+
+
+def angles(length: int, pairs: int) -> Tensor:
+    return torch.arange(length)[:, None] * 1000.0 ** -(torch.arange(pairs) / pairs)
+
+
+def turn(x: Tensor, angle: Tensor, width: int, interleaved: bool) -> Tensor:
+    """Rotates the first ``width`` channels of ``x [B, h, n, D]`` by ``angle [n, width / 2]``, as complex numbers."""
+    first, second = (
+        (slice(0, width, 2), slice(1, width, 2)) if interleaved else (slice(0, width // 2), slice(width // 2, width))
+    )
+    z = torch.complex(x[..., first], x[..., second]) * torch.polar(torch.ones_like(angle), angle)
+    out = x.clone()
+    out[..., first], out[..., second] = z.real, z.imag
+    return out
+
+
+def make_context(
+    length: int, *, width: int = D, interleaved: bool = False, column_step: int = 1, columns: int | None = None,
+    scale: float = 1.25, dtype: torch.dtype = torch.float32,
+) -> AttentionContext:  # fmt: skip
+    """A layer with rotary tables of a scale, as YaRN has them; `unrotate` knows nothing of the tables."""
+    angle = angles(length, width // 2).double()
+    spread = angle.repeat_interleave(2, -1) if column_step == 2 else torch.cat((angle, angle), -1)
+    spread = spread[:, : width if columns is None else columns]
+    tables = RotaryTables(
+        (spread.cos() * scale)[None].to(DEVICE, dtype), (spread.sin() * scale)[None].to(DEVICE, dtype),
+        width, interleaved, column_step,
+    )  # fmt: skip
+
+    def unrotate(x: Tensor, start: int) -> Tensor:
+        back = turn(x.double().cpu() / scale, -angle[start : start + x.shape[2]], width, interleaved)
+        back[..., width:] *= scale
+        return back.float().to(x.device)
+
+    return AttentionContext(layer=0, scale=1.0, softcap=None, unrotate=unrotate, rotary=tables)
+
+
+def make_gate(config: AttnGateConfig, heads: int = 4, kv_heads: int = 2, dim: int = D, seed: int = 0) -> AttnGate:
+    torch.manual_seed(seed)
+    gate_dim = config.gate_dim or dim
+    inv_freq = 1000.0 ** -(torch.arange(gate_dim // 2) / (gate_dim // 2))
+    gate = AttnGate(config, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, inv_freq=inv_freq)
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.normal_(0, 0.3)
+    return gate.to(DEVICE)
+
+
+def make_qk(q_len: int, k_len: int, *, heads: int = 4, kv_heads: int = 2, batch: int = 1, dim: int = D, seed: int = 1):
+    g = torch.Generator().manual_seed(seed)
+    # The memory layout of models, [B, T, H, D], in the middle of a tensor of NaN.
+    q = torch.full((batch, q_len + 2, heads, dim), torch.nan)
+    k = torch.full((batch, k_len + 2, kv_heads, dim), torch.nan)
+    q[:, 1:-1] = torch.randn(batch, q_len, heads, dim, generator=g)
+    k[:, 1:-1] = torch.randn(batch, k_len, kv_heads, dim, generator=g)
+    return q.to(DEVICE)[:, 1:-1].transpose(1, 2), k.to(DEVICE)[:, 1:-1].transpose(1, 2)
+
+
+@torch.no_grad()
+def both(gate: AttnGate, policy: Policy, q: Tensor, k: Tensor, context: AttentionContext) -> list[BlockIndices]:
+    return [GateSelector(gate, policy, impl).select(q, k, context) for impl in ("reference", "triton")]
+
+
+def assert_equal(expected: BlockIndices, got: BlockIndices) -> None:
+    assert torch.equal(expected.counts, got.counts)
+    assert torch.equal(expected.indices, got.indices)
+    for name in ("block_q", "block_k"):
+        assert getattr(expected, name) == getattr(got, name)
+    for name in ("q_start", "q_len"):
+        assert torch.equal(getattr(expected, name), getattr(got, name))
+
+
+PAPER = AttnGateConfig.paper(block_q=32, block_k=32)
+FINE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=4, key_subblocks=4)  # multiplied in one plane
+FORMS = {
+    "paper": PAPER,
+    "queries": AttnGateConfig(block_q=32, block_k=32, query_subblocks=4, key_subblocks=1),
+    "keys": AttnGateConfig(block_q=32, block_k=64, query_subblocks=1, key_subblocks=4, rope=False),
+    "max": AttnGateConfig(
+        block_q=64, block_k=32, query_subblocks=4, key_subblocks=2, normalize_subblocks=False, q_pooling=("max",),
+        k_pooling=("min", "avg"), gate_dim=12, qk_norm=True,
+    ),
+    "group": AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, share="kv_group"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(290, 290), (100, 330), (1, 33)])
+@pytest.mark.parametrize("name", FORMS)
+def test_choice_matches_the_torch_modules(name: str, q_len: int, k_len: int) -> None:
+    gate, context = make_gate(FORMS[name], heads=6), make_context(k_len)
+    q, k = make_qk(q_len, k_len, heads=6, batch=2)
+    assert_equal(*both(gate, TokenBudget(tokens=5 * 32), q, k, context))
+
+
+@pytest.mark.parametrize("share", ["query_head", "kv_group"])
+def test_choice_of_many_subblocks_differs_only_where_scores_are_closer_than_a_rounding(share: str) -> None:
+    gate, context = make_gate(replace(FINE, share=share)), make_context(400)
+    q, k = make_qk(300, 400)
+    policy = TokenBudget(tokens=4 * 32)
+    expected, got = both(gate, policy, q, k, context)
+    with torch.no_grad():
+        q, k = context.unrotate(q, 100), context.unrotate(k, 0)
+        scores, gate_q, gate_k = gate(q, k), gate.gate_queries(q, 100), gate.gate_keys(k)
+    # Entries of both vectors are rounded to 11 bits, relative to themselves; two scores are compared.
+    products = gate_q.abs().amax((1, 2)) @ gate_k.abs().amax((1, 2)).T
+    rounding = 2 * 2 * 2.0**-11 * float(products.max()) * gate.gate_dim**-0.5
+    missed = expected.to_mask() & ~got.to_mask()
+    instead = got.to_mask() & ~expected.to_mask()
+    assert torch.equal(expected.counts, got.counts)
+    worst = scores.masked_fill(~missed, -torch.inf).amax(-1) - scores.masked_fill(~instead, torch.inf).amin(-1)
+    assert (worst[missed.any(-1)] <= rounding).all()
+    assert float(missed.float().mean()) < 0.01
+
+
+POLICIES = [
+    TopK(density=0.4, rule="row_share", sink_blocks=2),
+    TopK(density=[[0.1, 0.3, 0.6, 0.9]]),
+    TopK(density=[[0.1, 0.3, 0.6, 0.9]], rule="row_share", last_rows_dense=2),
+    TopK(density=0.2, length=1000, sink_blocks=0),
+    TokenBudget(tokens=100),
+    Threshold(threshold=0.05),
+    Threshold(threshold=[[0.01, 0.05, 0.2, 0.5]], last_rows_dense=1),
+    Threshold(threshold=-2.5, on="score", sink_blocks=0),
+    TopP(p=0.8),
+    TopP(p=[[0.2, 0.5, 0.7, 0.95]], sink_blocks=0),
+    KeepAll(),
+]
+
+
+@pytest.mark.parametrize("exclude_forced", [False, True])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_every_policy_matches_the_torch_modules(policy: Policy, exclude_forced: bool) -> None:
+    gate = make_gate(replace(FORMS["queries"], exclude_forced=exclude_forced))
+    q, k = make_qk(150, 215)
+    assert_equal(*both(gate, policy, q, k, make_context(215)))
+
+
+@pytest.mark.parametrize("policy", [TokenBudget(tokens=5 * 32), TopP(p=0.4), Threshold(threshold=0.2)], ids=str)
+def test_equal_scores_are_taken_from_the_left(policy: Policy) -> None:
+    gate = make_gate(PAPER)
+    q, k = make_qk(320, 320)
+    k = k.contiguous()
+    k[:, :, 64:] = k[:, :, :32].repeat(1, 1, 8, 1)  # before a rotation by nothing
+    gate.inv_freq.zero_()
+    context = make_context(320, scale=1.0)
+    context = replace(
+        context,
+        unrotate=lambda x, start: x.float(),
+        rotary=RotaryTables(torch.ones_like(context.rotary.cos), torch.zeros_like(context.rotary.sin), D),
+    )
+    with torch.no_grad():
+        assert gate(q, k)[0, 0, -1, 2:].unique().numel() == 1
+    assert_equal(*both(gate, policy, q, k, context))
+
+
+@pytest.mark.parametrize("name", ["paper", "queries"])
+def test_scores_that_fp16_cannot_tell_apart_are_told_apart(name: str) -> None:
+    """Key blocks that differ by 1e-4 of themselves: a fifth of a rounding to 11 bits."""
+    gate = make_gate(replace(FORMS[name], rope=False))
+    q, k = make_qk(320, 320)
+    k = k[:, :, :1] + 1e-4 * k.unflatten(2, (10, 32))[:, :, :, :1].expand(-1, -1, -1, 32, -1).flatten(2, 3)
+    context = AttentionContext(
+        layer=0, scale=1.0, softcap=None, unrotate=lambda x, start: x.float(), rotary=RotaryTables()
+    )
+    assert_equal(*both(gate, TokenBudget(tokens=5 * 32), q, k, context))
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_many_strips_share_few_slots_of_scratch(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_select, "_multiprocessors", lambda device: programs)
+    gate, context = make_gate(FORMS["queries"]), make_context(700)
+    q, k = make_qk(700, 700, batch=2)
+    launch = triton_select.Launch(16, 64, 4, 2, 1, 2, pool_step=8)
+    monkeypatch.setattr(triton_select, "choose_launch", lambda *args, **kwargs: launch)
+    assert_equal(*both(gate, TopK(density=0.3), q, k, context))
+
+
+def test_two_runs_are_equal_bit_by_bit() -> None:
+    gate, context, (q, k) = make_gate(FINE), make_context(300), make_qk(300, 300)
+    first, second = (GateSelector(gate, TopP(p=0.6), "triton").select(q, k, context) for _ in range(2))
+    assert_equal(first, second)
+
+
+ROTATIONS = {
+    "halves": {},
+    "halves-half-tables": {"columns": D // 2},
+    "interleaved": {"interleaved": True, "column_step": 2},
+    "interleaved-concatenated-tables": {"interleaved": True},
+    "part": {"width": 16},
+    "part-interleaved": {"width": 16, "interleaved": True, "column_step": 2},
+}
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_pooled_windows_match_torch_for_every_rotation(name: str) -> None:
+    context = make_context(150, **ROTATIONS[name])
+    x, _ = make_qk(91, 91, batch=2)
+    kinds = ("min", "avg", "max")
+    expected, got = (
+        pool(x, context, start=59, size=8, kinds=kinds, impl=impl).features for impl in ("reference", "triton")
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["interleaved", "part"])
+def test_choice_matches_the_torch_modules_for_other_rotations(name: str) -> None:
+    q, k = make_qk(70, 150)
+    assert_equal(*both(make_gate(PAPER), TopK(density=0.5), q, k, make_context(150, **ROTATIONS[name])))
+
+
+@pytest.mark.parametrize(
+    ("dim", "size", "dtype"), [(80, 16, torch.float16), (96, 64, torch.bfloat16), (256, 4, torch.float32)]
+)
+def test_pooled_windows_match_torch_for_other_widths_and_types(dim: int, size: int, dtype: torch.dtype) -> None:
+    context = make_context(130, width=dim, dtype=dtype if dtype == torch.float32 else torch.float32)
+    x, _ = make_qk(130, 130, dim=dim)
+    x = x.to(dtype)
+    expected, got = (
+        pool(x, context, start=0, size=size, kinds=("avg", "max"), impl=impl).features
+        for impl in ("reference", "triton")
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=2e-6)
+
+
+def test_choice_matches_the_torch_modules_for_other_widths() -> None:
+    config = AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2)
+    q, k = make_qk(100, 100, dim=80)
+    assert_equal(*both(make_gate(config, dim=80), TopK(density=0.5), q, k, make_context(100, width=80)))
+
+
+def test_unknown_rotation_is_undone_in_torch_first() -> None:
+    context = make_context(129)
+    q, k = make_qk(129, 129)
+    gate = make_gate(PAPER)
+    assert_equal(*both(gate, TopK(density=0.5), q, k, replace(context, rotary=None)))
+
+
+def test_layer_without_rope_needs_no_tables() -> None:
+    context = AttentionContext(
+        layer=0, scale=1.0, softcap=None, unrotate=lambda x, start: x.float(), rotary=RotaryTables()
+    )
+    q, k = make_qk(129, 129)
+    assert_equal(*both(make_gate(PAPER), TopK(density=0.5), q, k, context))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (replace(PAPER, distance_bias=4), "it has no distance bias"),
+        (PAPER, r"it takes fp16, bf16 or fp32, got torch.float64"),
+    ],
+)
+def test_what_the_kernels_lack_is_refused_by_name_and_left_to_torch_by_auto(
+    config: AttnGateConfig, sentence: str
+) -> None:
+    gate, context, (q, k) = make_gate(config), make_context(65), make_qk(65, 65)
+    if not config.distance_bias:
+        q, k = q.double(), k.double()
+    with pytest.raises(ValueError, match=f"cannot run this gate_scores: {sentence}"):
+        GateSelector(gate, KeepAll(), "triton").select(q, k, context)
+    assert_equal(*(GateSelector(gate, KeepAll(), impl).select(q, k, context) for impl in ("auto", "reference")))
+
+
+def test_bad_arguments_are_rejected() -> None:
+    gate, context, (q, k) = make_gate(PAPER), make_context(65), make_qk(65, 65)
+    with pytest.raises(ValueError, match="impl must be one of auto, triton, reference"):
+        GateSelector(gate, KeepAll(), "cuda")
+    with pytest.raises(ValueError, match="a knob per head must have 4 values a layer, got 3"):
+        GateSelector(gate, TopP(p=[[0.5, 0.5, 0.5]]), "triton").select(q, k, context)
