@@ -20,6 +20,7 @@ class _Command(NamedTuple):
 COMMANDS = {
     "distill": _Command("seerattn.cli.distill", "distill", "Learn the gates of a model from its own attention maps."),
     "eval": _Command("seerattn.cli.evaluate", "app", "Measure perplexity and recall against realised density."),
+    "bench": _Command("seerattn.cli.bench", "app", "Measure speed and memory on this device."),
     "report": _Command("seerattn.cli.report", "report", "Draw tables and figures from results."),
 }
 

@@ -6,20 +6,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from seerattn.cli.values import numbers, words
 from seerattn.eval.arms import SELECTORS, Arm, Gates, Subject, choose_device, load_subject, make_arms
 from seerattn.eval.data import Window, cut_windows, digest, token_documents
 from seerattn.eval.results import Result, ResultsFile
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(stderr=True)
-T = TypeVar("T", int, float)
 
 ModelOption = Annotated[str, typer.Option(help="Base model: a folder or the name of one on the Hub.")]
 GatesOption = Annotated[list[str], typer.Option(help="A folder of gates, or NAME=FOLDER; may be repeated.")]
@@ -88,7 +88,7 @@ def perplexity(
     from seerattn.eval.perplexity import evaluate_perplexity
 
     folders, arms = _arms(gates, selectors, densities, last_rows_dense, saved_policy, block)
-    lengths = _numbers("contexts", contexts, int, 2)
+    lengths = numbers("contexts", contexts, int, 2)
     where = choose_device(device or None)
     file = ResultsFile(output, where)
     subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths))
@@ -139,8 +139,8 @@ def needle(
     from seerattn.eval.needle import Needle, evaluate_needle
 
     folders, arms = _arms(gates, selectors, densities, last_rows_dense, saved_policy, block)
-    lengths = _numbers("contexts", contexts, int, 2)
-    places = _numbers("depths", depths, float, 0)
+    lengths = numbers("contexts", contexts, int, 2)
+    places = numbers("depths", depths, float, 0)
     unknown = set(tasks.split(",")) - {"passkey", "key_value"}
     if unknown or max(places) > 1:
         raise ValueError(f"tasks must be passkey or key_value and depths shares, got {tasks} and {depths}")
@@ -195,7 +195,7 @@ def recall(
     from seerattn.eval.recall import evaluate_recall, observe_maps
 
     folders, arms = _arms(gates, selectors, densities, "0", saved_policy, block)
-    lengths = _numbers("contexts", contexts, int, 2)
+    lengths = numbers("contexts", contexts, int, 2)
     chosen = _heads(heads)
     drawn = next((arm for arm in reversed(arms) if arm.selector == "gate" and arm.density is not None), None)
     if maps is not None and drawn is None:
@@ -279,12 +279,12 @@ def _arms(
     gates: list[str], selectors: str, densities: str, last_rows_dense: str, saved_policy: bool, block: int
 ) -> tuple[list[Gates], list[Arm]]:
     folders = _gates(gates)
-    names = _words(selectors) or ["dense", *(["gate"] if folders else []), "oracle", "streaming"]
+    names = words(selectors) or ["dense", *(["gate"] if folders else []), "oracle", "streaming"]
     arms = make_arms(
         names,
-        _numbers("densities", densities, float, 0),
+        numbers("densities", densities, float, 0),
         gates=folders,
-        last_rows_dense=_numbers("last-rows-dense", last_rows_dense, int, 0),
+        last_rows_dense=numbers("last-rows-dense", last_rows_dense, int, 0),
         saved_policy=saved_policy,
         block_q=block,
         block_k=block,
@@ -305,23 +305,9 @@ def _gates(named: list[str]) -> list[Gates]:
     return folders
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(name: str, text: str, kind: Callable[[str], T], least: T) -> list[T]:
-    try:
-        values = [kind(word) for word in _words(text)]
-    except ValueError as error:
-        raise ValueError(f"{name} must be numbers with commas between, got {text!r}") from error
-    if not values or min(values) < least:
-        raise ValueError(f"{name} must be at least {least}, got {text!r}")
-    return list(dict.fromkeys(values))
-
-
 def _heads(text: str) -> list[tuple[int, int]]:
     try:
-        return [(int(layer), int(head)) for layer, head in (word.split(":") for word in _words(text))]
+        return [(int(layer), int(head)) for layer, head in (word.split(":") for word in words(text))]
     except ValueError as error:
         raise ValueError(f"heads must be LAYER:HEAD with commas between, got {text!r}") from error
 

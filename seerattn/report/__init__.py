@@ -7,15 +7,21 @@ from pathlib import Path
 
 from seerattn.eval.maps import BlockMaps
 from seerattn.eval.results import read_results
+from seerattn.report.breakdown import draw_breakdown
 from seerattn.report.maps import draw_maps
 from seerattn.report.perplexity import draw_perplexity
+from seerattn.report.pooled import draw_pooled
 from seerattn.report.select import latest
+from seerattn.report.speedup import draw_speedup
 from seerattn.report.table import render_tables
+from seerattn.report.ttft import draw_ttft
 from seerattn.saving import write_whole
+
+FIGURES = (draw_perplexity, draw_speedup, draw_breakdown, draw_pooled, draw_ttft)
 
 
 def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
-    """Writes ``table.md``, ``perplexity.png/.svg`` and ``maps.png/.svg``, those that the files hold data for.
+    """Writes ``table.md`` and the figures that the files hold data for, each as .png and .svg.
 
     Args:
         paths: results (.jsonl) and at most one file of block maps (.npz).
@@ -39,7 +45,7 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
     if results:
         table = output / "table.md"
         write_whole(table, render_tables(results))
-        written = [table, *draw_perplexity(results, output)]
+        written = [table, *(path for draw in FIGURES for path in draw(results, output))]
     for one in maps:
         written += draw_maps(one, output)
     return written

@@ -13,7 +13,7 @@ STYLE = Path(__file__).with_name("seerattn.mplstyle")
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 DENSE = "#4d4d4d"
 _FIXED = {"oracle": "#009e73", "streaming": "#d55e00"}
-_GATES = ("#0072b2", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+PALETTE = ("#0072b2", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 
@@ -21,7 +21,7 @@ def looks(arms: Iterable[str]) -> dict[str, dict]:
     """Colour and marker of every arm, the same in all figures drawn of the same arms."""
     names = sorted(set(arms) - {"dense"})
     gates = [name for name in names if name not in _FIXED]
-    colours = _FIXED | {name: _GATES[i % len(_GATES)] for i, name in enumerate(gates)}
+    colours = _FIXED | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(gates)}
     return {name: {"color": colours[name], "marker": _MARKERS[i % len(_MARKERS)]} for i, name in enumerate(names)}
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 from seerattn.eval.results import Result
 from seerattn.eval.statistics import proportion
+from seerattn.report.markdown import markdown
 from seerattn.report.select import arms, group, last_rows_dense, paired, panels
+from seerattn.report.speed_table import speed_tables
 
 CALIBRATED = "own policy"
 
@@ -14,6 +16,7 @@ CALIBRATED = "own policy"
 def render_tables(results: Sequence[Result]) -> str:
     """All tables that the results allow, as Markdown."""
     parts = [*_perplexity(results), *_gap(results), *_retrieval(results), *_by_depth(results), *_recall(results)]
+    parts += speed_tables(results)
     return "\n\n".join(parts) + "\n"
 
 
@@ -98,7 +101,7 @@ def _by_depth(results: Sequence[Result]) -> list[str]:
                     values = [f"{line[d].value:.2f}" if d in line else "" for d in depths]
                     body.append([name, label, str(rows_dense) if name != "dense" else "", *values])
         head = ["selector", "density", "dense last rows", *(f"depth {d:g}" for d in depths)]
-        parts += [f"### Pass keys by depth: {text}, {context} tokens, {model}", _markdown(head, body)]
+        parts += [f"### Pass keys by depth: {text}, {context} tokens, {model}", markdown(head, body)]
     return parts
 
 
@@ -128,7 +131,7 @@ def _grid(rows: Sequence[Result], cell: Callable[[list[Result]], str]) -> str:
         line = [r for r in rows if r.arm == arm]
         cells = [[r for r in line if (1.0 if arm == "dense" else r.density) == d] for d in columns]
         body.append([arm, *(cell(found) if found else "" for found in cells)])
-    return _markdown(head, body)
+    return markdown(head, body)
 
 
 def _density(density: float | None) -> str:
@@ -141,8 +144,3 @@ def _realised(rows: Sequence[Result], density: float | None) -> str:
         return ""
     low, high = f"{min(found):.3f}", f"{max(found):.3f}"
     return f"({low})" if low == high else f"({low} to {high})"
-
-
-def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

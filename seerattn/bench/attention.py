@@ -1,0 +1,221 @@
+"""One attention layer: dense attention, random sparse masks, and what gate and selection add, each timed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from seerattn.bench.check import GATE_TOKENS, check_attention, check_dense, check_selection
+from seerattn.bench.dense import dense_attention, flex_attention
+from seerattn.bench.inputs import Shape, random_blocks, random_qkv
+from seerattn.bench.model import gate_form, layer_context, random_gate, rotary_tables
+from seerattn.bench.session import Session
+from seerattn.bench.timing import Timing, device_time, pipeline_time
+from seerattn.eval.results import Result
+from seerattn.gate.config import AttnGateConfig
+from seerattn.gate_selector import GateSelector
+from seerattn.ops.block_sparse_attention import block_sparse_attention
+from seerattn.selection.block_indices import BlockIndices
+from seerattn.selection.policies import TopK
+
+Share = Literal["head", "group"]
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A way of computing sparse attention.
+
+    Attributes:
+        impl: of `block_sparse_attention`, or "flex" for FlexAttention.
+        block_q: query block size in tokens.
+        block_k: key block size in tokens.
+        share: whether every query head has lists of its own, or every KV group.
+        rows_alike: see `random_blocks`.
+    """
+
+    impl: str
+    block_q: int = 64
+    block_k: int = 64
+    share: Share = "head"
+    rows_alike: int = 1
+
+    def __str__(self) -> str:
+        alike = f", {self.rows_alike} rows alike" if self.rows_alike > 1 else ""
+        return f"{self.impl} {self.block_q}x{self.block_k} per {self.share}{alike}"
+
+    def sizes(self, shape: Shape) -> dict[str, int]:
+        """Its blocks and the number of its lists."""
+        heads = shape.heads if self.share == "head" else shape.kv_heads
+        return {"block_q": self.block_q, "block_k": self.block_k, "mask_heads": heads}
+
+    def cell(self, shape: Shape) -> dict[str, Any]:
+        """What sets it apart from others in results."""
+        return self.sizes(shape) | {"share": self.share}
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices) -> Callable[[], Tensor]:
+        """The attention as a call that can be timed."""
+        if self.impl == "flex":
+            return flex_attention(q, k, v, blocks)
+        return lambda: block_sparse_attention(q, k, v, blocks, impl=self.impl)
+
+
+class Layer:
+    """One attention layer at one length, and the measurements that can be made of it.
+
+    Args:
+        session: what runs them.
+        shape: the heads of the layer.
+        tokens: length of the prompt.
+        pipeline: time calls among others like them, host included, instead of on the device alone.
+    """
+
+    def __init__(self, session: Session, shape: Shape, tokens: int, *, pipeline: bool = False) -> None:
+        self.session, self.shape, self.tokens = session, shape, tokens
+        self._clock = pipeline_time if pipeline else device_time
+        self._cell = {"dtype": shape.dtype_name, "clock": "pipeline" if pipeline else "device"}
+
+    @cached_property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return random_qkv(self.shape, self.tokens, self.session.device)
+
+    def _time(self, run: Callable[[], object]) -> Timing:
+        return self._clock(run, self.session.device)
+
+    def _blank(self, what: str, impl: str, cell: dict[str, Any], **values: Any) -> Result:
+        return self.session.blank(
+            what, model=str(self.shape), context=self.tokens, impl=impl, cell=self._cell | cell, **values
+        )
+
+    def dense(self, name: str) -> Result | None:
+        """Time of dense attention ("attention_ms", selector "dense")."""
+
+        def run() -> dict[str, Any]:
+            require_dense(self.session, self.shape, name)
+            return self._time(dense_attention(name, *self.qkv)).fields()
+
+        label = f"{self.tokens:>7,} tokens, dense {name}"
+        return self.session.measured(self._blank("attention_ms", name, {}, realised_density=1.0), run, label=label)
+
+    def sparse(self, kind: Sparse, density: float) -> Result | None:
+        """Time of sparse attention with random blocks ("attention_ms", selector "random")."""
+        session, shape = self.session, self.shape
+        sizes = kind.sizes(shape)
+
+        def run() -> dict[str, Any]:
+            require_sparse(session, shape, kind)
+            blocks = random_blocks(
+                tokens=self.tokens, density=density, device=session.device, rows_alike=kind.rows_alike, **sizes
+            )
+            timing = self._time(kind.attention(*self.qkv, blocks))
+            return timing.fields() | {"realised_density": float(blocks.density().mean())}
+
+        cell = kind.cell(shape) | {"rows_alike": kind.rows_alike}
+        values = {"selector": "random", "density": density, "seed": 0}
+        blank = self._blank("attention_ms", kind.impl, cell, **values)
+        return session.measured(blank, run, label=f"{self.tokens:>7,} tokens, {kind}, density {density:g}")
+
+    def selection(self, form: str, density: float, block_q: int, block_k: int, impl: str) -> Result | None:
+        """Time of a gate with random weights and top-k together, from q and k to index lists ("selection_ms")."""
+        session, shape = self.session, self.shape
+        c = gate_form(form, block_q, block_k)
+        policy = TopK(density=density)
+
+        def run() -> dict[str, Any]:
+            require_selection(session, shape, form, block_q, block_k, impl)
+            selector = GateSelector(random_gate(c, shape, session.device), policy, impl)
+            context = layer_context(shape, self.tokens, session.device)
+            q, k, _ = self.qkv
+            with torch.no_grad():
+                realised = float(selector.select(q, k, context).density().mean())
+                timing = self._time(lambda: selector.select(q, k, context))
+            return timing.fields() | {"realised_density": realised}
+
+        cell = Sparse(impl, block_q, block_k, share_of(c)).cell(shape)
+        cell |= {"query_subblocks": c.query_subblocks, "key_subblocks": c.key_subblocks}
+        values = {"selector": "gate", "gates": form, "policy": policy.to_dict(), "density": density, "seed": 0}
+        label = f"{self.tokens:>7,} tokens, gate {form} {block_q}x{block_k} {impl}, density {density:g}"
+        return session.measured(self._blank("selection_ms", impl, cell, **values), run, label=label)
+
+
+def share_of(config: AttnGateConfig) -> Share:
+    """Who shares the lists of a gate."""
+    return "group" if config.share == "kv_group" else "head"
+
+
+def require_dense(session: Session, shape: Shape, name: str) -> None:
+    """Checks a dense attention, once a session.
+
+    Raises:
+        CheckFailed: it does not match its oracle.
+    """
+    session.check(f"dense {name}", lambda: check_dense(lambda *x: dense_attention(name, *x)(), shape, session.device))
+
+
+def require_sparse(session: Session, shape: Shape, kind: Sparse) -> None:
+    """Checks a sparse attention, once a session; raises as `require_dense`."""
+    attend = lambda *x: kind.attention(*x)()  # noqa: E731
+    session.check(str(kind), lambda: check_attention(attend, shape, session.device, **kind.sizes(shape)))
+
+
+def require_selection(session: Session, shape: Shape, form: str, block_q: int, block_k: int, impl: str) -> None:
+    """Checks gate and selection in these blocks, once a session; raises as `require_dense`."""
+    device = session.device
+
+    def run() -> tuple[float, float]:
+        policy = TopK(density=0.3)
+        selector = GateSelector(random_gate(gate_form(form, block_q, block_k), shape, device), policy, impl)
+        context = layer_context(shape, GATE_TOKENS, device)
+        tables = rotary_tables(shape, GATE_TOKENS, device)
+        with torch.no_grad():
+            return check_selection(
+                lambda q, k: selector.select(q, k, context), selector.gate, shape, tables, density=policy.density
+            )
+
+    session.check(f"selection of the gate {form} {block_q}x{block_k} {impl}", run)
+
+
+def bench_attention(
+    session: Session,
+    shape: Shape,
+    *,
+    lengths: Sequence[int],
+    sparsities: Sequence[float],
+    baselines: Sequence[str],
+    kinds: Sequence[Sparse],
+    forms: Sequence[str],
+    gate_impls: Sequence[str],
+) -> list[Result]:
+    """Dense attention, sparse attention, and gate with selection, at every length and sparsity.
+
+    Args:
+        session: what runs the measurements.
+        shape: the heads of the layer.
+        lengths: tokens.
+        sparsities: shares of the causal block area that are not computed.
+        baselines: dense attentions, names of `seerattn.bench.dense`.
+        kinds: sparse attentions.
+        forms: names of gates; each is measured in the block sizes of the sparse attentions that can use its lists.
+        gate_impls: implementations of gate and selection.
+
+    Returns:
+        The results that there are, in the order of the file.
+    """
+    rows: list[Result | None] = []
+    densities = [round(1 - sparsity, 6) for sparsity in sparsities]
+    for tokens in sorted(lengths):
+        layer = Layer(session, shape, tokens)
+        rows += [layer.dense(name) for name in baselines]
+        rows += [layer.sparse(kind, density) for kind in kinds for density in densities]
+        for form in forms:
+            share = share_of(gate_form(form))
+            blocks = dict.fromkeys((kind.block_q, kind.block_k) for kind in kinds if kind.share == share)
+            for sizes, impl in product(blocks, gate_impls):
+                rows += [layer.selection(form, density, *sizes, impl) for density in densities]
+        session.release()
+    return [row for row in rows if row is not None]

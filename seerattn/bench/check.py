@@ -1,0 +1,197 @@
+"""Oracles in fp64 that every variant must match, on a small prompt, before it is timed.
+
+An error is a largest absolute difference. Its bound is twice the error that plain PyTorch in the same dtype makes, and
+one rounding of the largest value to that dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seerattn.bench.inputs import Shape, random_blocks, random_qkv
+from seerattn.gate.attn_gate import AttnGate
+from seerattn.selection.block_indices import BlockIndices, forced_block_mask
+from seerattn.selection.policies import TopK
+
+TOKENS = 1000  # whole blocks of no size
+GATE_TOKENS = 1024
+BLOCK = 64
+
+
+def check_attention(
+    attend: Callable[[Tensor, Tensor, Tensor, BlockIndices], Tensor],
+    shape: Shape,
+    device: torch.device,
+    *,
+    block_q: int,
+    block_k: int,
+    mask_heads: int,
+    tokens: int = TOKENS,
+) -> tuple[float, float]:
+    """Error and bound of a block-sparse attention at density 0.3.
+
+    Args:
+        attend: gets q, k, v and blocks.
+        shape: heads and dtype of the inputs.
+        device: where it runs.
+        block_q: query block size in tokens.
+        block_k: key block size in tokens.
+        mask_heads: heads with lists of their own.
+        tokens: length of the prompt.
+    """
+    q, k, v = random_qkv(shape, tokens, device, seed=1)
+    sizes = {"tokens": tokens, "block_q": block_q, "block_k": block_k}
+    blocks = random_blocks(mask_heads=mask_heads, density=0.3, device=device, seed=1, **sizes)
+    mask = blocks.to_mask().repeat_interleave(shape.heads // mask_heads, 1)
+    mask = mask.repeat_interleave(block_q, 2)[:, :, :tokens].repeat_interleave(block_k, 3)[..., :tokens]
+    return _compare(attend(q, k, v, blocks), q, k, v, mask.tril())
+
+
+def check_dense(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], shape: Shape, device: torch.device, *, tokens: int = TOKENS
+) -> tuple[float, float]:
+    """Error and bound of a dense causal attention."""
+    q, k, v = random_qkv(shape, tokens, device, seed=1)
+    return _compare(attend(q, k, v), q, k, v, torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril())
+
+
+def check_pooled(
+    attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    shape: Shape,
+    device: torch.device,
+    *,
+    tokens: int = TOKENS,
+) -> tuple[float, float]:
+    """Error over bound, and 1: the worse one of a pooled attention's output and target, in 64 x 64 blocks."""
+    q, k, v = random_qkv(shape, tokens, device, seed=1)
+    out, target = attend(q, k, v)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    error, bound = _compare(out, q, k, v, causal)
+    exact, eager = (_target(_probabilities(*x, causal)) for x in ((q.double(), k.double()), (q, k)))
+    map_error, map_bound = float((target - exact).abs().max()), _bound(eager.to(q.dtype), exact)
+    return max(error / bound, map_error / map_bound), 1.0
+
+
+def check_selection(
+    select: Callable[[Tensor, Tensor], BlockIndices],
+    gate: AttnGate,
+    shape: Shape,
+    tables: tuple[Tensor, Tensor],
+    *,
+    density: float,
+) -> tuple[float, float]:
+    """Error and bound of gate and top-k: by how much a block that was left out outscores one that was kept.
+
+    Scores are those of `gate_scores`. Blocks that are equal up to the rounding of q and k and of fp32 sums may be
+    exchanged. A row with more or fewer blocks than top-k keeps counts as an infinite error.
+
+    Args:
+        select: gets q and k after RoPE, of `GATE_TOKENS` tokens.
+        gate: the gate that it uses.
+        shape: heads and dtype.
+        tables: the model's (cos, sin) of the positions, ``[1, T, D]``.
+        density: that it selects.
+    """
+    q, k, _ = random_qkv(shape, GATE_TOKENS, tables[0].device, seed=1, drift=1.0)
+    blocks = select(q, k)
+    exact = gate_scores(gate, *(_unrotated(x, *tables) for x in (q, k)))
+    c = gate.config
+    sizes = {"q_start": 0, "q_len": GATE_TOKENS, "block_q": c.block_q, "block_k": c.block_k}
+    wanted = TopK(density=density).select(exact.float(), forced_scored=not c.exclude_forced, **sizes)
+    if not torch.equal(blocks.counts, wanted.counts):
+        return torch.inf, 0.0
+    kept = blocks.to_mask()
+    geometry = (0, GATE_TOKENS, *exact.shape[2:], c.block_q, c.block_k)
+    forced = forced_block_mask(*geometry)[0].to(exact.device)
+    if bool((forced & ~kept).any()):
+        return torch.inf, 0.0
+    worst_kept = exact.masked_fill(~kept | forced, torch.inf).amin(-1)
+    best_left = exact.masked_fill(kept, -torch.inf).amax(-1)
+    gap = (best_left - worst_kept).clamp(min=0.0)
+    size = float(exact[exact.isfinite()].abs().max())
+    return float(gap.max()), (torch.finfo(shape.dtype).eps + 16 * torch.finfo(torch.float32).eps) * size
+
+
+def gate_scores(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
+    """Block scores in fp64, written down once more from the formulas (arXiv 2410.13276, section 3).
+
+    Args:
+        gate: its weights and form; without distance bias and norms.
+        q: fp64 queries before RoPE ``[1, H, T, D]``, whole blocks from position 0 on.
+        k: fp64 keys before RoPE ``[1, HKV, T, D]``.
+    """
+    c = gate.config
+    if c.qk_norm or c.distance_bias:
+        raise ValueError("the gate's oracle must have a gate without norms and distance bias")
+    q_size, k_size = c.block_q // c.query_subblocks, c.block_k // c.key_subblocks
+
+    def pooled(x: Tensor, size: int, kinds: tuple[str, ...]) -> list[Tensor]:
+        windows = x[0].unflatten(1, (-1, size))
+        of = {"avg": lambda: windows.mean(2), "max": lambda: windows.amax(2), "min": lambda: windows.amin(2)}
+        return [of[kind]() for kind in kinds]
+
+    def placed(x: Tensor, size: int) -> Tensor:
+        if gate.inv_freq is None:
+            return x
+        positions = torch.arange(x.shape[1], device=x.device) * size
+        angle = positions[:, None].double() * gate.inv_freq.double()
+        turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((turned.real, turned.imag), -1)
+
+    queries = torch.cat(pooled(q, q_size, c.q_pooling), -1)
+    if c.share == "kv_group":
+        queries = torch.stack([torch.cat(list(members), -1) for members in queries.split(gate.group)])
+    if gate.q_weight is not None:
+        queries = queries @ gate.q_weight.double()
+    keys = torch.cat(pooled(k, k_size, c.k_pooling), -1)
+    heads = torch.arange(gate.mask_heads, device=q.device)
+    kv = heads if c.share == "kv_group" else heads // gate.group
+    own = heads if gate.k_weight.shape[0] == gate.num_heads else kv
+    keys = keys[kv] @ gate.k_weight.double()[own]
+    scores = placed(queries, q_size) @ placed(keys, k_size).transpose(1, 2) / gate.gate_dim**0.5
+    last = torch.arange(scores.shape[1], device=q.device) * q_size + q_size - 1
+    ahead = torch.arange(scores.shape[2], device=q.device) * k_size > last[:, None]
+    scores = scores.masked_fill(ahead, -torch.inf)
+    if c.normalize_subblocks:
+        scores = scores.log_softmax(-1)
+    scores = scores.unflatten(1, (-1, c.query_subblocks)).unflatten(3, (-1, c.key_subblocks)).amax((2, 4))
+    return scores[None]
+
+
+def _unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x [1, h, T, D]`` before a rotation of its halves by the tables, in fp64."""
+    cos, sin = (table.double()[:, None, : x.shape[2], : x.shape[3] // 2] for table in (cos, sin))
+    first, second = x.double().chunk(2, -1)
+    norm = cos**2 + sin**2
+    return torch.cat(((first * cos + second * sin) / norm, (second * cos - first * sin) / norm), -1)
+
+
+def _compare(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[float, float]:
+    group = q.shape[1] // k.shape[1]
+    values = v.repeat_interleave(group, 1)
+    exact = _probabilities(q.double(), k.double(), mask) @ values.double()
+    eager = _probabilities(q, k, mask).to(q.dtype) @ values
+    return float((out.double() - exact).abs().max()), _bound(eager, exact)
+
+
+def _bound(eager: Tensor, exact: Tensor) -> float:
+    own = float((eager.double() - exact).abs().max())
+    return 2 * own + torch.finfo(eager.dtype).eps / 2 * float(exact.abs().max())
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """Softmax rows ``[1, H, T, T]``, in fp32 or better."""
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1)
+
+
+def _target(p: Tensor) -> Tensor:
+    """Largest probability of every block, rows divided by their sum."""
+    pad = -p.shape[-1] % BLOCK
+    tiles = F.pad(p, (0, pad, 0, pad)).unflatten(-1, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).amax((3, 5))
+    return tiles / tiles.sum(-1, keepdim=True)

@@ -1,0 +1,337 @@
+"""`seerattn bench`: speed and memory on the user's own device, each appending its results to one file of JSON lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from seerattn.bench.dense import default_baselines
+from seerattn.bench.inputs import Shape
+from seerattn.bench.session import Session, shown
+from seerattn.cli.values import numbers, words
+from seerattn.eval.arms import choose_device
+from seerattn.eval.results import Result, ResultsFile
+from seerattn.ops.crossover import table_path
+from seerattn.ops.resolve import preferred
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console(stderr=True, highlight=False)
+
+PAPER_SPARSITIES = "0.5,0.6,0.7,0.8,0.9,0.95"
+
+LengthsOption = Annotated[str, typer.Option(help="Lengths in tokens.")]
+SparsitiesOption = Annotated[str, typer.Option(help="Shares of the causal blocks that are not computed, in [0, 1).")]
+DensitiesOption = Annotated[str, typer.Option(help="Shares of the causal blocks that are computed, in (0, 1].")]
+BaselinesOption = Annotated[str, typer.Option(help="Dense attention: sdpa, flash, cudnn, flash4, flex; default: all.")]
+BackendsOption = Annotated[str, typer.Option(help="Dense attention: sdpa, flash, cudnn; default: flash,cudnn.")]
+ImplsOption = Annotated[str, typer.Option(help="Sparse attention: gluon, triton, flash4, flex, reference.")]
+ImplOption = Annotated[str, typer.Option(help="Sparse attention; default: the fastest here, never dense.")]
+VariantsOption = Annotated[
+    str, typer.Option(help="triton, reference, pytorch, and dense attention without a map; default: all.")
+]
+BlocksOption = Annotated[str, typer.Option(help="Block sizes, QUERIESxKEYS in tokens.")]
+SharesOption = Annotated[str, typer.Option(help="Lists for every query head or for every KV group: head, group.")]
+AlikeOption = Annotated[str, typer.Option(help="Neighbouring query blocks that draw the same key blocks.")]
+FormsOption = Annotated[str, typer.Option(help="Gates: paper, paper-group, default, default-group.")]
+FormOption = Annotated[str, typer.Option(help="Gate: paper, paper-group, default, default-group.")]
+GateImplsOption = Annotated[str, typer.Option(help="Gate and selection: triton, reference.")]
+HeadsOption = Annotated[int, typer.Option(help="Query heads.", min=1)]
+KVHeadsOption = Annotated[int, typer.Option(help="Key/value heads.", min=1)]
+HeadDimOption = Annotated[int, typer.Option(help="Channels of a head.", min=1)]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="auto is bfloat16 on an accelerator and float32 on a CPU."),
+]
+LayersOption = Annotated[int, typer.Option(help="Decoder layers; 32 is the whole model.", min=1)]
+TinyOption = Annotated[bool, typer.Option("--tiny", help="A tiny model, to try the command out.")]
+RepeatsOption = Annotated[int, typer.Option(help="Timed runs; those of 5 s and more are repeated twice.", min=2)]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ...; default: cuda if there is one.")]
+TimeLimitOption = Annotated[float, typer.Option(help="Begin nothing new after so many seconds; 0 for no limit.", min=0)]
+OutputOption = Annotated[Path | None, typer.Option(help="Results file; finished cells in it are not run again.")]
+TableOption = Annotated[Path | None, typer.Option(help="Where to write the table; default: the user's cache folder.")]
+
+
+@app.command()
+def attention(
+    lengths: LengthsOption = "8192,32768,131072",
+    sparsities: SparsitiesOption = PAPER_SPARSITIES,
+    baselines: BaselinesOption = "",
+    impls: ImplsOption = "",
+    blocks: BlocksOption = "64x64,128x128",
+    shares: SharesOption = "head,group",
+    rows_alike: AlikeOption = "1",
+    gates: FormsOption = "paper,paper-group",
+    gate_impls: GateImplsOption = "",
+    heads: HeadsOption = 32,
+    kv_heads: KVHeadsOption = 8,
+    head_dim: HeadDimOption = 128,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "",
+    time_limit: TimeLimitOption = 0.0,
+    output: OutputOption = None,
+) -> None:
+    """Time one attention layer: dense, sparse with random blocks, and gate with selection.
+
+    The report draws the speed-up against sparsity and the breakdown of the time from it.
+    """
+    from seerattn.bench.attention import Sparse, bench_attention
+
+    session, shape = _session(device, output, time_limit), _shape(device, heads, kv_heads, head_dim, dtype)
+    unknown = set(words(shares)) - {"head", "group"}
+    if unknown or not words(shares):
+        raise ValueError(f"shares must be head or group, got {shares!r}")
+    kinds = [
+        Sparse(impl, block_q, block_k, share, alike)
+        for impl in words(impls) or _default_impls(session.device)
+        for block_q, block_k in _blocks(blocks)
+        for share in words(shares)
+        for alike in numbers("rows-alike", rows_alike, int, 1)
+        # FlexAttention's kernel has tiles of 128 and a mask for every query head.
+        if impl != "flex" or (block_q % 128 == block_k % 128 == 0 and share == "head")
+    ]
+    rows = bench_attention(
+        session,
+        shape,
+        lengths=numbers("lengths", lengths, int, 1),
+        sparsities=_sparsities(sparsities),
+        baselines=words(baselines) or default_baselines(session.device),
+        kinds=kinds,
+        forms=words(gates),
+        gate_impls=words(gate_impls) or [preferred("gate_scores", "auto", session.device)],
+    )
+    _finish(session, rows, output)
+
+
+@app.command()
+def pooled(
+    lengths: LengthsOption = "8192,32768,65536,131072",
+    variants: VariantsOption = "",
+    heads: HeadsOption = 32,
+    kv_heads: KVHeadsOption = 8,
+    head_dim: HeadDimOption = 128,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "",
+    time_limit: TimeLimitOption = 0.0,
+    output: OutputOption = None,
+) -> None:
+    """Time attention that also emits the map gates learn from, and count its memory, beside dense attention."""
+    from seerattn.bench.pooled import PLAIN, bench_pooled
+
+    session, shape = _session(device, output, time_limit), _shape(device, heads, kv_heads, head_dim, dtype)
+    dense = [name for name in default_baselines(session.device) if name in ("sdpa", "flash", "cudnn")]
+    chosen = words(variants) or [preferred("pooled_attention", "auto", session.device), PLAIN, *dense]
+    rows = bench_pooled(session, shape, lengths=numbers("lengths", lengths, int, 1), variants=chosen)
+    _finish(session, rows, output)
+
+
+@app.command()
+def crossover(
+    lengths: LengthsOption = "128,256,512,1024,2048,4096,8192,16384,32768,65536,131072",
+    densities: DensitiesOption = "0.05,0.1,0.2,0.3,0.5,0.7,1.0",
+    baselines: BackendsOption = "",
+    impl: ImplOption = "auto",
+    gate: FormOption = "default",
+    heads: HeadsOption = 32,
+    kv_heads: KVHeadsOption = 8,
+    head_dim: HeadDimOption = 128,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "",
+    time_limit: TimeLimitOption = 0.0,
+    output: OutputOption = None,
+    table: TableOption = None,
+) -> None:
+    """Measure from which length and density on sparse attention pays on this GPU, for impl="auto".
+
+    The table goes to the user's cache folder, where every attached model finds it.
+    """
+    from seerattn.bench.crossover import bench_crossover, save_table
+
+    session, shape = _session(device, output, time_limit), _shape(device, heads, kv_heads, head_dim, dtype)
+    if table is None and session.device.type != "cuda":
+        raise ValueError('table must be given on a CPU, where impl="auto" decides by a formula and looks for no table')
+    shares = numbers("densities", densities, float, 0)
+    if min(shares) == 0 or max(shares) > 1:
+        raise ValueError(f"densities must be in (0, 1], got {densities!r}")
+    found = bench_crossover(
+        session,
+        shape,
+        lengths=numbers("lengths", lengths, int, 1),
+        densities=shares,
+        baselines=words(baselines) or _backends(session.device),
+        form=gate,
+        impl=impl,
+    )
+    _print_crossover(found)
+    path = table or table_path(session.device_name)
+    if found["rows"]:
+        save_table(found, path)
+        console.print(f"the table is in {path}", soft_wrap=True)
+    _finish(session, None, output)
+
+
+@app.command()
+def ttft(
+    lengths: LengthsOption = "8192,16384,32768,65536,131072",
+    sparsities: SparsitiesOption = PAPER_SPARSITIES,
+    baselines: BackendsOption = "",
+    gates: FormsOption = "paper",
+    impl: ImplOption = "",
+    layers: LayersOption = 32,
+    tiny: TinyOption = False,
+    repeats: RepeatsOption = 3,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "",
+    time_limit: TimeLimitOption = 0.0,
+    output: OutputOption = None,
+) -> None:
+    """Time the prefill of a whole model of Llama-3.1-8B's shape: dense, and with gates at several sparsities."""
+    from seerattn.bench.model import FULL, TINY
+    from seerattn.bench.ttft import bench_ttft
+
+    session = _session(device, output, time_limit)
+    size = TINY if tiny else replace(FULL, layers=layers)
+    rows = bench_ttft(
+        session,
+        replace(size, shape=replace(size.shape, dtype=_dtype(dtype, session.device))),
+        lengths=numbers("lengths", lengths, int, 2),
+        sparsities=_sparsities(sparsities),
+        baselines=words(baselines) or _backends(session.device),
+        forms=words(gates),
+        impl=impl or preferred("block_sparse_attention", "auto", session.device),
+        repeats=repeats,
+    )
+    _finish(session, rows, output)
+
+
+@app.command()
+def distill(
+    lengths: LengthsOption = "8192,32768,65536",
+    baselines: BackendsOption = "",
+    gate: FormOption = "paper",
+    layers: LayersOption = 32,
+    tiny: TinyOption = False,
+    repeats: RepeatsOption = 3,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "",
+    time_limit: TimeLimitOption = 0.0,
+    output: OutputOption = None,
+) -> None:
+    """Time steps of gate distillation beside plain forwards of the same model, and what the paper's recipe takes."""
+    from seerattn.bench.distill import bench_distill
+    from seerattn.bench.model import FULL, TINY
+
+    session = _session(device, output, time_limit)
+    size = TINY if tiny else replace(FULL, layers=layers)
+    if size.layers != FULL.layers:
+        console.print(f"measuring {size.layers} of {FULL.layers} layers; hours are scaled to all of them")
+    rows = bench_distill(
+        session,
+        replace(size, shape=replace(size.shape, dtype=_dtype(dtype, session.device))),
+        lengths=numbers("lengths", lengths, int, 128),
+        baselines=words(baselines) or _backends(session.device),
+        form=gate,
+        repeats=repeats,
+    )
+    _finish(session, rows, output)
+
+
+def _session(device: str, output: Path | None, time_limit: float) -> Session:
+    where = choose_device(device or None)
+    return Session(where, ResultsFile(output, where), _say, time_limit=time_limit or None)
+
+
+def _say(text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False)
+
+
+def _shape(device: str, heads: int, kv_heads: int, head_dim: int, dtype: str) -> Shape:
+    return Shape(heads, kv_heads, head_dim, _dtype(dtype, choose_device(device or None)))
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return getattr(torch, name)
+
+
+def _default_impls(device: torch.device) -> list[str]:
+    return ["gluon", "triton", "flash4", "flex"] if device.type == "cuda" else ["reference"]
+
+
+def _backends(device: torch.device) -> list[str]:
+    return ["flash", "cudnn"] if device.type == "cuda" else ["sdpa"]
+
+
+def _sparsities(text: str) -> list[float]:
+    values = numbers("sparsities", text, float, 0)
+    if max(values) >= 1:
+        raise ValueError(f"sparsities must be in [0, 1), got {text!r}")
+    return values
+
+
+def _blocks(text: str) -> list[tuple[int, int]]:
+    try:
+        return [(int(q), int(k)) for q, k in (word.split("x") for word in words(text))]
+    except ValueError as error:
+        raise ValueError(f"blocks must be QUERIESxKEYS with commas between, such as 64x64, got {text!r}") from error
+
+
+def _finish(session: Session, rows: list[Result] | None, output: Path | None) -> None:
+    """Prints what was measured, what was not, and exits with 1 if something failed."""
+    if rows is not None:
+        _print_results(rows)
+    if output is not None and output.exists():
+        console.print(f"results are in {output}", soft_wrap=True)
+    if session.left_out:
+        console.print(f"{len(session.left_out)} cells were left out for the time limit; run again to measure them")
+    for failure in session.failures:
+        console.print(f"failed: {failure}", soft_wrap=True, markup=False)
+    if session.failures:
+        raise typer.Exit(1)
+    if rows == [] and not session.left_out:
+        raise ValueError("nothing could be measured; the reasons are above")
+
+
+def _print_results(rows: Iterable[Result]) -> None:
+    """A line for each variant, with its quantities beside each other."""
+    lines: dict[tuple, list[Result]] = {}
+    for row in rows:
+        cell = {name: value for name, value in row.cell.items() if name not in ("device", "dtype", "clock")}
+        lines.setdefault((row.context, row.selector, row.gates, row.density, str(cell)), []).append(row)
+    heads = ("tokens", "what", "impl", "blocks", "lists", "density", "realised", "measured")
+    table = Table(*(Column(name, no_wrap=True) for name in heads), box=None)
+    for found in lines.values():
+        row = found[0]
+        name = {"dense": "dense", "random": "sparse, random blocks"}.get(row.selector, f"gate {row.gates}")
+        if row.cell.get("map"):
+            name = "dense with the map"
+        blocks = f"{row.cell['block_q']}x{row.cell['block_k']}" if "block_q" in row.cell else ""
+        table.add_row(
+            f"{row.context:,}",
+            ", ".join([name, *([row.cell["work"]] if "work" in row.cell else [])]),
+            row.cell["impl"],
+            blocks,
+            f"per {row.cell['share']}" if "share" in row.cell else "",
+            "" if row.density is None else f"{row.density:g}",
+            "" if row.realised_density is None else f"{row.realised_density:.3f}",
+            ", ".join(map(shown, found)),
+        )
+    Console(width=None if console.is_terminal else 160).print(table)
+
+
+def _print_crossover(found: dict) -> None:
+    densities = found["rows"][0]["sparse_ms"] if found["rows"] else {}
+    heads = ["tokens", "dense ms", "gate + selection ms", *(f"sparse {d} ms" for d in densities), "pays up to density"]
+    table = Table(*(Column(name, justify="right") for name in heads), box=None)
+    for row in found["rows"]:
+        pays = [d for d, ms in row["sparse_ms"].items() if row["overhead_ms"] + ms < row["dense_ms"]]
+        times = [row["dense_ms"], row["overhead_ms"], *row["sparse_ms"].values()]
+        table.add_row(f"{row['tokens']:,}", *(f"{ms:.3f}" for ms in times), max(pays, key=float, default="never"))
+    Console(width=None if console.is_terminal else 160).print(table)

@@ -1,0 +1,86 @@
+"""Figure: where the time of one attention layer goes, gate and selection or sparse attention, by sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from seerattn.eval.results import Result
+from seerattn.report import speed, style
+
+SELECTION, SPARSE = "#e69f00", "#0072b2"
+
+
+def draw_breakdown(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Draws a row for each gate and a panel for each length, a figure for each device and shape.
+
+    A bar is gate and selection, timed alone, under sparse attention over random blocks of the same sizes, density and
+    number of lists, by the implementation that is fastest there.
+
+    Returns:
+        The files written; none without matching results.
+    """
+    written = []
+    groups = speed.machines(results, "attention_ms", "selection_ms")
+    for number, rows in enumerate(groups.values()):
+        rows = [r for r in rows if r.value is not None]
+        stacks = _stacks(rows)
+        if stacks:
+            with style.context():
+                name = "breakdown" if not number else f"breakdown-{number + 1}"
+                written += _draw(rows, stacks, folder, name)
+    return written
+
+
+def _stacks(rows: list[Result]) -> dict[str, dict[int, list[tuple[Result, Result]]]]:
+    """By gate and length the pairs of gate with selection and the fastest sparse attention, ascending in sparsity."""
+    found: dict[str, dict[int, list[tuple[Result, Result]]]] = {}
+    for selection in sorted((r for r in rows if r.what == "selection_ms"), key=lambda r: -r.density):
+        fitting = [r for r in rows if r.selector == "random" and _place(r) == _place(selection)]
+        if fitting:
+            label = f"gate {selection.gates}, {speed.blocks(selection)}"
+            best = min(fitting, key=lambda r: r.value)
+            found.setdefault(label, {}).setdefault(selection.context, []).append((selection, best))
+    return found
+
+
+def _place(result: Result) -> tuple:
+    return result.context, result.density, *(result.cell[name] for name in ("block_q", "block_k", "mask_heads"))
+
+
+def _draw(rows: list[Result], stacks: dict[str, dict[int, list]], folder: Path, name: str) -> list[Path]:
+    lengths = sorted({length for by_length in stacks.values() for length in by_length})
+    figure = Figure(figsize=(3.6 * len(lengths) + 0.4, 2.9 * len(stacks) + 0.8), layout="constrained")
+    grid = figure.subplots(len(stacks), len(lengths), squeeze=False)
+    for line, (label, by_length) in zip(grid, stacks.items()):
+        for axes, length in zip(line, lengths):
+            dense = [r for r in rows if r.selector == "dense" and r.context == length]
+            _panel(axes, dense, by_length.get(length, []))
+            axes.set_title(f"{speed.tokens(length)} tokens")
+        line[0].set_ylabel(f"{label}\nms")
+    parts = [("dense attention", style.DENSE), ("sparse attention", SPARSE), ("gate and selection", SELECTION)]
+    handles = [grid[0][0].bar(0, 0, color=colour, label=part) for part, colour in parts]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    first = rows[0]
+    figure.suptitle(f"{first.cell['device']}, {first.model}, {first.cell['dtype']}", fontsize=8, x=0.01, ha="left")
+    return style.save(figure, folder, name)
+
+
+def _panel(axes: Axes, dense: list[Result], pairs: list[tuple[Result, Result]]) -> None:
+    dense = sorted(dense, key=lambda r: -r.value)
+    names = [speed.dense_name(r.cell["impl"]) for r in dense]
+    axes.bar(range(len(dense)), [r.value for r in dense], color=style.DENSE)
+    places = [len(dense) + 0.4 + i for i in range(len(pairs))]
+    below = [selection.value for selection, _ in pairs]
+    above = [sparse.value for _, sparse in pairs]
+    axes.bar(places, below, color=SELECTION)
+    axes.bar(places, above, bottom=below, color=SPARSE)
+    totals = [r.value for r in dense] + [a + b for a, b in zip(below, above)]
+    for x, total in zip([*range(len(dense)), *places], totals):
+        axes.annotate(f"{total:.3g}", (x, total), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=6.5)
+    labels = [*names, *(f"{1 - sparse.realised_density:.0%}" for _, sparse in pairs)]
+    axes.set_xticks([*range(len(dense)), *places], labels, rotation=50, ha="right", rotation_mode="anchor", fontsize=7)
+    axes.grid(axis="x", visible=False)

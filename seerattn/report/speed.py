@@ -1,0 +1,69 @@
+"""Finding results of benchmarks: what was measured where, and under which names figures and tables show it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from seerattn.eval.results import Result
+
+QUANTITIES = (
+    "attention_ms",
+    "selection_ms",
+    "pooled_ms",
+    "extra_memory_mib",
+    "ttft_s",
+    "attention_share",
+    "peak_memory_gib",
+    "tokens_per_second",
+    "distill_hours",
+)
+DENSE_NAMES = {
+    "flash": "FlashAttention-2",
+    "cudnn": "cuDNN",
+    "flash4": "flash-attn-4",
+    "flex": "FlexAttention",
+    "sdpa": "SDPA",
+    "pytorch": "plain PyTorch",
+}
+# What figures compare with: the first of these that was measured.
+BASELINES = ("flash", "sdpa", "cudnn", "flash4", "flex")
+
+
+def machines(results: Iterable[Result], *whats: str) -> dict[tuple[str, str, str], list[Result]]:
+    """Benchmark results of these quantities by (device, model, dtype), which alone may be compared.
+
+    Times of calls among others like them, of which the crossover table is made, are not among them.
+    """
+    groups: dict[tuple[str, str, str], list[Result]] = {}
+    for r in results:
+        if r.what in whats and r.cell.get("clock") != "pipeline":
+            groups.setdefault((r.cell["device"], r.model, r.cell["dtype"]), []).append(r)
+    return groups
+
+
+def contexts(results: Iterable[Result]) -> list[int]:
+    """Lengths in tokens, ascending."""
+    return sorted({r.context for r in results})
+
+
+def baseline(results: Sequence[Result]) -> str | None:
+    """The dense attention to compare with, None if none was measured."""
+    found = {r.cell["impl"] for r in results if r.selector == "dense" and r.value is not None}
+    return next((name for name in BASELINES if name in found), None)
+
+
+def blocks(result: Result) -> str:
+    """Block sizes and who shares a list, for people."""
+    alike = result.cell.get("rows_alike", 1)
+    more = f", {alike} rows alike" if alike > 1 else ""
+    return f"{result.cell['block_q']}x{result.cell['block_k']} per {result.cell['share']}{more}"
+
+
+def tokens(context: int) -> str:
+    """A length as axes show it: 8k is 8192."""
+    return f"{context // 1024}k" if context % 1024 == 0 else f"{context:,}"
+
+
+def dense_name(impl: str) -> str:
+    """The full name of a dense attention."""
+    return DENSE_NAMES.get(impl, impl)

@@ -1,0 +1,72 @@
+"""Tables of speed and memory: one line for each way of computing, one column for each length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from seerattn.eval.results import Result
+from seerattn.report import speed
+from seerattn.report.markdown import markdown
+
+TITLES = {
+    "attention_ms": "Attention alone, ms",
+    "selection_ms": "Gate and selection, ms",
+    "pooled_ms": "Attention with the map of blocks, ms",
+    "extra_memory_mib": "Attention with the map of blocks, MiB beyond inputs and results",
+    "ttft_s": "Time to first token, s",
+    "attention_share": "Share of attention in the time to first token",
+    "tokens_per_second": "Tokens a second",
+    "peak_memory_gib": "Peak memory, GiB",
+    "distill_hours": "Hours of the published distillation recipe",
+}
+
+
+def speed_tables(results: Sequence[Result]) -> list[str]:
+    """Titles and tables of the benchmarks, as Markdown; speed-ups in brackets are over the first dense line."""
+    parts = []
+    for what, title in TITLES.items():
+        for (device, model, dtype), rows in speed.machines(results, what).items():
+            parts += [f"### {title}: {model}, {dtype}, {device}", _table(rows)]
+    return parts
+
+
+def _table(rows: list[Result]) -> str:
+    lengths = speed.contexts(rows)
+    reference = speed.baseline(rows) if rows[0].what in ("attention_ms", "pooled_ms", "ttft_s") else None
+    dense = {r.context: r.value for r in rows if r.selector == "dense" and r.cell["impl"] == reference}
+    lines: dict[tuple[str, str], dict[int, Result]] = {}
+    for r in rows:
+        density = "" if r.density is None else f"{1 - r.density:.3g}"
+        lines.setdefault((_name(r), density), {})[r.context] = r
+    cell = _cell(dense)
+    body = [
+        [name, sparsity, *(cell(line[n]) if n in line else "" for n in lengths)]
+        for (name, sparsity), line in lines.items()
+    ]
+    return markdown(["", "sparsity", *map(speed.tokens, lengths)], body)
+
+
+def _cell(dense: dict[int, float | None]) -> Callable[[Result], str]:
+    def cell(row: Result) -> str:
+        if row.value is None:
+            return row.samples.get("error", ["not finite"])[0]
+        value = f"{row.value:,.0f}" if row.value >= 1000 else f"{row.value:.3g}"
+        reference = dense.get(row.context)
+        return f"{value} ({reference / row.value:.2f}x)" if reference else value
+
+    return cell
+
+
+def _name(row: Result) -> str:
+    impl, cell = row.cell["impl"], row.cell
+    parts = {"dense": speed.dense_name(impl), "random": f"{speed.dense_name(impl)}, random blocks"}
+    name = parts.get(row.selector) or f"gates {row.gates}, {impl}"
+    if "share" in cell:
+        name += f", {speed.blocks(row)}"
+    if "map" in cell:
+        name += ", with the map" if cell["map"] else ", no map"
+    if "work" in cell:
+        name += ", distillation step" if cell["work"] == "distill" else ", plain forward"
+    if "layers" in cell:
+        name += f", {cell['layers']} layers"
+    return name

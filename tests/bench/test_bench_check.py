@@ -1,0 +1,112 @@
+"""The gates of the benchmarks: they let the implementations pass and nothing that is wrong."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seerattn.bench.check import (
+    GATE_TOKENS,
+    check_attention,
+    check_dense,
+    check_pooled,
+    check_selection,
+    gate_scores,
+)
+from seerattn.bench.inputs import Shape, random_qkv
+from seerattn.bench.model import GATE_FORMS, gate_form, layer_context, random_gate, rotary_tables
+from seerattn.bench.pooled import plain_pooled_attention
+from seerattn.gate_selector import GateSelector
+from seerattn.ops.block_sparse_attention import block_sparse_attention
+from seerattn.ops.pooled_attention import pooled_attention
+from seerattn.selection.policies import TopK
+
+CPU = torch.device("cpu")
+SHAPES = [Shape(4, 2, 32, torch.float32), Shape(4, 2, 32, torch.bfloat16)]
+SIZES = {"block_q": 64, "block_k": 64, "mask_heads": 2}
+
+
+def fails(result) -> bool:
+    error, bound = result
+    return not error <= bound
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.dtype_name)
+@pytest.mark.parametrize("block_q, block_k, mask_heads", [(64, 64, 4), (128, 32, 2)])
+def test_attention_check_passes_the_op_and_fails_wrong_ones(shape, block_q, block_k, mask_heads) -> None:
+    sizes = {"block_q": block_q, "block_k": block_k, "mask_heads": mask_heads, "tokens": 500}
+    wrong = {
+        "scale": lambda q, k, v, b: block_sparse_attention(q, k, v, b, scale=1.02 * q.shape[-1] ** -0.5),
+        "heads": lambda q, k, v, b: block_sparse_attention(q.flip(1), k, v, b),
+        "last token": lambda q, k, v, b: F.pad(block_sparse_attention(q, k, v, b)[:, :, :-1], (0, 0, 0, 1)),
+        "nan": lambda q, k, v, b: block_sparse_attention(q, k, v, b).index_fill(2, torch.tensor([7]), torch.nan),
+    }
+    error, bound = check_attention(block_sparse_attention, shape, CPU, **sizes)
+    assert 0 < error <= bound
+    assert bound < (1e-5 if shape.dtype == torch.float32 else 0.1)
+    assert all(fails(check_attention(attend, shape, CPU, **sizes)) for attend in wrong.values())
+
+
+def test_dense_check_fails_without_causality() -> None:
+    def attend(q, k, v, is_causal=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+
+    error, bound = check_dense(attend, SHAPES[0], CPU, tokens=300)
+    assert 0 < error <= bound
+    assert fails(check_dense(lambda q, k, v: attend(q, k, v, is_causal=False), SHAPES[0], CPU, tokens=300))
+
+
+@pytest.mark.parametrize("attend", [pooled_attention, plain_pooled_attention])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.dtype_name)
+def test_pooled_check_passes_both_versions_and_fails_wrong_maps_and_outputs(attend, shape) -> None:
+    error, bound = check_pooled(attend, shape, CPU, tokens=300)
+    assert 0 < error <= bound
+
+    def other_map(q, k, v):
+        out, target = attend(q, k, v)
+        return out, (target**1.02) / (target**1.02).sum(-1, keepdim=True)
+
+    def other_output(q, k, v):
+        out, target = attend(q, k, v)
+        return out.roll(1, 2), target
+
+    assert fails(check_pooled(other_map, SHAPES[0], CPU, tokens=300))
+    assert fails(check_pooled(other_output, shape, CPU, tokens=300))
+
+
+@pytest.mark.parametrize("block_q, block_k", [(64, 64), (128, 32)])
+@pytest.mark.parametrize("form", GATE_FORMS)
+def test_oracle_of_the_gate_matches_the_module(form, block_q, block_k) -> None:
+    shape = SHAPES[0]
+    gate = random_gate(gate_form(form, block_q, block_k), shape, CPU)
+    q, k, _ = random_qkv(shape, 512, CPU, drift=1.0)
+    exact, found = gate_scores(gate, q.double(), k.double()), gate(q, k)
+    assert torch.equal(exact.isfinite(), found.isfinite())
+    seen = exact.isfinite()
+    # fp32 sums of head_dim terms, and log-sum-exp: well within 64 roundings of the largest score.
+    assert float((exact - found)[seen].abs().max()) <= 64 * 2**-24 * float(exact[seen].abs().max())
+
+
+@pytest.mark.parametrize("form", GATE_FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.dtype_name)
+def test_selection_check_passes_the_selector_and_fails_wrong_ones(form, shape) -> None:
+    gate = random_gate(gate_form(form), shape, CPU)
+    context, tables = layer_context(shape, GATE_TOKENS, CPU), rotary_tables(shape, GATE_TOKENS, CPU)
+
+    def check(gate=gate, context=context, density=0.3):
+        selector = GateSelector(gate, TopK(density=density), "reference")
+        asked = (lambda q, k: selector.select(q, k, context)), selector_gate, shape, tables
+        return check_selection(*asked, density=0.3)
+
+    selector_gate = gate
+    error, bound = check()
+    assert error <= bound
+    rotated = replace(context, unrotate=lambda x, start: x.float())
+    assert fails(check(context=rotated))
+    assert fails(check(density=0.5))
+    torch.manual_seed(1)
+    other = random_gate(gate_form(form), shape, CPU)
+    with torch.no_grad():
+        other.k_weight.copy_(other.k_weight.flip(0))
+    assert fails(check(gate=other))

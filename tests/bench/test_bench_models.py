@@ -1,0 +1,162 @@
+"""Whole models: what a prefill and a training step do, how attention is clocked, what follows from it."""
+
+import json
+import time
+from dataclasses import replace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from seerattn.bench import distill
+from seerattn.bench.crossover import bench_crossover, save_table
+from seerattn.bench.distill import bench_distill
+from seerattn.bench.model import TINY, BenchModel, first_layer_only
+from seerattn.bench.session import Session
+from seerattn.bench.ttft import AttentionClock, bench_ttft, prefill
+from seerattn.eval.results import ResultsFile
+from seerattn.gate import AttnGate
+from seerattn.hf.attach import set_policy
+from seerattn.ops import crossover
+from seerattn.selection.policies import KeepAll, TopK
+
+CPU = torch.device("cpu")
+TOKENS = 150
+
+
+@pytest.fixture(scope="module")
+def input_ids():
+    return torch.randint(3, 97, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def session(**options) -> Session:
+    return Session(CPU, ResultsFile(None), **options)
+
+
+def test_prefill_gives_the_models_next_token_with_and_without_gates(input_ids) -> None:
+    model = BenchModel(TINY, CPU, "reference")
+    with torch.no_grad():
+        logits = model.plain()(input_ids=input_ids).logits
+    assert prefill(model.plain(), input_ids) == int(logits[0, -1].argmax())
+    gated = model.gated("paper")
+    assert model.gated("paper") is gated
+    set_policy(gated, KeepAll())
+    assert prefill(gated, input_ids) == int(logits[0, -1].argmax())
+    set_policy(gated, TopK(density=0.3))
+    with torch.no_grad():
+        assert not torch.equal(gated(input_ids=input_ids).logits, logits)
+        assert torch.equal(model.plain()(input_ids=input_ids).logits, logits)
+
+
+def test_first_layer_only_is_a_model_of_one_layer_until_it_ends(input_ids) -> None:
+    short, model = BenchModel(replace(TINY, layers=1), CPU).base, BenchModel(TINY, CPU).base
+    short.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        whole = model(input_ids=input_ids).logits
+        with first_layer_only(model):
+            first = model(input_ids=input_ids).logits
+        assert torch.equal(first, short(input_ids=input_ids).logits) and not torch.equal(first, whole)
+        assert torch.equal(model(input_ids=input_ids).logits, whole)
+
+
+def test_attention_clock_adds_up_the_calls_of_every_layer(input_ids) -> None:
+    model, attend = BenchModel(TINY, CPU).base, ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def slow(*args, **kwargs):
+        time.sleep(0.05)
+        return attend(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = slow
+    try:
+        clock = AttentionClock(CPU)
+        with clock.installed("sdpa"):
+            begin = time.perf_counter()
+            prefill(model, input_ids)
+            total = time.perf_counter() - begin
+        inside = clock.take()
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    assert 2 * 0.05 <= inside <= total
+    assert clock.take() == 0.0 and ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
+
+
+def test_ttft_rows_have_counted_densities_and_share_their_runs() -> None:
+    sizes = {"lengths": [256, 130], "sparsities": [0.3, 0.6], "baselines": ["sdpa", "cudnn"], "forms": ["paper"]}
+    rows = bench_ttft(session(), TINY, **sizes, impl="reference", repeats=2)
+    assert [(r.what, r.context, r.selector, r.density) for r in rows[:4]] == [
+        ("ttft_s", 130, "dense", None),
+        ("attention_share", 130, "dense", None),
+        ("ttft_s", 256, "dense", None),
+        ("attention_share", 256, "dense", None),
+    ]
+    # 3 and 4 rows of blocks, the same k in each, sink and diagonal kept: 1 + 2 + 2 of 6, and 1 + 2 + 2 + 2 of 10.
+    counted = {(r.context, r.density): r.realised_density for r in rows[4:]}
+    assert counted == {(130, 0.4): 5 / 6, (130, 0.7): 5 / 6, (256, 0.4): 0.7, (256, 0.7): 0.7}
+    assert all(r.realised_density == 1.0 for r in rows[:4])
+    for r in rows:
+        assert r.n == 2 and len(r.samples["seconds"]) == 2 and r.model == "Llama of width 64"
+        seconds, inside = r.samples["seconds"], r.samples["attention"]
+        share = sorted(a / s for a, s in zip(inside, seconds))
+        if r.what == "ttft_s":
+            assert r.value == pytest.approx(sum(seconds) / 2, abs=2e-5)
+        else:
+            assert 0 < r.value < 1 and r.value == pytest.approx(sum(share) / 2, rel=0.02)
+
+
+def test_training_step_changes_the_gates_and_nothing_else(input_ids) -> None:
+    model = BenchModel(TINY, CPU).gated("paper")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    gates = {id(p) for m in model.modules() if isinstance(m, AttnGate) for p in m.parameters()}
+    inputs = {"input_ids": input_ids[:, :128], "position_ids": torch.arange(128)[None]}
+    distill._training_step(model, inputs)()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name, p in model.named_parameters() if id(p) in gates} and len(changed) == 2
+
+
+def test_distillation_hours_follow_from_the_speed_at_the_recipes_length(monkeypatch) -> None:
+    monkeypatch.setattr(distill, "RECIPE", (500, 16, 256))
+    rows = bench_distill(session(), TINY, lengths=[128, 256], baselines=["sdpa"], form="paper", repeats=2)
+    place = [(r.what, r.context, r.cell["work"]) for r in rows]
+    speed = "tokens_per_second"
+    assert place == [
+        (speed, 128, "forward"),
+        (speed, 256, "forward"),
+        (speed, 128, "distill"),
+        (speed, 256, "distill"),
+        ("distill_hours", 256, "distill"),
+    ]
+    for r in rows[:4]:
+        assert r.value == pytest.approx(r.context / (sum(r.samples["seconds"]) / 2), rel=0.01)
+    # 2 layers were run, 32 are asked for.
+    expected = 500 * 16 * 256 / rows[3].value / 3600 * 16
+    assert rows[4].value == pytest.approx(expected, abs=0.005) and rows[4].cell["layers"] == 2
+
+
+def test_crossover_table_holds_the_measured_times_and_the_ops_read_it(tmp_path, monkeypatch) -> None:
+    sizes = {"lengths": [200, 130], "densities": [0.5, 1.0], "form": "paper", "impl": "reference"}
+    bench = session()
+    table = bench_crossover(bench, TINY.shape, baselines=["sdpa", "flash", "cudnn"], **sizes)
+    assert [row["tokens"] for row in table["rows"]] == [130, 200]
+    rows = list(bench.file._by_key.values())
+    for row in table["rows"]:
+        of = [r for r in rows if r.context == row["tokens"]]
+        assert row["dense_ms"] == min(r.value for r in of if r.selector == "dense")
+        assert row["overhead_ms"] == next(r.value for r in of if r.what == "selection_ms")
+        assert row["sparse_ms"] == {str(r.density): r.value for r in of if r.selector == "random"}
+        assert list(row["sparse_ms"]) == ["0.5", "1.0"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = crossover.table_path("Some GPU / 80GB")
+    save_table(table | {"device": "Some GPU / 80GB"}, path)
+    read = crossover.load_table("Some GPU / 80GB")
+    assert [vars(row) for row in read] == json.loads(path.read_text())["rows"] == table["rows"]
+
+
+def test_a_length_that_is_not_measured_in_full_is_not_in_the_table(monkeypatch) -> None:
+    bench = session()
+    # Dense attention, selection and sparse attention of the first length, dense attention of the second.
+    late = Mock(side_effect=[False] * 4 + [True] * 2)
+    monkeypatch.setattr(Session, "out_of_time", property(lambda _: late()))
+    sizes = {"lengths": [130, 200], "densities": [0.5], "form": "paper", "impl": "reference"}
+    table = bench_crossover(bench, TINY.shape, baselines=["sdpa"], **sizes)
+    assert [row["tokens"] for row in table["rows"]] == [130] and len(bench.left_out) == 2

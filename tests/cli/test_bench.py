@@ -1,0 +1,143 @@
+"""`seerattn bench` as a user runs it, tiny and on a CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from seerattn.bench import pooled
+from seerattn.cli import main
+from seerattn.eval.results import environment, read_results
+
+TINY = ("--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--device", "cpu")
+COMMANDS = {
+    "attention": (*TINY, "--lengths", "200,130", "--sparsities", "0.5", "--blocks", "64x64,32x64"),
+    "pooled": (*TINY, "--lengths", "130"),
+    "crossover": (*TINY, "--lengths", "130", "--densities", "0.5,1", "--table", "@table.json"),
+    "ttft": ("--tiny", "--device", "cpu", "--lengths", "130", "--sparsities", "0.5,0.3", "--repeats", "2"),
+    "distill": ("--tiny", "--device", "cpu", "--lengths", "130", "--repeats", "2"),
+}
+# Quantity, selector and what was asked for of every row, in order.
+ROWS = {
+    "attention": [
+        ("attention_ms", "dense", "sdpa"),
+        *[("attention_ms", "random", "reference")] * 4,
+        *[("selection_ms", "gate", "reference")] * 4,
+    ]
+    * 2,
+    "pooled": [("pooled_ms", "dense", impl) for impl in ("reference", "pytorch", "sdpa")],
+    "crossover": [
+        ("attention_ms", "dense", "sdpa"),
+        ("selection_ms", "gate", "auto"),
+        *[("attention_ms", "random", "auto")] * 2,
+    ],
+    "ttft": [
+        ("ttft_s", "dense", "sdpa"),
+        ("attention_share", "dense", "sdpa"),
+        *[("ttft_s", "gate", "reference"), ("attention_share", "gate", "reference")] * 2,
+    ],
+    "distill": [("tokens_per_second", "dense", "sdpa"), ("tokens_per_second", "gate", "reference")],
+}
+
+
+def run(*args: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *map(str, args)])
+    return stop.value.code or 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_writes_whole_results_that_a_second_run_does_not_measure_again(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "r.jsonl"
+    arguments = [arg.replace("@", f"{tmp_path}/") for arg in COMMANDS[name]]
+    assert run(name, *arguments, "--output", output) == 0
+    rows = read_results([output])
+    assert [(r.what, r.selector, r.cell["impl"]) for r in rows] == ROWS[name]
+    machine = environment("cpu")["device"]
+    for r in rows:
+        assert r.value > 0 and r.n >= 2 and r.samples and 0 < r.realised_density <= 1
+        assert r.device == r.cell["device"] == machine and r.cell["dtype"] == "float32" and r.seconds is not None
+        assert (r.density is None) == (r.selector == "dense" or name == "distill")
+        assert (r.seed is None) == (r.selector == "dense")
+    said = capsys.readouterr()
+    # Progress as it goes, each implementation checked before it is timed; then a table.
+    assert said.err.index("checked") < said.err.index("130 tokens") and "130" in said.out
+    before = output.read_bytes()
+    assert run(name, *arguments, "--output", output) == 0
+    assert output.read_bytes() == before and "checked" not in capsys.readouterr().err
+
+
+def test_attention_rows_have_exact_densities(tmp_path: Path) -> None:
+    output = tmp_path / "r.jsonl"
+    # 10 blocks of 64 have 55 places, of which 22 are 40 %.
+    assert run("attention", *TINY, "--lengths", "640", "--sparsities", "0.6", "--blocks", "64x64", "--gates", "paper",
+        "--rows-alike", "1,3", "--output", output) == 0  # fmt: skip
+    rows = [r for r in read_results([output]) if r.selector == "random"]
+    assert [(r.cell["share"], r.cell["mask_heads"], r.cell["rows_alike"]) for r in rows] == [
+        ("head", 4, 1), ("head", 4, 3), ("group", 2, 1), ("group", 2, 3),
+    ]  # fmt: skip
+    assert {(r.density, r.realised_density) for r in rows} == {(0.4, 22 / 55)}
+
+
+def test_crossover_writes_the_table_that_auto_reads(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table = tmp_path / "new" / "table.json"
+    assert run("crossover", *TINY, "--lengths", "130,65", "--densities", "0.5,1", "--table", table) == 0
+    found = json.loads(table.read_text())
+    assert list(found) == ["device", "heads", "kv_heads", "head_dim", "rows"] and found["heads"] == 4
+    assert [row["tokens"] for row in found["rows"]] == [65, 130]
+    assert all(set(row) == {"tokens", "dense_ms", "overhead_ms", "sparse_ms"} for row in found["rows"])
+    assert set(found["rows"][0]["sparse_ms"]) == {"0.5", "1.0"}
+    assert f"{found['rows'][0]['dense_ms']:.3f}" in capsys.readouterr().out
+
+
+def test_a_time_limit_leaves_cells_out_and_a_later_run_measures_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "r.jsonl"
+    arguments = ("pooled", *TINY, "--lengths", "130", "--variants", "reference,sdpa", "--output", output)
+    assert run(*arguments, "--time-limit", "1e-9") == 0
+    assert "2 cells were left out for the time limit" in capsys.readouterr().err and not output.exists()
+    assert run(*arguments) == 0
+    assert len(read_results([output])) == 2
+
+
+def test_an_implementation_that_does_not_match_its_oracle_ends_with_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = pooled.plain_pooled_attention
+    monkeypatch.setattr(pooled, "plain_pooled_attention", lambda *qkv: (right(*qkv)[0] * 1.1, right(*qkv)[1]))
+    output = tmp_path / "r.jsonl"
+    assert run("pooled", *TINY, "--lengths", "130", "--variants", "pytorch,reference", "--output", output) == 1
+    assert "pooled pytorch does not match its fp64 oracle" in capsys.readouterr().err
+    assert [r.cell["impl"] for r in read_results([output])] == ["reference"]
+
+
+BAD = {
+    "no number": (("attention", *TINY, "--lengths", "8k"), "lengths must be numbers"),
+    "sparsity": (("attention", *TINY, "--sparsities", "1"), "sparsities must be in [0, 1)"),
+    "density": (("crossover", *TINY, "--table", "t.json", "--densities", "0,1"), "densities must be in (0, 1]"),
+    "blocks": (("attention", *TINY, "--blocks", "64"), "blocks must be QUERIESxKEYS"),
+    "share": (("attention", *TINY, "--shares", "layer"), "shares must be head or group"),
+    "gates": (("attention", *TINY, "--lengths", "64", "--gates", "best"), "gates must be among"),
+    "gate": (("crossover", *TINY, "--table", "t.json", "--gate", "best"), "gates must be among"),
+    "heads": (("pooled", "--heads", "6", "--kv-heads", "4", "--device", "cpu"), "heads must be a multiple"),
+    "variant": (("pooled", *TINY, "--lengths", "64", "--variants", "fast"), "nothing could be measured"),
+    "baseline": (("ttft", "--tiny", "--device", "cpu", "--gates", "paper", "--lengths", "1"), "lengths must be"),
+    "table": (("crossover", *TINY), "table must be given on a CPU"),
+    "device": (("ttft", "--tiny", "--device", "abacus"), "device must be"),
+    "output": (("pooled", *TINY, "--lengths", "64", "--output", "."), "results must be files"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, message = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seerattn: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert list(tmp_path.iterdir()) == []
