@@ -244,7 +244,9 @@ def time_all(file: ResultsFile, passed: list[Kind]) -> bool:
             blocks = random_blocks(tokens=tokens, density=density, device=DEVICE, **sizes)
             prepare = partial(partial, block_sparse_attention, *qkv, blocks, impl="flash4")
             label = f"{tokens:>7,} tokens, {kind}, density {density:g}"
-            values = {"cell": cell | sizes | {"impl": "flash4"}, "selector": "random", "density": density, "seed": 0}
+            share = "head" if kind.mask_heads(SHAPE) == SHAPE.heads else "group"
+            own = sizes | {"share": share, "rows_alike": 1, "impl": "flash4"}
+            values = {"cell": cell | own, "selector": "random", "density": density, "seed": 0}
             run = partial(measure, label, tokens, prepare, realised_density=float(blocks.density().mean()), **values)
             whole &= attempt(label, run)
             if (tokens, label) in done:

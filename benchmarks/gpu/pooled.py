@@ -115,8 +115,15 @@ def check(launch: Launch, device: torch.device) -> tuple[float, float]:
 
 
 def measure(session: Session, tokens: int, name: str, run: Callable[[], tuple[Tensor, ...] | Tensor]) -> Result | None:
+    cell = {"dtype": Shape().dtype_name, "map": name not in DENSE, "block_q": BLOCK, "block_k": BLOCK}
     blanks = [
-        session.blank(what, model=str(Shape()), context=tokens, impl=name, cell={"block_q": BLOCK, "block_k": BLOCK})
+        session.blank(
+            what,
+            model=str(Shape()),
+            context=tokens,
+            impl=name,
+            cell=cell,
+        )
         for what in ("pooled_ms", "extra_memory_mib")
     ]
 

@@ -17,6 +17,7 @@ SELECTION, SPARSE = "#e69f00", "#0072b2"
 def draw_breakdown(results: Sequence[Result], folder: Path) -> list[Path]:
     """Draws a row for each gate and a panel for each length, a figure for each device and shape.
 
+    Gates that were measured at more than one sparsity at the greatest length have a row; the others stand in the tables.
     A bar is gate and selection, timed alone, under sparse attention over random blocks of the same sizes, density and
     number of lists, by the implementation that is fastest there.
 
@@ -44,7 +45,9 @@ def _stacks(rows: list[Result]) -> dict[str, dict[int, list[tuple[Result, Result
             label = f"gate {selection.gates}, {speed.blocks(selection)}"
             best = min(fitting, key=lambda r: r.value)
             found.setdefault(label, {}).setdefault(selection.context, []).append((selection, best))
-    return found
+    longest = max((length for by_length in found.values() for length in by_length), default=0)
+    full = {label: by_length for label, by_length in found.items() if len(by_length.get(longest, [])) > 1}
+    return full or found
 
 
 def _place(result: Result) -> tuple:

@@ -17,17 +17,31 @@ from seerattn.report import speed, style
 def draw_speedup(results: Sequence[Result], folder: Path) -> list[Path]:
     """Draws a panel for each length, a figure for each device and shape, and returns the files written.
 
-    A line is one implementation with one kind of blocks, in time of attention alone; dashed are the other dense ones.
+    A line is one kind of blocks by the implementation that was measured most fully, and is the fastest of those; what
+    was measured at one sparsity alone stands in the tables. Times are of attention alone; dashed are the other dense
+    ones.
     """
     written = []
     for number, rows in enumerate(speed.machines(results, "attention_ms").values()):
         rows = [r for r in rows if r.value is not None]
-        reference, sparse = speed.baseline(rows), [r for r in rows if r.selector == "random"]
+        reference, sparse = speed.baseline(rows), _fullest([r for r in rows if r.selector == "random"])
+        rows = [r for r in rows if r.selector == "dense"] + sparse
         if reference is None or not sparse:
             continue
         with style.context():
             written += _draw(rows, sparse, reference, folder, "speedup" if not number else f"speedup-{number + 1}")
     return written
+
+
+def _fullest(sparse: list[Result]) -> list[Result]:
+    """The rows of one implementation for each kind of blocks."""
+    kinds: dict[str, dict[str, list[Result]]] = {}
+    for r in sparse:
+        kinds.setdefault(speed.blocks(r), {}).setdefault(r.cell["impl"], []).append(r)
+    chosen = (
+        min(impls.values(), key=lambda rows: (-len(rows), sum(r.value for r in rows))) for impls in kinds.values()
+    )
+    return [r for rows in chosen if len({r.density for r in rows}) > 1 for r in rows]
 
 
 def _draw(rows: list[Result], sparse: list[Result], reference: str, folder: Path, name: str) -> list[Path]:

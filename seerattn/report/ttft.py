@@ -27,6 +27,9 @@ def draw_ttft(results: Sequence[Result], folder: Path) -> list[Path]:
     for number, rows in enumerate(speed.machines(results, "ttft_s", "peak_memory_gib").values()):
         # Peak memory is also measured of training steps.
         rows = [r for r in rows if r.value is not None and "work" not in r.cell]
+        # Times of models that were cut to fewer layers stand in the tables.
+        layers = max((r.cell["layers"] for r in rows), default=0)
+        rows = [r for r in rows if r.cell["layers"] == layers]
         reference = speed.baseline([r for r in rows if r.what == "ttft_s"])
         if rows:
             with style.context():

@@ -88,9 +88,10 @@ def test_speed_up_figure_divides_dense_time_by_sparse_time_at_realised_sparsity(
     assert panels[0].get_ylabel() == "speed-up over FlashAttention-2"
     for axes in panels:
         found = lines(axes)
-        for name, cost in (("triton", 1.2), ("flash-attn-4", 1.6)):
-            expected = [(1 - 0.51, 1 / (0.5 * cost)), (1 - 0.102, 1 / (0.1 * cost))]
-            assert found[f"{name} 64x64 per head"] == pytest.approx(np.array(expected))
+        expected = [(1 - 0.51, 1 / (0.5 * 1.2)), (1 - 0.102, 1 / (0.1 * 1.2))]
+        assert found["triton 64x64 per head"] == pytest.approx(np.array(expected))
+        # The slower of two implementations stands in the tables alone.
+        assert "flash-attn-4 64x64 per head" not in found
         ideal = found["ideal, 1 / (1 - sparsity)"]
         assert ideal[:, 1] == pytest.approx(1 / (1 - ideal[:, 0])) and ideal[-1, 0] == pytest.approx(1 - 0.102)
         level = [line for line in axes.lines if set(line.get_ydata()) == {2.0}]
