@@ -31,7 +31,6 @@ from seerattn.ops.crossover import prefer_dense
 from seerattn.ops.pooled_attention import pooled_attention
 from seerattn.ops.resolve import check_impl
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
-from seerattn.selection.policies import KeepAll
 from seerattn.selection.selector import AttentionContext, RotaryTables, Selector
 
 if TYPE_CHECKING:
@@ -260,7 +259,11 @@ def _sparse(
 ) -> Tensor | None:
     """Sparse prefill ``[B, T, H, D]``, or None where "auto" finds dense attention faster."""
     state = seer.state
+    # None where only the selection can tell.
+    expected = getattr(getattr(state.selector, "policy", None), "nominal_density", None)
     mask = _check_mask(mask)
+    if state.impl == "auto" and expected in mask.dense_densities and not state.meters:
+        return None
     if not mask.is_causal:
         raise ValueError(
             "attention_mask must be causality and left padding alone for sparse attention, got packed documents or an "
@@ -269,12 +272,13 @@ def _sparse(
     if kwargs.get("dropout"):
         raise ValueError(f"attention dropout must be 0 for sparse attention, got {kwargs['dropout']}")
     q_len, k_len, lengths = query.shape[2], mask.k_len, mask.lengths
-    expected = _expected_density(state.selector)
-    dense = partial(prefer_dense, q_len=q_len, k_len=k_len, device=query.device)
-    if state.impl == "auto" and dense(density=expected or 0.0):
-        _log_dense(k_len)
-        _count_dense(state, [k_len] * len(query) if lengths is None else lengths, q_len, query.shape[1])
-        return None
+    if state.impl == "auto":
+        dense = partial(prefer_dense, q_len=q_len, k_len=k_len, device=query.device)
+        if dense(density=expected or 0.0):
+            mask.dense_densities.add(expected)
+            _log_dense(k_len)
+            _count_dense(state, lengths or [k_len] * query.shape[0], q_len, query.shape[1])
+            return None
     key, value = key[:, :, :k_len], value[:, :, :k_len]
     logits = _logits(query, kwargs)
     context = partial(seer.context, **logits)
@@ -288,7 +292,7 @@ def _sparse(
             rows.append(state.selector.select(q, k, context(row=b, q_len=t, k_len=n)))
         blocks = BlockIndices.stack(rows)
     if state.impl == "auto" and expected is None and dense(density=float(blocks.density().mean()), selected=True):
-        _count_dense(state, [k_len] * len(query) if lengths is None else lengths, q_len, query.shape[1])
+        _count_dense(state, lengths or [k_len] * query.shape[0], q_len, query.shape[1])
         return None
     for meter in state.meters:
         meter.add(state.layer, state.heads, blocks)
@@ -369,18 +373,6 @@ def _segments(position_ids: Tensor | None, batch: int) -> Tensor:
         raise ValueError("segment_ids must be given where position_ids do not reach the attention layers, got None")
     starts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
     return starts.cumsum(1).expand(batch, -1)
-
-
-def _expected_density(selector: Selector) -> float | None:
-    """Density that the policy names, averaged over layers and heads; None where none is known before selection."""
-    policy = getattr(selector, "policy", None)
-    if isinstance(policy, KeepAll):
-        return 1.0
-    density = getattr(policy, "density", None)
-    if density is None:
-        return None
-    values = [density] if isinstance(density, (int, float)) else [value for row in density for value in row]
-    return sum(values) / len(values)
 
 
 def _count_dense(state: LayerState, lengths: list[int], q_len: int, heads: int) -> None:

@@ -17,7 +17,7 @@ SELECTION, SPARSE = "#e69f00", "#0072b2"
 def draw_breakdown(results: Sequence[Result], folder: Path) -> list[Path]:
     """Draws a row for each gate and a panel for each length, a figure for each device and shape.
 
-    Gates that were measured at more than one sparsity at the greatest length have a row; the others stand in the tables.
+    Gates that were measured at more than one sparsity at the greatest length have a row, the others stand in tables.
     A bar is gate and selection, timed alone, under sparse attention over random blocks of the same sizes, density and
     number of lists, by the implementation that is fastest there.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -90,6 +90,15 @@ class Policy(ABC):
         mask = self._keep(scores.masked_fill(hidden[:, None], -torch.inf), rows) | rows.forced
         return BlockIndices.from_mask(mask, block_q=block_q, block_k=block_k, q_start=q_start, q_len=q_len)
 
+    @cached_property
+    def nominal_density(self) -> float | None:
+        """Density that the policy names, averaged over layers and heads; None where only scores can tell."""
+        density = getattr(self, "density", None)
+        if density is None or isinstance(density, (int, float)):
+            return density
+        values = [value for row in density for value in row]
+        return sum(values) / len(values)
+
     @abstractmethod
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
         """Bool ``[B, Hm, Nq, Nk]``; forced and non-causal blocks may have any value."""
@@ -102,6 +111,8 @@ class Policy(ABC):
 @dataclass(frozen=True, kw_only=True)
 class KeepAll(Policy):
     """Every causal block: dense attention, computed by the sparse kernel."""
+
+    nominal_density = 1.0
 
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
         return rows.causal.expand(scores.shape)
