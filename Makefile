@@ -5,7 +5,7 @@ OLDEST := .venv-oldest/bin
 # One thread a process keeps small tests fast on few cores; the demo and the benchmark use all of them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-newest test-oldest lint format bench-cpu clean
+.PHONY: demo test test-newest test-oldest test-gpu memcheck lint format bench-cpu clean
 
 demo: .venv/.installed
 	$(BIN)/python recipes/demo.py
@@ -20,6 +20,14 @@ test-newest: .venv/.installed
 test-oldest: .venv-oldest/.installed
 	@echo "== integration tests, oldest supported transformers =="
 	$(TEST_ENV) $(OLDEST)/python -m pytest tests/hf tests/invariants
+
+# These two run with the Python at hand, which must have a CUDA build of torch.
+test-gpu:
+	python -m pytest tests/ops
+
+memcheck:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+		python -m pytest tests/ops/test_block_sparse_attention_triton.py -k "padding or packed or unselected"
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
