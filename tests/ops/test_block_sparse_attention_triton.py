@@ -61,6 +61,12 @@ def test_ragged_calls_stay_within_the_fp64_budget(block_q, block_k, q_tokens, pa
 HALVES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 
 
+@pytest.mark.parametrize("tokens", [1000, 4097])
+def test_long_ragged_calls_stay_within_the_fp64_budget(tokens):
+    q, k, v = make_qkv(1, 1, 1, tokens, tokens, torch.float32)
+    assert_within_budget(q, k, v, make_blocks(1, 1, tokens, tokens, 128, 128, keep=0.1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize(
     "heads, kv_heads, mask_heads", [(2, 2, 2), (3, 1, 1), (6, 2, 2), (4, 1, 1), (8, 2, 2), (4, 2, 4), (8, 1, 1)]
