@@ -174,3 +174,34 @@ def test_gradients_reach_the_model_through_sparse_attention(model: torch.nn.Modu
 
 def test_names_of_the_implementations_do_not_wake_other_dispatchers() -> None:
     assert not any(word in name for name in IMPLEMENTATIONS.values() for word in ("flash", "sdpa", "flex", "/"))
+
+
+def test_impl_sparse_is_never_dense_and_impl_auto_is_where_that_is_faster(visited: list[BlockIndices]) -> None:
+    model = seerattn.attach(tiny_model("llama"), GATE, SPARSE, impl="sparse").eval()
+    ids = tokens(1, 100)
+    sparse = model(input_ids=ids).logits
+    assert len(visited) == 2
+    seerattn.set_policy(model, SPARSE, impl="auto")
+    dense = model(input_ids=ids).logits
+    assert len(visited) == 2
+    seerattn.set_policy(model, SPARSE, impl="reference")
+    torch.testing.assert_close(model(input_ids=ids).logits, sparse, rtol=0, atol=0)
+    assert (dense - sparse).abs().max() > 1e-2
+
+
+def test_thresholds_run_dense_once_the_selection_says_that_it_is_nearly_full(
+    visited: list[BlockIndices], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def prefer_dense(**call):
+        asked.append((call["density"], call.get("selected", False)))
+        return call.get("selected", False)
+
+    monkeypatch.setattr(attention, "prefer_dense", prefer_dense)
+    model = seerattn.attach(tiny_model("llama"), GATE, seerattn.Threshold(threshold=0.0), impl="auto").eval()
+    plain = seerattn.detach(copy.deepcopy(model))
+    ids = tokens(1, 100)
+    assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert not visited
+    assert asked == [(0.0, False), (1.0, True)] * 2
