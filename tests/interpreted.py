@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from seerattn.ops.gate_scores import triton_pool, triton_select
-
 
 def large_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the gate's kernels read many tokens at once, on the interpreter alone."""
+    from seerattn.ops.gate_scores import triton_pool, triton_select
+
     if os.environ.get("TRITON_INTERPRET") == "1":
         choose = triton_select.choose_launch
         monkeypatch.setattr(triton_select, "choose_launch", lambda *a, **k: replace(choose(*a, **k), pool_step=32))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from interpreted import large_steps
 from tiny_models import tiny_model, tokens
 
 import seerattn
@@ -11,8 +12,6 @@ from seerattn import AttnGateConfig, TopK
 from seerattn.hf.attention import layer_states
 
 pytest.importorskip("triton")
-
-from tests.interpreted import large_steps
 
 GATE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2)
 POLICY = TopK(density=0.5, rule="row_share")

@@ -54,6 +54,7 @@ def test_form_of_a_rotation_matches_the_models_function(function, spread: str, h
 @pytest.mark.parametrize("name", ["gpt-oss", "smollm3"])
 def test_fused_gate_in_a_model_matches_the_torch_modules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cached keys, a left-padded row, half tables, a layer without RoPE."""
+    pytest.importorskip("triton")
     large_steps(monkeypatch)
     config = AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=1)
     model = seerattn.attach(tiny_model(name), config, TopK(density=0.5), impl="reference").eval()
