@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import typer
@@ -20,6 +20,9 @@ from seerattn.eval.arms import choose_device
 from seerattn.eval.results import Result, ResultsFile
 from seerattn.ops.crossover import table_path
 from seerattn.ops.resolve import preferred
+
+if TYPE_CHECKING:
+    from seerattn.bench.model import Size
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(stderr=True, highlight=False)
@@ -192,14 +195,12 @@ def ttft(
     output: OutputOption = None,
 ) -> None:
     """Time the prefill of a whole model of Llama-3.1-8B's shape: dense, and with gates at several sparsities."""
-    from seerattn.bench.model import FULL, TINY
     from seerattn.bench.ttft import bench_ttft
 
     session = _session(device, output, time_limit)
-    size = TINY if tiny else replace(FULL, layers=layers)
     rows = bench_ttft(
         session,
-        replace(size, shape=replace(size.shape, dtype=_dtype(dtype, session.device))),
+        _size(tiny, layers, _dtype(dtype, session.device)),
         lengths=numbers("lengths", lengths, int, 2),
         sparsities=_sparsities(sparsities),
         baselines=words(baselines) or _backends(session.device),
@@ -225,15 +226,15 @@ def distill(
 ) -> None:
     """Time steps of gate distillation beside plain forwards of the same model, and what the paper's recipe takes."""
     from seerattn.bench.distill import bench_distill
-    from seerattn.bench.model import FULL, TINY
+    from seerattn.bench.model import FULL
 
     session = _session(device, output, time_limit)
-    size = TINY if tiny else replace(FULL, layers=layers)
+    size = _size(tiny, layers, _dtype(dtype, session.device))
     if size.layers != FULL.layers:
         console.print(f"measuring {size.layers} of {FULL.layers} layers; hours are scaled to all of them")
     rows = bench_distill(
         session,
-        replace(size, shape=replace(size.shape, dtype=_dtype(dtype, session.device))),
+        size,
         lengths=numbers("lengths", lengths, int, 128),
         baselines=words(baselines) or _backends(session.device),
         form=gate,
@@ -253,6 +254,13 @@ def _say(text: str) -> None:
 
 def _shape(device: str, heads: int, kv_heads: int, head_dim: int, dtype: str) -> Shape:
     return Shape(heads, kv_heads, head_dim, _dtype(dtype, choose_device(device or None)))
+
+
+def _size(tiny: bool, layers: int, dtype: torch.dtype) -> Size:
+    from seerattn.bench.model import FULL, TINY
+
+    size = TINY if tiny else replace(FULL, layers=layers)
+    return replace(size, shape=replace(size.shape, dtype=dtype))
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -67,8 +67,7 @@ def _draw(rows: list[Result], stacks: dict[str, dict[int, list]], folder: Path, 
     parts = [("dense attention", style.DENSE), ("sparse attention", SPARSE), ("gate and selection", SELECTION)]
     handles = [grid[0][0].bar(0, 0, color=colour, label=part) for part, colour in parts]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    first = rows[0]
-    figure.suptitle(f"{first.cell['device']}, {first.model}, {first.cell['dtype']}", fontsize=8, x=0.01, ha="left")
+    speed.caption(figure, rows[0])
     return style.save(figure, folder, name)
 
 

@@ -43,8 +43,7 @@ def _draw(rows: list[Result], folder: Path, name: str) -> list[Path]:
         axes.set_title(PANELS[what])
     handles = [Patch(color=colour, label=_label(impl, variants[impl])) for impl, colour in looks.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    first = rows[0]
-    figure.suptitle(f"{first.cell['device']}, {first.model}, {first.cell['dtype']}", fontsize=8, x=0.01, ha="left")
+    speed.caption(figure, rows[0])
     return style.save(figure, folder, name)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from matplotlib.figure import Figure
+
 from seerattn.eval.results import Result
 
 QUANTITIES = (
@@ -57,6 +59,12 @@ def blocks(result: Result) -> str:
     alike = result.cell.get("rows_alike", 1)
     more = f", {alike} rows alike" if alike > 1 else ""
     return f"{result.cell['block_q']}x{result.cell['block_k']} per {result.cell['share']}{more}"
+
+
+def caption(figure: Figure, row: Result, *more: str) -> None:
+    """Says above a figure what was measured on which device."""
+    title = ", ".join((row.cell["device"], row.model, *more, row.cell["dtype"]))
+    figure.suptitle(title, fontsize=8, x=0.01, ha="left")
 
 
 def tokens(context: int) -> str:

@@ -56,8 +56,7 @@ def _draw(rows: list[Result], sparse: list[Result], reference: str, folder: Path
     axes_row[0].set_ylabel(f"speed-up over {speed.dense_name(reference)}")
     handles = {label: handle for axes in axes_row for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    first = sparse[0]
-    figure.suptitle(f"{first.cell['device']}, {first.model}, {first.cell['dtype']}", fontsize=8, x=0.01, ha="left")
+    speed.caption(figure, sparse[0])
     return style.save(figure, folder, name)
 
 

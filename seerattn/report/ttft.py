@@ -62,9 +62,7 @@ def _draw(rows: list[Result], reference: str | None, folder: Path, name: str) ->
         axes.set_title(title)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    first = rows[0]
-    title = f"{first.cell['device']}, {first.model}, {first.cell['layers']} layers, {first.cell['dtype']}"
-    figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    speed.caption(figure, rows[0], f"{rows[0].cell['layers']} layers")
     return style.save(figure, folder, name)
 
 

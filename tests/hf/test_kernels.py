@@ -28,7 +28,10 @@ def logits(model: torch.nn.Module, impl: str, **inputs: torch.Tensor) -> torch.T
 
 # Sinks, a soft cap with partial layers, and plain attention.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, on padding that is masked afterwards
-@pytest.mark.skipif(torch.cuda.is_available(), reason="models of this suite are on the CPU")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="kernels are compiled for the GPU here, and the models of this suite are on the CPU",
+)
 @pytest.mark.parametrize("name", ["llama", "gpt-oss", "gemma2"])
 def test_fused_gate_and_kernel_give_the_logits_of_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     large_steps(monkeypatch)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattn.ops.launch import needs_gradients, new_output
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 
 # Betas without a stable interface: what is used here is checked against these, and pinned in the extra `flash4`.
@@ -101,7 +102,7 @@ def refusal(
     **_: object,
 ) -> str | None:
     """Why this implementation cannot serve a call, in a sentence; None if it can."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+    if needs_gradients(q, k, v, sinks):
         return "it has no backward pass"
     if q.dtype not in DTYPES:
         return f"it takes fp16 or bf16, got {q.dtype}"
@@ -186,11 +187,10 @@ def block_sparse_attention(
     ``lengths`` holds the keys of every row; with ``cu_seqlens`` the rows lie one after the other in a batch of one.
     Rows of different length are launched one by one. The output has the memory layout ``[B, T, H, D]``.
     """
-    batch, heads, q_tokens, dim = q.shape
+    batch, heads, q_tokens, _ = q.shape
     form = choose_form(q, k, blocks, softcap=softcap, sinks=sinks)
     whole = cu_seqlens is not None or all(n == k.shape[2] for n in lengths)
-    empty = torch.empty if whole else torch.zeros
-    out = empty(batch, q_tokens, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    out = new_output(q, padded=not whole)
     # The kernel always writes it: 16 MB at 128k tokens, and one kernel less to compile.
     lse = torch.full((batch, heads, q_tokens), -torch.inf, dtype=torch.float32, device=q.device)
     sinks = None if sinks is None else sinks.float()

@@ -11,7 +11,6 @@ Programs are ordered by KV head, then from the longest lists, so that those that
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from seerattn.ops.launch import needs_gradients, new_output, on_device, tma_ready
 from seerattn.selection.block_indices import BlockIndices
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -107,7 +107,7 @@ def refusal(
     **_: object,
 ) -> str | None:
     """Why this implementation cannot serve a call, in a sentence; None if it can."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+    if needs_gradients(q, k, v, sinks):
         return "it has no backward pass"
     if q.dtype not in DTYPES:
         return f"it takes fp16 or bf16, got {q.dtype}"
@@ -149,8 +149,7 @@ def block_sparse_attention(
     kv_heads, k_tokens = k.shape[1], k.shape[2]
     sharing = heads // blocks.num_heads
     plan = plan or choose_plan(block_q=blocks.block_q, sharing=sharing)
-    empty = torch.empty if all(n >= q_tokens for n in lengths) else torch.zeros
-    out = empty(batch, q_tokens, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    out = new_output(q, padded=any(n < q_tokens for n in lengths))
     lse = None
     if return_lse:
         lse = torch.full((batch, q_tokens, heads), -torch.inf, dtype=torch.float32, device=q.device).transpose(1, 2)
@@ -170,7 +169,7 @@ def block_sparse_attention(
         lse,
         blocks.indices.contiguous(),
         blocks.counts.contiguous(),
-        _on_device((*blocks.q_start.tolist(), *blocks.q_len.tolist()), q.device),
+        on_device((*blocks.q_start.tolist(), *blocks.q_len.tolist()), torch.int32, q.device),
         scale * math.log2(math.e),
         batch,
         heads,
@@ -187,17 +186,8 @@ def block_sparse_attention(
 
 
 def _descriptor(x: Tensor, box: list[int]) -> TensorDescriptor:
-    """``x`` as TMA reads it: 16-byte strides and base, contiguous channels. A copy only if it must."""
-    strides = (x.stride(i) * x.element_size() for i in range(3))
-    fits = x.stride(3) == 1 and all(s > 0 and s % 16 == 0 for s in strides) and x.data_ptr() % 16 == 0
-    x = x if fits else x.clone(memory_format=torch.contiguous_format)
     dtype = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    return TensorDescriptor.from_tensor(x, box, gl.NVMMASharedLayout.get_default_for(box, dtype))
-
-
-@functools.lru_cache(maxsize=64)  # layer after layer asks for the same, and a copy to the device waits for it
-def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
+    return TensorDescriptor.from_tensor(tma_ready(x), box, gl.NVMMASharedLayout.get_default_for(box, dtype))
 
 
 @gluon.jit

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from seerattn.ops.grid import from_grid, to_grid
+from seerattn.ops.launch import needs_gradients
 from seerattn.selection.block_indices import BlockIndices
 
 # Scores held at once, in elements. CPU, T = 16384: 0.30, 0.27, 0.24, 0.23, 0.25 s with 2^18 to 2^22 (call overhead
@@ -95,7 +96,7 @@ def block_sparse_attention(
     )
     k_grid = k_grid * (scale if softcap is None else scale / softcap)
     causal = _causal_tiles(block_q, block_k, work, q.device)
-    train = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, sinks) if x is not None)
+    train = needs_gradients(q, k, v, sinks)
     buffer = _Buffers(work, q.device, reuse=not train)
 
     def attend(chunk: _Chunk) -> tuple[Tensor, Tensor | None]:

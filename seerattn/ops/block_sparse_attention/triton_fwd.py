@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from seerattn.ops.launch import needs_gradients, new_output, on_device, row_geometry, tma_ready
 from seerattn.selection.block_indices import BlockIndices
 
 BLOCK_SIZES = (32, 64, 128)
@@ -62,7 +63,7 @@ def choose_launch(*, block_q: int, block_k: int, members: int, head_dim: int, el
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, sinks: Tensor | None, **_: object) -> str | None:
     """Why this implementation cannot serve a call, in a sentence; None if it can."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+    if needs_gradients(q, k, v, sinks):
         return "it has no backward pass"
     if q.dtype not in DTYPES:
         return f"it takes fp16, bf16 or fp32, got {q.dtype}"
@@ -110,8 +111,7 @@ def block_sparse_attention(
     rows = len(lengths)
 
     whole = cu_seqlens is None and all(n == k_tokens for n in lengths)
-    empty = torch.empty if whole or cu_seqlens is not None else torch.zeros
-    out = empty(batch, q_tokens, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    out = new_output(q, padded=not whole and cu_seqlens is None)
     lse = None
     if return_lse:
         lse = torch.full((batch, heads, q_tokens), -torch.inf, dtype=torch.float32, device=q.device)
@@ -123,7 +123,7 @@ def block_sparse_attention(
     q = q if q.stride(3) == 1 else q.contiguous()
     block_dim = triton.next_power_of_2(dim)
     tile = [1, 1, launch.keys, block_dim]
-    k_tiles, v_tiles = (TensorDescriptor.from_tensor(_aligned(x), tile) for x in (k, v))
+    k_tiles, v_tiles = (TensorDescriptor.from_tensor(tma_ready(x), tile) for x in (k, v))
     num_q_blocks = blocks.num_q_blocks
     grid = (rows * kv_heads * num_q_blocks * (group // members) * (blocks.block_q // tile_q),)
     _forward[grid](
@@ -169,24 +169,15 @@ def block_sparse_attention(
     return out, lse
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """``x`` as a tensor descriptor takes it: 16-byte strides and base, contiguous channels. A copy only if it must."""
-    size = x.element_size()
-    strides = (x.stride(i) * size for i in range(3))
-    fits = x.stride(3) == 1 and all(s > 0 and s % 16 == 0 for s in strides) and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
-
-
 def _geometry(
     q_tokens: int, k_tokens: int, lengths: list[int], cu_seqlens: list[int] | None, device: torch.device
 ) -> Tensor:
-    """int32 ``[rows, 5]``: batch index, first query slot, first key slot, position of the first query, queries."""
+    """int32 ``[rows, 5]``: batch index, and `row_geometry`; packed rows begin where their sequences do."""
     if cu_seqlens is not None:
         table = [(0, begin, begin, 0, n) for begin, n in zip(cu_seqlens, lengths)]
     else:
-        q_len = [min(q_tokens, n) for n in lengths]
-        table = [(b, q_tokens - t, k_tokens - n, n - t, t) for b, (n, t) in enumerate(zip(lengths, q_len))]
-    return torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True)
+        table = [(b, *row) for b, row in enumerate(row_geometry(q_tokens, k_tokens, lengths))]
+    return on_device(tuple(table), torch.int32, device)
 
 
 @triton.jit

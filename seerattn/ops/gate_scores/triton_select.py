@@ -15,6 +15,7 @@ from seerattn.ops.gate_scores.kernels import choice
 from seerattn.ops.gate_scores.kernels.launch import POOL_WARPS, POOL_WINDOWS, rotation_of, table_refusal
 from seerattn.ops.gate_scores.kernels.scores import score_and_choose_kernel
 from seerattn.ops.gate_scores.kernels.vectors import vectors_kernel
+from seerattn.ops.launch import on_device
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 
 LOG2_E = 1.4426950408889634
@@ -216,7 +217,7 @@ def select_blocks(
         k_scales,
         scratch,
         log_totals,
-        _knobs(rule.knob, device) if per_head else q_scales,
+        on_device(rule.knob, torch.float32, device) if per_head else q_scales,
         indices,
         counts,
         words,
@@ -309,11 +310,6 @@ def _longest_list(
     if last_rows_dense:
         kept[-last_rows_dense:] = causal[-last_rows_dense:]
     return max(1, int(kept.max()))
-
-
-@lru_cache(maxsize=256)
-def _knobs(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=16)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from seerattn.ops.launch import new_output, on_device, row_geometry, tma_ready
 from seerattn.ops.pooled_attention.maps import AttentionMaps
 from seerattn.selection.block_indices import num_query_blocks
 
@@ -114,11 +115,8 @@ def attention_maps(
     num_tiles = -(-num_q_blocks * block_q // launch.rows)
 
     whole = all(n == k_tokens for n in lengths)
-    geometry = None if whole else _geometry(q_tokens, k_tokens, lengths, device)
-    out = None
-    if v is not None:
-        make = torch.empty if whole else torch.zeros
-        out = make(batch, q_tokens, heads, dim, dtype=q.dtype, device=device).transpose(1, 2)
+    geometry = None if whole else on_device(tuple(row_geometry(q_tokens, k_tokens, lengths)), torch.int32, device)
+    out = None if v is None else new_output(q, padded=not whole)
     shape = (batch, heads, num_q_blocks, num_k_blocks)
     target_map = torch.zeros(shape, dtype=torch.float32, device=device) if target else None
     mass_map = torch.zeros(shape, dtype=torch.float32, device=device) if mass else None
@@ -138,8 +136,8 @@ def attention_maps(
     section = max(1, SECTION_BYTES // (2 * k_tokens * dim * k.element_size()))
     _pooled_attention_fwd[(programs,)](
         q,
-        TensorDescriptor.from_tensor(_aligned(k), tile),
-        None if v is None else TensorDescriptor.from_tensor(_aligned(v), tile),
+        TensorDescriptor.from_tensor(tma_ready(k), tile),
+        None if v is None else TensorDescriptor.from_tensor(tma_ready(v), tile),
         out,
         target_map,
         mass_map,
@@ -185,20 +183,6 @@ def _resident(device: torch.device, launch: Launch) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count * launch.programs_per_sm
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """``x`` as a tensor descriptor takes it: 16-byte strides and base, contiguous channels. A copy only if it must."""
-    strides = (stride * x.element_size() for stride in x.stride()[:3])
-    fits = x.stride(3) == 1 and all(s > 0 and s % 16 == 0 for s in strides) and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
-
-
-def _geometry(q_tokens: int, k_tokens: int, lengths: list[int], device: torch.device) -> Tensor:
-    """int32 ``[B, 4]``: first query slot, first key slot, position of the first query, queries."""
-    q_len = [min(q_tokens, n) for n in lengths]
-    table = [(q_tokens - t, k_tokens - n, n - t, t) for n, t in zip(lengths, q_len)]
-    return torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def _document_starts(segment_ids: Tensor, lengths: list[int]) -> Tensor:

@@ -1,0 +1,42 @@
+"""What the launches of kernels share on the host."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an op on these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def tma_ready(x: Tensor) -> Tensor:
+    """``x [B, h, n, D]`` as a tensor descriptor takes it: 16-byte strides and base, contiguous channels.
+
+    A copy only if it must be.
+    """
+    strides = (stride * x.element_size() for stride in x.stride()[:3])
+    fits = x.stride(3) == 1 and all(s > 0 and s % 16 == 0 for s in strides) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def new_output(q: Tensor, *, padded: bool) -> Tensor:
+    """An output of the shape of ``q``, in memory ``[B, T, H, D]``: zero where a kernel leaves padding out."""
+    batch, heads, tokens, dim = q.shape
+    make = torch.zeros if padded else torch.empty
+    return make(batch, tokens, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+
+
+def row_geometry(q_tokens: int, k_tokens: int, lengths: list[int]) -> list[tuple[int, int, int, int]]:
+    """Of every left-padded row: first query slot, first key slot, position of the first query, queries."""
+    q_len = [min(q_tokens, n) for n in lengths]
+    return [(q_tokens - t, k_tokens - n, n - t, t) for n, t in zip(lengths, q_len)]
+
+
+@functools.lru_cache(maxsize=256)  # layer after layer asks for the same, and a copy to the device waits for it
+def on_device(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of these numbers, or tuples of numbers; nobody writes to it."""
+    return torch.tensor(values, dtype=dtype, device=device)
