@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LossKind = Literal["kl", "mse", "smooth_l1"]
+LossKind = Literal["kl", "mse", "smooth_l1", "overlap", "ranking"]
 RowWeight = Literal["uniform", "mass"]
+
+# The blocks of a row that "overlap" and "ranking" want on top: the share that a density of .1 keeps.
+BEST_SHARE = 0.1
 
 
 def group_target(target: Tensor, mask_heads: int) -> Tensor:
@@ -51,7 +55,10 @@ def gate_loss(
         target: map ``[B, Hm, Nq, Nk]``, see `group_target`. A zero row holds no query and is left out.
         ignore: bool, broadcastable to the scores: blocks that selection decides by itself. They are removed from both
             distributions, which are then normalised over what is left; rows with nothing left drop out.
-        kind: "kl" is KL(target || softmax(scores)), the paper's; "mse" and "smooth_l1" compare probabilities.
+        kind: "kl" is KL(target || softmax(scores)), the paper's; "mse" and "smooth_l1" compare probabilities. Two ask
+            for the order alone: "overlap" is -log of the softmax mass on the target's best tenth of the row's blocks,
+            and "ranking" the mean of softplus(worse - better) over all pairs of one of them and one of the rest
+            (RankNet, Burges et al., ICML 2005).
         row_weight: "uniform", or "mass": rows count by the share of their map that is not ignored, so that a row
             whose forced blocks hold everything teaches nothing.
 
@@ -71,12 +78,44 @@ def gate_loss(
     target = target / mass.clamp_min(torch.finfo(target.dtype).tiny)[..., None]
     # A finite fill keeps rows with nothing left free of NaN, forward and backward; their weight is zero.
     log_p = scores.masked_fill(hidden, -1e30).log_softmax(-1)
+    if kind in ("overlap", "ranking"):
+        best, is_best = _best_blocks(target, ~hidden)
+        if kind == "overlap":
+            per_row = -log_p.gather(-1, best).masked_fill(~is_best, -1e30).logsumexp(-1)
+        else:
+            per_row = _ranking(scores.masked_fill(hidden, 0.0), hidden, best, is_best)
+        return _weighted_mean(per_row, weight)
     if kind == "kl":
         per_block = torch.where(target > 0, target * (target.clamp_min(1e-30).log() - log_p), 0.0)
     else:
         distance = F.mse_loss if kind == "mse" else F.smooth_l1_loss
         per_block = distance(log_p.exp(), target, reduction="none").masked_fill(hidden, 0.0)
-    return (per_block.sum(-1) * weight).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+    return _weighted_mean(per_block.sum(-1), weight)
+
+
+def _weighted_mean(per_row: Tensor, weight: Tensor) -> Tensor:
+    # Rows without weight may hold anything finite or not, and must not reach the sum.
+    total = torch.where(weight > 0, per_row * weight, 0.0).sum()
+    return total / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def _best_blocks(target: Tensor, open_blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices ``[B, Hm, Nq, K]`` of each row's best blocks, and which of them count: a tenth of the row's open blocks,
+    at least one, and none that the target does not see."""
+    wanted = (open_blocks.sum(-1, keepdim=True) * BEST_SHARE).ceil()
+    width = max(1, math.ceil(target.shape[-1] * BEST_SHARE))
+    value, best = target.topk(min(width, target.shape[-1]), dim=-1)
+    place = torch.arange(best.shape[-1], device=target.device)
+    return best, (place < wanted) & (value > 0)
+
+
+def _ranking(scores: Tensor, hidden: Tensor, best: Tensor, is_best: Tensor) -> Tensor:
+    """Mean of softplus(worse - better) over the pairs of each row ``[B, Hm, Nq]``; 0 where there is no pair."""
+    worse = ~hidden
+    worse = worse & ~torch.zeros_like(worse).scatter(-1, best, is_best)
+    pairs = is_best[..., :, None] & worse[..., None, :]
+    gaps = F.softplus(scores[..., None, :] - scores.gather(-1, best)[..., :, None])
+    return (gaps * pairs).sum((-1, -2)) / pairs.sum((-1, -2)).clamp_min(1)
 
 
 def target_recall(mask: Tensor, target: Tensor) -> Tensor:

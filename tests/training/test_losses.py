@@ -9,13 +9,16 @@ from torch import Tensor
 from seerattn.training.losses import gate_loss, group_target, target_recall
 
 B, H, N = 2, 4, 6
-CAUSAL = torch.ones(N, N).tril().bool()
 
 
-def maps(seed: int = 0) -> tuple[Tensor, Tensor]:
+def causal(n: int) -> Tensor:
+    return torch.ones(n, n).tril().bool()
+
+
+def maps(seed: int = 0, n: int = N) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    scores = torch.randn(B, H, N, N, generator=g).masked_fill(~CAUSAL, -math.inf)
-    target = torch.rand(B, H, N, N, generator=g) * CAUSAL
+    scores = torch.randn(B, H, n, n, generator=g).masked_fill(~causal(n), -math.inf)
+    target = torch.rand(B, H, n, n, generator=g) * causal(n)
     target = target / target.sum(-1, keepdim=True)
     target[0, :, -1] = 0  # a row of padding
     return scores, target
@@ -25,24 +28,35 @@ def row_loss(s: Tensor, t: Tensor, kind: str) -> float:
     p = s.double().softmax(-1)
     if kind == "kl":
         return sum(float(a * (a / b).log()) for a, b in zip(t.double(), p) if a > 0)
+    if kind in ("overlap", "ranking"):
+        order = sorted(range(len(t)), key=lambda j: -float(t[j]))
+        best = [j for j in order[: math.ceil(len(t) / 10)] if t[j] > 0]
+        if kind == "overlap":
+            return -math.log(sum(float(p[j]) for j in best))
+        pairs = [(i, j) for i in best for j in range(len(t)) if j not in best]
+        return sum(math.log1p(math.exp(float(s[j]) - float(s[i]))) for i, j in pairs) / max(len(pairs), 1)
     gaps = [float(abs(a - b)) for a, b in zip(t.double(), p)]
     if kind == "mse":
         return sum(x * x for x in gaps)
     return sum(0.5 * x * x if x < 1 else x - 0.5 for x in gaps)
 
 
-@pytest.mark.parametrize("kind", ["kl", "mse", "smooth_l1"])
+KINDS = ["kl", "mse", "smooth_l1", "overlap", "ranking"]
+
+
+@pytest.mark.parametrize("n", [N, 23])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("row_weight", ["uniform", "mass"])
 @pytest.mark.parametrize("forced", [False, True])
-def test_loss_matches_a_loop_over_rows(kind, row_weight, forced) -> None:
-    scores, target = maps()
-    ignore = torch.eye(N, dtype=torch.bool) if forced else torch.zeros(N, N, dtype=torch.bool)
+def test_loss_matches_a_loop_over_rows(kind, row_weight, forced, n) -> None:
+    scores, target = maps(n=n)
+    ignore = torch.eye(n, dtype=torch.bool) if forced else torch.zeros(n, n, dtype=torch.bool)
     ignore[:, 0] |= forced
     total, weights = 0.0, 0.0
     for b in range(B):
         for h in range(H):
-            for i in range(N):
-                use = CAUSAL[i] & ~ignore[i]
+            for i in range(n):
+                use = causal(n)[i] & ~ignore[i]
                 t = target[b, h, i][use].double()
                 mass = float(t.sum())
                 if mass == 0:
@@ -54,7 +68,7 @@ def test_loss_matches_a_loop_over_rows(kind, row_weight, forced) -> None:
     assert float(got) == pytest.approx(total / weights, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["kl", "mse", "smooth_l1"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradient_is_finite_where_rows_have_nothing_left(kind) -> None:
     scores, target = maps()
     scores.requires_grad_()
