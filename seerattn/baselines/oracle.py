@@ -7,11 +7,14 @@ from typing import Literal
 
 from torch import Tensor
 
+from seerattn.baselines.family import Family, SelectorAt
 from seerattn.ops.pooled_attention import pooled_attention
 from seerattn.selection.block_indices import BlockIndices
-from seerattn.selection.policies import Policy
+from seerattn.selection.policies import Policy, TopK
 from seerattn.selection.selector import AttentionContext
 from seerattn.training.losses import group_target
+
+Share = Literal["query_head", "kv_group"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class OracleSelector:
     policy: Policy
     block_q: int = 64
     block_k: int = 64
-    share: Literal["query_head", "kv_group"] = "query_head"
+    share: Share = "query_head"
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
         """See `Selector.select`."""
@@ -44,3 +47,21 @@ class OracleSelector:
         return self.policy.select(
             target.log(), q_start=k_len - q_len, q_len=q_len, block_q=self.block_q, block_k=self.block_k, layer=layer
         )
+
+
+def oracle_family(
+    *,
+    share: Share = "query_head",
+    block_q: int = 64,
+    block_k: int = 64,
+    sink_blocks: int = 1,
+) -> Family:
+    """The best blocks of the true map; the knob is the density of `TopK`."""
+
+    def at(density: float) -> SelectorAt:
+        policy = TopK(density=density, sink_blocks=sink_blocks)
+        selector = OracleSelector(policy, block_q, block_k, share)
+        return lambda layer: selector
+
+    settings = {"share": share, "sink_blocks": sink_blocks}
+    return Family("oracle", at, sparsest=1e-3, densest=1.0, block_q=block_q, block_k=block_k, settings=settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -199,6 +199,29 @@ class BlockIndices:
             block_k=self.block_k,
             q_start=self.q_start,
             q_len=self.q_len,
+        )
+
+    def with_dense_rows(self, rows: int) -> BlockIndices:
+        """The same lists with every causal block in the last ``rows`` query-block rows of each sequence."""
+        if rows < 0:
+            raise ValueError(f"rows must be at least 0, got {rows}")
+        geometry = (self.num_q_blocks, self.num_k_blocks, self.block_q, self.block_k)
+        # Computed on the host, where the geometry is: nothing here waits for a GPU.
+        causal = causal_block_mask(self.q_start, self.q_len, *geometry).sum(-1, dtype=torch.int32)
+        last = (causal > 0).sum(-1, keepdim=True)
+        number = torch.arange(self.num_q_blocks)
+        dense = (number >= last - rows) & (number < last)
+        if not dense.any():
+            return self
+        width = max(self.indices.shape[-1], int(causal[dense].max()))
+        dense, causal = (x.to(self.counts.device)[:, None] for x in (dense, causal))
+        columns = torch.arange(width, device=self.counts.device, dtype=torch.int32)
+        every = torch.where(columns < causal[..., None], columns, PAD)
+        kept = torch.nn.functional.pad(self.indices, (0, width - self.indices.shape[-1]), value=PAD)
+        return replace(
+            self,
+            indices=torch.where(dense[..., None], every, kept).contiguous(),
+            counts=torch.where(dense, causal, self.counts),
         )
 
     def density(self) -> Tensor:

@@ -73,3 +73,22 @@ class Selector(Protocol):
             Lists with ``Hm = H`` or ``HKV`` heads and ``q_start = S - T``.
         """
         ...
+
+
+@dataclass(frozen=True)
+class LastRowsDense:
+    """Any selector, with every causal block in the last query-block rows of a call.
+
+    The same as `Policy.last_rows_dense`, for selectors that have no policy.
+
+    Attributes:
+        selector: chooses the blocks of the other rows.
+        rows: query-block rows at the end that keep every block.
+    """
+
+    selector: Selector
+    rows: int
+
+    def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
+        """See `Selector.select`."""
+        return self.selector.select(q, k, context).with_dense_rows(self.rows)

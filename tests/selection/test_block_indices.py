@@ -114,3 +114,33 @@ def test_a_tall_query_block_needs_all_blocks_its_diagonal_crosses() -> None:
     mask = torch.tensor([[[[False, True]]]])
     with pytest.raises(ValueError, match="diagonal block of every query row"):
         BlockIndices.from_mask(mask, block_q=128, block_k=64)
+
+
+@pytest.mark.parametrize(("q_start", "q_len"), GEOMETRIES)
+@pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)
+@pytest.mark.parametrize("rows", [0, 1, 2, 50])
+def test_dense_rows_match_brute_force(q_start, q_len, block_q, block_k, rows: int) -> None:
+    mask, causal, built = random_lists(q_start, q_len, block_q, block_k)
+    expected = mask.clone()
+    first = max(0, causal.shape[0] - rows)
+    expected[:, :, first:] = causal[first:]
+    dense = built.with_dense_rows(rows)
+    assert torch.equal(dense.to_mask(), expected)
+    same = BlockIndices.from_mask(expected, block_q=block_q, block_k=block_k, q_start=q_start, q_len=q_len)
+    assert torch.equal(dense.counts, same.counts) and dense.counts.dtype == torch.int32
+    width = same.indices.shape[-1]
+    assert torch.equal(dense.indices[..., :width], same.indices) and (dense.indices[..., width:] == -1).all()
+
+
+def test_dense_rows_are_those_of_each_sequence_of_a_stack() -> None:
+    built = [random_lists(0, length, 32, 32, seed)[2] for seed, length in enumerate((70, 333, 32))]
+    together = BlockIndices.stack(built).with_dense_rows(2)
+    for number, alone in enumerate(built * 2):
+        expected = alone.with_dense_rows(2)
+        row = together.row(2 * (number % 3) + number // 3)
+        assert torch.equal(row.to_mask()[..., : expected.num_k_blocks], expected.to_mask()[number // 3 :][:1])
+
+
+def test_dense_rows_reject_negative_numbers() -> None:
+    with pytest.raises(ValueError, match="rows must be at least 0, got -1"):
+        random_lists(0, 64, 32, 32)[2].with_dense_rows(-1)
