@@ -1,0 +1,179 @@
+"""`seerattn plan`: offline searches whose result, a rule for every head, is kept in a file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from seerattn.baselines.plan import Plan
+from seerattn.cli.evaluate import DeviceOption, DtypeOption, MaxDocsOption, ModelOption, OneContextOption, SeedOption
+from seerattn.cli.progress import progress_bars
+from seerattn.cli.values import numbers
+from seerattn.eval.arms import choose_device, load_subject
+from seerattn.eval.data import cut_windows, digest, token_documents
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console(stderr=True)
+
+PlanOption = Annotated[Path, typer.Option(help="Where the plan is written; a plan that is there is never replaced.")]
+DataOption = Annotated[
+    list[str], typer.Option(help="Text or JSON-lines file, folder, or dataset to search on; may be repeated.")
+]
+DensityOption = Annotated[
+    float, typer.Option(help="Block density of every candidate, only with the variant paper; default: 0.2.")
+]
+VariantOption = Annotated[
+    Literal["paper", "repository"],
+    typer.Option(help="paper: least error of the output at equal density; repository: most attention mass."),
+]
+WindowsOption = Annotated[int, typer.Option(help="Windows to search on, drawn from all of the data.", min=1)]
+BlockQOption = Annotated[int, typer.Option(help="Query block size in tokens.")]
+BlockKOption = Annotated[int, typer.Option(help="Key block size in tokens.")]
+ImportOption = Annotated[
+    Path | None, typer.Option("--import", help="Take over a plan (JSON) of the official repository, without a search.")
+]
+SamplesOption = Annotated[int, typer.Option(help="Documents of each length.", min=1)]
+BoundOption = Annotated[
+    float, typer.Option(help="Bound of MoA's density: blocks that the last row keeps over all blocks, mean over heads.")
+]
+LengthsOption = Annotated[
+    str, typer.Option(help="Tokens of the profile's documents; default: a quarter, a half and all of the context.")
+]
+ValidateOption = Annotated[
+    int,
+    typer.Option(help="Tokens of the documents that decide; default: 1.5 contexts, or 0.75 where that is too long."),
+]
+
+
+@app.callback()
+def _plans() -> None:
+    """Search rules for every head of a model, once, for the methods that need them."""
+
+
+@app.command()
+def minference(
+    model: ModelOption,
+    output: PlanOption,
+    data: DataOption = [],  # noqa: B006
+    density: DensityOption = 0.0,
+    context: OneContextOption = 8192,
+    variant: VariantOption = "paper",
+    windows: WindowsOption = 1,
+    seed: SeedOption = 0,
+    max_docs: MaxDocsOption = 0,
+    block_q: BlockQOption = 64,
+    block_k: BlockKOption = 64,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+    official: ImportOption = None,
+) -> None:
+    """Find MInference's pattern and sizes for every head: A-shape, vertical-slash or block-sparse."""
+    from seerattn.baselines.minference import METHOD
+    from seerattn.eval import plans_minference as plans
+
+    if bool(data) == (official is not None):
+        raise ValueError("either data or import must be given, got " + ("both" if data else "none"))
+    if official is not None:
+        imported = plans.read_official(official, plans.describe_named(model))
+        if not is_there(output, METHOD, imported.model, imported.made):
+            imported.save(output)
+        _print(imported, output)
+        return
+    settings = plans.SearchSettings(
+        variant=variant,
+        density=density or (0.2 if variant == "paper" else None),
+        context=context,
+        windows=windows,
+        seed=seed,
+        block_q=block_q,
+        block_k=block_k,
+    )
+    subject = load_subject(model, device=choose_device(device or None), dtype=dtype, context=context)
+    documents = token_documents(data, subject.tokenizer, limit=max_docs or None)
+    settings = replace(settings, data=digest(documents), dtype=str(subject.model.dtype).removeprefix("torch."))
+    if not is_there(output, METHOD, plans.describe(subject.model.config), asdict(settings)):
+        cut = cut_windows(documents, context=context, count=None, bos_token_id=subject.bos_token_id)
+        with progress_bars(console) as progress:
+            plan = plans.search_plan(subject, plans.draw_windows(cut, windows, seed), settings, progress=progress)
+        plan.save(output)
+    _print(Plan.load(output, method=METHOD), output)
+
+
+@app.command()
+def moa(
+    model: ModelOption,
+    data: DataOption,
+    output: PlanOption,
+    density: BoundOption = 0.5,
+    context: OneContextOption = 8192,
+    samples: SamplesOption = 16,
+    lengths: LengthsOption = "",
+    validate_at: ValidateOption = 0,
+    seed: SeedOption = 0,
+    max_docs: MaxDocsOption = 0,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Find MoA's span for every head, from how much each block changes the loss of the model's own answers.
+
+    The plan keeps the profile: comparisons solve the programme again for any density.
+    """
+    from seerattn.baselines.moa_profile import METHOD
+    from seerattn.eval import plans_moa as plans
+    from seerattn.eval.plans_minference import describe
+
+    chosen = tuple(sorted(numbers("lengths", lengths, int, 1))) if lengths else plans.default_lengths(context)
+    subject = load_subject(model, device=choose_device(device or None), dtype=dtype, context=max(*chosen, validate_at))
+    documents = token_documents(data, subject.tokenizer, limit=max_docs or None)
+    config = subject.model.config
+    longest = getattr(config.get_text_config(), "max_position_embeddings", 2 * max(chosen))
+    settings = plans.ProfileSettings(
+        lengths=chosen,
+        validation=validate_at or plans.default_validation(max(chosen), longest),
+        samples=samples,
+        density=density,
+        seed=seed,
+        data=digest(documents),
+        dtype=str(subject.model.dtype).removeprefix("torch."),
+    )
+    if not is_there(output, METHOD, describe(config), settings.to_dict()):
+        with progress_bars(console) as progress:
+            plan = plans.make_plan(subject, documents, settings, progress=progress)
+        plan.save(output)
+    _print(Plan.load(output, method=METHOD), output)
+
+
+def is_there(path: Path, method: str, model: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a file holds the plan that is asked for already; makes its folder if not.
+
+    Raises:
+        ValueError: it holds something else.
+        OSError: the folder cannot be made.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return False
+    plan = Plan.load(path, method=method, model=model)
+    different = [
+        f"{name} {plan.made.get(name)}, not {settings.get(name)}"
+        for name in {**settings, **plan.made}
+        if name != "found" and plan.made.get(name) != settings.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"output must be a new file or a plan of the same settings, got {path} with {'; '.join(different)}; "
+            "name another file"
+        )
+    return True
+
+
+def _print(plan: Plan, path: Path) -> None:
+    found = plan.made.get("found", {})
+    for name, value in found.items():
+        shown = ", ".join(f"{n} {k}" for k, n in value.items()) if isinstance(value, dict) else f"{value:g}"
+        typer.echo(f"{name.replace('_', ' ')}: {shown}")
+    console.print(f"the plan is in {path}", soft_wrap=True)
