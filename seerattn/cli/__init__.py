@@ -20,6 +20,10 @@ class _Command(NamedTuple):
 COMMANDS = {
     "distill": _Command("seerattn.cli.distill", "distill", "Learn the gates of a model from its own attention maps."),
     "eval": _Command("seerattn.cli.evaluate", "app", "Measure perplexity and recall against realised density."),
+    "plan": _Command("seerattn.cli.plan", "app", "Search rules for every head, for the methods that need them."),
+    "compare": _Command(
+        "seerattn.cli.compare", "compare", "Compare ways of choosing blocks at equal density and at equal time."
+    ),
     "bench": _Command("seerattn.cli.bench", "app", "Measure speed and memory on this device."),
     "report": _Command("seerattn.cli.report", "report", "Draw tables and figures from results."),
 }
@@ -41,12 +45,17 @@ def build_app(args: Sequence[str]) -> typer.Typer:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; what users got wrong ends as one sentence on stderr and exit code 2."""
-    args = list(sys.argv[1:] if args is None else args)
+    before = sys.argv
+    args = list(before[1:] if args is None else args)
+    # Results say by which command they were made.
+    sys.argv = ["seerattn", *args]
     try:
         build_app(args)(args, prog_name="seerattn")
     except (ValueError, OSError) as error:
         typer.echo(f"seerattn: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
+    finally:
+        sys.argv = before
 
 
 def _print_version(asked: bool) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from seerattn.cli.progress import progress_bars
 from seerattn.cli.values import numbers, words
 from seerattn.eval.arms import SELECTORS, Arm, Gates, Subject, choose_device, load_subject, make_arms
 from seerattn.eval.data import Window, cut_windows, digest, token_documents
@@ -44,13 +42,27 @@ BlockOption = Annotated[int, typer.Option(help="Block size in tokens of oracle a
 MinTokensOption = Annotated[
     int, typer.Option(help="Also keep shorter windows of so many tokens; 0 keeps full windows alone.", min=0)
 ]
-TasksOption = Annotated[str, typer.Option(help="passkey, key_value.")]
+TasksOption = Annotated[str, typer.Option(help="passkey, key_value, multi_key, variable_tracking.")]
 DepthsOption = Annotated[str, typer.Option(help="Shares of the text before a pass key.")]
 CountOption = Annotated[int, typer.Option("--n", help="Documents for each depth.", min=1)]
-PairsOption = Annotated[int, typer.Option(help="Key-value pairs in a document.", min=1)]
+PairsOption = Annotated[
+    int, typer.Option(help="Key-value pairs in a document; 0 for 8, and for 32 with multi_key.", min=0)
+]
+ChainsOption = Annotated[int, typer.Option(help="Chains of variables in a document; one is asked for.", min=1)]
+HopsOption = Annotated[int, typer.Option(help="Assignments from variable to variable in a chain.", min=1)]
 SeedOption = Annotated[int, typer.Option(help="Draws facts, places and text.")]
 MapsOption = Annotated[Path | None, typer.Option(help="Also write block maps of one document (.npz) for the report.")]
 HeadsOption = Annotated[str, typer.Option(help="Which maps: LAYER:HEAD, with commas between.")]
+HarnessTasksOption = Annotated[
+    str, typer.Option("--tasks", help="Tasks and groups of lm-evaluation-harness: ruler, longbench, ..., and local.")
+]
+DataDirOption = Annotated[Path | None, typer.Option(help="Folder with the files of local tasks.")]
+LimitOption = Annotated[int, typer.Option(help="Use the first so many documents of each task; 0 for all.", min=0)]
+LengthsOption = Annotated[str, typer.Option(help="Lengths in tokens of documents that are made (RULER).")]
+CutOption = Annotated[
+    int, typer.Option("--context", help="Longer prompts lose their middle; 0 for all that the model can take.", min=0)
+]
+ChatOption = Annotated[bool, typer.Option("--chat-template", help="Put prompts into the model's chat template.")]
 OneGatesOption = Annotated[str, typer.Option("--gates", help="A folder of gates, or NAME=FOLDER.")]
 OneContextOption = Annotated[int, typer.Option(help="Context length in tokens.", min=2)]
 TargetDensityOption = Annotated[float, typer.Option(help="Density to meet.")]
@@ -93,7 +105,7 @@ def perplexity(
     file = ResultsFile(output, where)
     subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths))
     cut, settings = _windows(subject, data, lengths, windows, min_tokens, max_docs)
-    with _progress() as progress:
+    with progress_bars(console) as progress:
         rows = evaluate_perplexity(
             subject,
             arms,
@@ -118,7 +130,9 @@ def needle(
     tasks: TasksOption = "passkey,key_value",
     depths: DepthsOption = "0.1,0.3,0.5,0.7,0.9",
     n: CountOption = 20,
-    pairs: PairsOption = 8,
+    pairs: PairsOption = 0,
+    chains: ChainsOption = 2,
+    hops: HopsOption = 4,
     seed: SeedOption = 0,
     max_docs: MaxDocsOption = 0,
     text: TextOption = "",
@@ -131,30 +145,31 @@ def needle(
     impl: ImplOption = "auto",
     output: OutputOption = None,
 ) -> None:
-    """Measure retrieval: pass keys at given depths and key-value pairs at random ones, hidden in the data.
+    """Measure retrieval: pass keys at given depths, pairs and chains of variables at random ones, hidden in the data.
 
     Document, question and answer are prefilled sparsely in one pass; an answer counts if each of its tokens is the
     model's first choice.
     """
-    from seerattn.eval.needle import Needle, evaluate_needle
+    from seerattn.eval.needle import TASKS, Needle, evaluate_needle
 
     folders, arms = _arms(gates, selectors, densities, last_rows_dense, saved_policy, block)
     lengths = numbers("contexts", contexts, int, 2)
     places = numbers("depths", depths, float, 0)
-    unknown = set(tasks.split(",")) - {"passkey", "key_value"}
-    if unknown or max(places) > 1:
-        raise ValueError(f"tasks must be passkey or key_value and depths shares, got {tasks} and {depths}")
+    asked = words(tasks)
+    if not asked or set(asked) - set(TASKS) or max(places) > 1:
+        raise ValueError(f"tasks must be among {', '.join(TASKS)} and depths shares, got {tasks!r} and {depths!r}")
     where = choose_device(device or None)
     file = ResultsFile(output, where)
     subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths))
     haystacks = token_documents(data, subject.tokenizer, limit=max_docs or None)
     cells = []
     for length in lengths:
-        if "passkey" in tasks.split(","):
-            cells += [Needle("passkey", length, depth, n, seed) for depth in places]
-        if "key_value" in tasks.split(","):
-            cells.append(Needle("key_value", length, None, n * len(places), seed, pairs))
-    with _progress() as progress:
+        for task in dict.fromkeys(asked):
+            if task == "passkey":
+                cells += [Needle(task, length, depth, n, seed) for depth in places]
+            else:
+                cells.append(Needle(task, length, None, n * len(places), seed, pairs or None, chains, hops))
+    with progress_bars(console) as progress:
         rows = evaluate_needle(
             subject,
             arms,
@@ -204,7 +219,7 @@ def recall(
     file = ResultsFile(output, where)
     subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths))
     cut, settings = _windows(subject, data, lengths, windows, min_tokens, max_docs)
-    with _progress() as progress:
+    with progress_bars(console) as progress:
         rows = evaluate_recall(
             subject,
             arms,
@@ -218,6 +233,64 @@ def recall(
     if maps is not None:
         observe_maps(subject, drawn, cut[max(lengths)][0], chosen).save(maps)
     _print_table(rows, {"target_recall": "target", "mass_recall": "mass"}, output)
+
+
+@app.command()
+def tasks(
+    model: ModelOption,
+    names: HarnessTasksOption,
+    gates: GatesOption = [],  # noqa: B006
+    data_dir: DataDirOption = None,
+    selectors: SelectorsOption = "",
+    densities: DensitiesOption = "0.2,0.1",
+    limit: LimitOption = 0,
+    lengths: LengthsOption = "4096",
+    context: CutOption = 0,
+    last_rows_dense: LastRowsOption = "0",
+    saved_policy: SavedOption = False,
+    block: BlockOption = 64,
+    chat_template: ChatOption = False,
+    batch: BatchOption = 1,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+    impl: ImplOption = "auto",
+    output: OutputOption = None,
+) -> None:
+    """Measure tasks of lm-evaluation-harness, such as RULER and LongBench, and guard each against the dense model.
+
+    Prompts are prefilled sparsely; what is generated after them attends to everything.
+    """
+    from seerattn.eval.tasks import evaluate_tasks, load_tasks
+
+    folders, arms = _arms(gates, selectors or ("dense,gate" if gates else "dense"), densities, last_rows_dense,
+        saved_policy, block)  # fmt: skip
+    made = numbers("lengths", lengths, int, 1)
+    where = choose_device(device or None)
+    file = ResultsFile(output, where)
+    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=context)
+    longest = context or getattr(subject.model.config.get_text_config(), "max_position_embeddings", 0) or max(made)
+    loaded, missing = load_tasks(words(names), tokenizer=model, data_dir=data_dir, lengths=made, limit=limit or None)
+    for sentence in missing.values():
+        console.print(sentence, style="red", soft_wrap=True, highlight=False, markup=False)
+    with progress_bars(console) as progress:
+        rows = evaluate_tasks(
+            subject,
+            arms,
+            loaded,
+            file,
+            context=longest,
+            batch=batch,
+            chat_template=chat_template,
+            progress=progress,
+        )
+    _print_table(rows, {"task_score": "score", "task_guard": "- dense"}, output)
+    for row in rows:
+        if row.what == "task_guard" and "note" in row.cell:
+            label = f"{row.cell['task']}, {row.arm} {'' if row.density is None else f'{row.density:g}'}".rstrip()
+            text = f"{label}: {row.cell['note']}"
+            console.print(text, style="bold yellow", soft_wrap=True, highlight=False, markup=False)
+    if missing:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -255,7 +328,7 @@ def calibrate(
     folder = _gates([gates])[0]
     subject = load_subject(model, gates=[folder], device=where, dtype=dtype, impl=impl, context=context)
     cut, settings = _windows(subject, data, [context], windows, 0, max_docs)
-    with _progress() as progress:
+    with progress_bars(console) as progress:
         rows = evaluate_calibration(
             subject,
             folder,
@@ -339,31 +412,17 @@ def _name_of(data: list[str]) -> str:
     return "+".join(dict.fromkeys(Path(source).name.split(".")[0] for source in data))
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
-
-        def start(description: str, total: int) -> Callable[[int], None]:
-            for task in bar.task_ids:
-                bar.remove_task(task)
-            task = bar.add_task(description, total=total)
-            return lambda done: bar.advance(task, done)
-
-        yield start
-
-
 def _print_table(rows: list[Result], columns: dict[str, str], output: Path | None) -> None:
     """One line for each arm and cell, with a column for each quantity."""
     lines: dict[tuple, dict[str, Result]] = {}
     for row in rows:
-        where = {name: row.cell[name] for name in ("task", "depth", "per_head") if name in row.cell}
+        where = {name: row.cell[name] for name in ("task", "metric", "filter", "depth", "per_head") if name in row.cell}
         key = (row.context, row.arm, row.density, (row.policy or {}).get("last_rows_dense", 0), str(where))
         lines.setdefault(key, {})[row.what] = row
     body = []
     for (context, arm, density, rows_dense, _), found in lines.items():
         row = next(iter(found.values()))
-        where = " ".join(str(row.cell[name]) for name in ("task", "depth") if name in row.cell)
+        where = " ".join(str(row.cell[name]) for name in ("task", "metric", "filter", "depth") if name in row.cell)
         realised = "" if row.realised_density is None else f"{row.realised_density:.3f}"
         values = [_value(found[what]) if what in found else "" for what in columns]
         nominal = "" if density is None else f"{density:g}"

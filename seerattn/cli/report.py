@@ -1,4 +1,4 @@
-"""`seerattn report`: tables and figures from results files, and from nothing else."""
+"""`seerattn report`: a page, tables and figures from results files, and from nothing else."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import typer
 
 def report(
     results: Annotated[list[Path], typer.Argument(help="Results files (.jsonl), and block maps (.npz).")],
-    output: Annotated[Path, typer.Option(help="Folder for table.md and the figures.")] = Path("report"),
+    output: Annotated[Path, typer.Option(help="Folder for report.html, table.md and the figures.")] = Path("report"),
 ) -> None:
-    """Draw tables and figures from results."""
+    """Make a page, tables and figures from results.
+
+    report.html holds everything and needs no network; open it in a browser.
+    """
     from seerattn.report import write_report
 
     for path in write_report(results, output):

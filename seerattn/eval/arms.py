@@ -1,29 +1,35 @@
-"""Arms: the ways of choosing blocks that an evaluation compares on one loaded model."""
+"""Arms: the ways of choosing blocks that an evaluation compares on one loaded model.
+
+An `Arm` is a kind of selector with a policy; a `TunedArm` is a family of selectors at the value of its knob that meets
+what was asked for. Measurements take either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from seerattn.baselines.family import Family, SelectorAt
 from seerattn.baselines.oracle import OracleSelector
 from seerattn.baselines.streaming import StreamingSelector
 from seerattn.eval.results import Result, fingerprint
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import GateSelector
 from seerattn.hf.attach import attach, detach
-from seerattn.hf.attention import DensityMeter, layer_states, record_density
+from seerattn.hf.attention import AttentionTimes, DensityMeter, TimeMeter, layer_states, record_density, record_time
 from seerattn.ops.resolve import check_impl
 from seerattn.selection.policies import Policy, TopK, policy_from_dict
-from seerattn.selection.selector import Selector
+from seerattn.selection.selector import LastRowsDense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Budget = Literal["density", "time"]
 SelectorName = Literal["dense", "gate", "oracle", "streaming"]
 SELECTORS: tuple[str, ...] = get_args(SelectorName)
 
@@ -81,6 +87,48 @@ class Arm:
 DENSE = Arm("dense")
 
 
+@dataclass(frozen=True)
+class TunedArm:
+    """A family at the value of its knob that meets what was asked for.
+
+    Attributes:
+        family: the way of choosing blocks.
+        knob: value of its knob; None where it is not known yet.
+        asked: the density, or the share of the time that dense attention takes.
+        budget: which of the two.
+        last_rows_dense: query-block rows at the end that keep every block, on top of what the knob gives.
+        gates: the gates of a family of gates.
+    """
+
+    family: Family
+    knob: float | None
+    asked: float
+    budget: Budget = "density"
+    last_rows_dense: int = 0
+    gates: Gates | None = None
+
+    def __str__(self) -> str:
+        of_time = " of the time" if self.budget == "time" else ""
+        rows = f", last {self.last_rows_dense} rows dense" if self.last_rows_dense else ""
+        return f"{self.family.name} {self.asked:g}{of_time}{rows}"
+
+    @property
+    def selector_at(self) -> SelectorAt:
+        """What gives the selector of each layer."""
+        at = self.family.at(self.knob)
+        return with_dense_rows(at, self.last_rows_dense) if self.last_rows_dense else at
+
+
+def with_dense_rows(at: SelectorAt, rows: int) -> SelectorAt:
+    """The same selectors, each with the last query-block rows dense."""
+
+    def selector(layer: int) -> LastRowsDense | None:
+        chosen = at(layer)
+        return None if chosen is None else LastRowsDense(chosen, rows)
+
+    return selector
+
+
 def make_arms(
     selectors: Sequence[str],
     densities: Sequence[float],
@@ -129,7 +177,7 @@ def make_arms(
 
 @dataclass
 class Run:
-    """A model with an arm attached, and the blocks that it computes.
+    """A model with an arm attached, and what is counted and timed while it runs.
 
     Attributes:
         model: the model.
@@ -137,15 +185,22 @@ class Run:
 
     model: PreTrainedModel
     _meter: DensityMeter | None
-    _layers: list[int]
+    _times: TimeMeter | None
+    _heads: dict[int, int]
+
+    def head_density(self) -> list[list[float]]:
+        """Realised density so far by full-attention layer and head; layers without a selector compute everything."""
+        counted = {} if self._meter is None else self._meter.by_head()
+        return [counted[layer].tolist() if layer in counted else [1.0] * heads for layer, heads in self._heads.items()]
 
     def density(self) -> float:
-        """Realised density so far over all full-attention layers; layers without a selector compute everything."""
-        if self._meter is None:
-            return 1.0
-        counted = self._meter.by_head()
-        found = [float(counted[layer].mean()) if layer in counted else 1.0 for layer in self._layers]
-        return sum(found) / len(found)
+        """Realised density so far over all full-attention layers; 1 for the untouched model."""
+        found = [sum(heads) / len(heads) for heads in self.head_density()]
+        return sum(found) / len(found) if found else 1.0
+
+    def times(self) -> AttentionTimes:
+        """Times so far, of a run that is timed."""
+        return self._times.times()
 
 
 class Subject:
@@ -178,6 +233,7 @@ class Subject:
         self._impl = "sparse" if impl == "auto" else impl
         self._weights = fingerprint(model.config._name_or_path or name)
         self._gates = {folder: self._load(folder) for folder in gates}
+        self._held = False
 
     @property
     def device(self) -> torch.device:
@@ -202,19 +258,23 @@ class Subject:
             detach(gated)
         return gates, None if saved is None else policy_from_dict(saved), fingerprint(folder.path)
 
-    def block_sizes(self, arm: Arm) -> tuple[int, int]:
+    def block_sizes(self, arm: Arm | TunedArm) -> tuple[int, int]:
         """Query and key block size in tokens of what an arm selects."""
+        if isinstance(arm, TunedArm):
+            return arm.family.block_q, arm.family.block_k
         if arm.gates is None:
             return arm.block_q, arm.block_k
         config = next(iter(self.gates(arm.gates).values())).config
         return config.block_q, config.block_k
 
-    def selector(self, arm: Arm) -> Callable[[int], Selector | None]:
+    def selector(self, arm: Arm | TunedArm) -> SelectorAt:
         """What gives the selector of each layer.
 
         Raises:
             ValueError: the policy saved with the gates is asked for and there is none.
         """
+        if isinstance(arm, TunedArm):
+            return arm.selector_at
         policy = self.policy(arm)
         if arm.selector == "gate":
             gates = self.gates(arm.gates)
@@ -237,36 +297,67 @@ class Subject:
         return saved
 
     @contextmanager
-    def attached(self, arm: Arm) -> Iterator[Run]:
-        """The model with an arm attached, inside the ``with``; the dense arm is the untouched model."""
-        with self.observed(self.selector(arm)) if arm != DENSE else nullcontext() as meter:
-            yield Run(self.model, meter, [state.layer for state in layer_states(self.model)])
+    def attached(self, arm: Arm | TunedArm, *, timed: bool = False) -> Iterator[Run]:
+        """The model with an arm attached, inside the ``with``; the dense arm is the untouched model unless timed."""
+        if arm == DENSE and not timed:
+            yield Run(self.model, None, None, {})
+        else:
+            with self.observed(self.selector(arm), timed=timed) as run:
+                yield run
 
     @contextmanager
-    def observed(self, selector: Callable[[int], Selector | None]) -> Iterator[DensityMeter]:
+    def observed(self, selector: SelectorAt, *, timed: bool = False) -> Iterator[Run]:
         """The model with a selector attached to its layers, inside the ``with``."""
         attach(self.model, selector, impl=self._impl)
         try:
-            with record_density(self.model) as meter:
-                yield meter
+            with ExitStack() as stack:
+                density = stack.enter_context(record_density(self.model))
+                times = stack.enter_context(record_time(self.model)) if timed else None
+                yield Run(self.model, density, times, {s.layer: s.heads for s in layer_states(self.model)})
         finally:
+            if self._held:
+                attach(self.model, lambda layer: None, impl=self._impl)
+            else:
+                detach(self.model)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the model probed inside the ``with``: arms change quickly, and without one it runs as it always did."""
+        attach(self.model, lambda layer: None, impl=self._impl)
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
             detach(self.model)
 
-    def result(self, arm: Arm, *, cell: dict[str, Any], **values: Any) -> Result:
+    def result(self, arm: Arm | TunedArm, *, cell: dict[str, Any], **values: Any) -> Result:
         """A result of this model without a value yet: what it will be found by."""
-        policy = self.policy(arm)
         weights = {"model": self._weights} | ({"gates": self._gates[arm.gates][2]} if arm.gates else {})
-        blocks = {} if arm.gates or arm == DENSE else {"block_q": arm.block_q, "block_k": arm.block_k}
+        if isinstance(arm, TunedArm):
+            name = arm.gates and arm.family.name
+            selector = "gate" if arm.gates else arm.family.name
+            policy = dict(arm.family.settings) | {"last_rows_dense": arm.last_rows_dense}
+            policy |= {} if arm.knob is None else {"knob": arm.knob}
+            density = arm.asked if arm.budget == "density" else None
+            about = {"budget": arm.budget, "block_q": arm.family.block_q, "block_k": arm.family.block_k}
+            about |= {"share": arm.asked} if arm.budget == "time" else {}
+        else:
+            name, selector = arm.gates and arm.gates.name, arm.selector
+            policy = self.policy(arm)
+            policy = None if policy is None else policy.to_dict()
+            density = arm.density
+            about = {} if arm.gates or arm == DENSE else {"block_q": arm.block_q, "block_k": arm.block_k}
         return Result(
             value=None,
             n=0,
             model=self.name,
-            gates=arm.gates.name if arm.gates else None,
+            gates=name,
             weights=weights,
-            selector=arm.selector,
-            policy=None if policy is None else policy.to_dict(),
-            density=arm.density,
-            cell=cell | blocks | {"dtype": str(self.model.dtype).removeprefix("torch.")},
+            selector=selector,
+            policy=policy,
+            density=density,
+            cell=cell | about | {"dtype": str(self.model.dtype).removeprefix("torch.")},
             **values,
         )
 
@@ -296,6 +387,7 @@ def load_subject(
     dtype: str = "auto",
     impl: str = "auto",
     context: int = 0,
+    name: str | None = None,
 ) -> Subject:
     """Loads a model and its tokenizer.
 
@@ -306,6 +398,7 @@ def load_subject(
         dtype: of the model; "auto" is bfloat16 on an accelerator and float32 on a CPU.
         impl: implementation of the sparse attention.
         context: longest context that will be asked for.
+        name: what results call it; by default the last part of ``model``.
 
     Raises:
         ValueError: no such model, gates of another model, or a context longer than the model's.
@@ -323,4 +416,4 @@ def load_subject(
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
     except OSError as error:
         raise ValueError(f"model must be a folder or the name of a causal language model, got {model}") from error
-    return Subject(loaded, tokenizer, name=Path(model).name, gates=gates, impl=impl)
+    return Subject(loaded, tokenizer, name=name or Path(model).name, gates=gates, impl=impl)

@@ -7,7 +7,7 @@ a head meets the target in every head; one for all heads meets it on average and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -119,6 +119,11 @@ class Calibrator:
             for layer in range(max(merged) + 1)
         ]
 
+    def least_density(self) -> float:
+        """The lowest density that every head can have: that of its forced blocks."""
+        layers = self._layers.values()
+        return max(float((sum(gains.forced) / len(gains.forced)).max()) for gains in layers)
+
     def _threshold(self, levels: Tensor, gains: Tensor, forced: Tensor | float, goal: float) -> float:
         forced = float(forced)
         if self._goal == "density" and forced > goal:
@@ -135,6 +140,11 @@ class Calibrator:
         if keep < len(levels):
             return float(levels[keep])
         return float(levels[-1]) - 1.0 if len(levels) else 0.0
+
+
+def threshold_level(gates: Mapping[int, AttnGate]) -> Level:
+    """What thresholds on gates are compared with: raw scores where gates normalise them, else their softmax."""
+    return "score" if next(iter(gates.values())).config.normalize_subblocks else "softmax"
 
 
 def split_windows(windows: Sequence[Window]) -> tuple[list[Window], list[Window]]:
@@ -190,7 +200,7 @@ def evaluate_calibration(
     """
     gates = subject.gates(folder)
     if on is None:
-        on = "score" if next(iter(gates.values())).config.normalize_subblocks else "softmax"
+        on = threshold_level(gates)
     fitting, checking = split_windows(windows)
     watch = Stopwatch(subject.device)
     calibrator = Calibrator(gates, goal=goal, on=on)

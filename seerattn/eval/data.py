@@ -42,16 +42,18 @@ def token_documents(
         ValueError: no text, or what is there cannot be read.
     """
     texts = [text for text in read_documents(sources)[:limit] if text.strip()]
+    if tokens is None and texts:
+        # Together, so that the tokenizer uses all cores.
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [_encode(tokenizer, text, tokens) for text in texts]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> list[int]:
     """The first ``limit`` token ids; no more text is encoded than that takes."""
-    if limit is not None:
-        start = text[: limit * _CHARACTERS_PER_TOKEN]
-        ids = tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= limit + _CUT_MARGIN:
-            return ids[:limit]
+    start = text[: limit * _CHARACTERS_PER_TOKEN]
+    ids = tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) >= limit + _CUT_MARGIN:
+        return ids[:limit]
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:limit]
 
 

@@ -1,19 +1,20 @@
 """Synthetic recall documents: facts hidden in real text, and questions that only long context answers.
 
 Three kinds of fact share one set of templates: a pass key (five digits), key-value pairs (a made-up two-word key, five
-digits) and names (who held a made-up office). `training_document` mixes them densely; `passkey_document` and
-`key_value_document` ask one question at the very end, for evaluation. Token ids are concatenated
-from separately encoded pieces, so answer spans are exact whatever the tokenizer merges, and so are lengths in tokens.
+digits) and names (who held a made-up office). `training_document` mixes them densely. For evaluation,
+`passkey_document`, `key_value_document`, `multi_key_document` and `variable_tracking_document` ask one question at the
+very end. Token ids are concatenated from separately encoded pieces, so answer spans are exact whatever the tokenizer
+merges, and so are lengths in tokens.
 """
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Literal, Protocol
 
-Kind = Literal["passkey", "key_value", "names", "mixed"]
+Kind = Literal["passkey", "key_value", "names", "mixed", "multi_key", "variable_tracking"]
 
 _SYLLABLES = ("bal", "bren", "cor", "dal", "dren", "el", "fen", "gar", "hal", "ith", "jor", "kel", "lan") + (
     "mor",
@@ -33,6 +34,7 @@ _SYLLABLES = ("bal", "bren", "cor", "dal", "dren", "el", "fen", "gar", "hal", "i
 _ENDINGS = ("a", "an", "ar", "en", "eth", "ia", "ik", "in", "is", "o", "on", "or", "us", "y")
 _OFFICES = ("baker", "captain", "doctor", "gardener", "judge", "keeper", "king", "mayor", "queen", "smith", "teacher")
 _SNAP = 24  # a fact is moved this many tokens at most, to begin a line
+_VARIABLES = 1000  # a tenth of the words there are
 _TOKENS_PER_FACT = 128  # room that a fact and its questions are given in a training document
 
 
@@ -104,7 +106,14 @@ def _passkey(encoder: Encoder, rng: random.Random) -> _Fact:
 
 
 def _key_value(encoder: Encoder, rng: random.Random) -> _Fact:
-    key, value = f" {_word(rng)} {_word(rng)}", _digits(rng)
+    return _pair(encoder, *_draw_pair(rng))
+
+
+def _draw_pair(rng: random.Random) -> tuple[str, str]:
+    return f" {_word(rng)} {_word(rng)}", _digits(rng)
+
+
+def _pair(encoder: Encoder, key: str, value: str) -> _Fact:
     return _Fact(
         _ids(encoder, " The value of", key, " is", value, ".\n"),
         _ids(encoder, " What is the value of", key, "? The value of", key, " is"),
@@ -123,6 +132,26 @@ def _name(encoder: Encoder, rng: random.Random) -> _Fact:
 
 
 _MAKERS = {"passkey": _passkey, "key_value": _key_value, "names": _name}
+
+
+def _distinct(count: int, rng: random.Random) -> list[str]:
+    """So many different made-up words."""
+    words: dict[str, None] = {}
+    while len(words) < count:
+        words[_word(rng)] = None
+    return list(words)
+
+
+def _chain(encoder: Encoder, variables: list[str], value: str) -> list[_Fact]:
+    """A value handed on from variable to variable; the first fact has the question for all of them."""
+    sources = [value, *(f" {name}" for name in variables)]
+    facts = [
+        _Fact(_ids(encoder, " The variable", f" {name}", " is set to", source, ".\n"), [], [])
+        for name, source in zip(variables, sources)
+    ]
+    question = _ids(encoder, " Which variables are set to", value, "? The variables set to", value, " are")
+    answer = _ids(encoder, *[piece for name in variables for piece in (",", f" {name}")][1:])
+    return [_Fact(facts[0].statement, question, answer), *facts[1:]]
 
 
 def _assemble(
@@ -237,10 +266,85 @@ def key_value_document(
     """
     if pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {pairs}; one of them is asked for")
-    facts = [_key_value(encoder, rng) for _ in range(pairs)]
+    drawn: dict[str, str] = {}
+    while len(drawn) < pairs:
+        drawn.setdefault(*_draw_pair(rng))
+    facts = [_pair(encoder, key, value) for key, value in drawn.items()]
     inserts = [_Insert(rng.random(), fact, asked=False) for fact in range(pairs)]
     inserts.append(_Insert(1, rng.randrange(pairs), asked=True))
     return _assemble(encoder, haystack_ids, length, rng, bos_token_id, "key_value", facts, inserts)
+
+
+def multi_key_document(
+    encoder: Encoder,
+    haystack_ids: Sequence[int],
+    length: int,
+    rng: random.Random,
+    *,
+    pairs: int = 32,
+    bos_token_id: int | None = None,
+) -> RecallDocument:
+    """Key-value pairs like those of `key_value_document`, so many that the distractors outweigh the one asked for.
+
+    RULER's multi-key retrieval (arXiv 2404.06654, section 3).
+
+    Args:
+        encoder: A tokenizer.
+        haystack_ids: Token ids of the text to hide the facts in; a random window of it is used.
+        length: Tokens of the document, beginning-of-sequence token and answer included.
+        rng: Draws keys, values, depths, the question and the window.
+        pairs: Number of pairs, the one asked for among them.
+        bos_token_id: Put first, if given.
+
+    Raises:
+        ValueError: If `pairs` < 1, `length` is too short for the sentences, or the haystack for `length`.
+    """
+    document = key_value_document(encoder, haystack_ids, length, rng, pairs=pairs, bos_token_id=bos_token_id)
+    return replace(document, kind="multi_key")
+
+
+def variable_tracking_document(
+    encoder: Encoder,
+    haystack_ids: Sequence[int],
+    length: int,
+    rng: random.Random,
+    *,
+    chains: int = 2,
+    hops: int = 4,
+    bos_token_id: int | None = None,
+) -> RecallDocument:
+    """Chains of assignments in order through the text, and a question for the variables of one of them at the end.
+
+    RULER's variable tracking (arXiv 2404.06654, section 3): the first variable of a chain is set to a value, each next
+    one to the variable before it. The answer is the list of the asked chain's variables in that order; its depth is
+    that of the first assignment. RULER also shows a solved example, which is left out.
+
+    Args:
+        encoder: A tokenizer.
+        haystack_ids: Token ids of the text to hide the facts in; a random window of it is used.
+        length: Tokens of the document, beginning-of-sequence token and answer included.
+        rng: Draws names, values, depths, the question and the window.
+        chains: Number of chains; all but one are distractors.
+        hops: Assignments from a variable in each chain; one more variable holds the value.
+        bos_token_id: Put first, if given.
+
+    Raises:
+        ValueError: If `chains` or `hops` < 1, there are more than 1000 variables, `length` is too short for the
+            sentences, or the haystack for `length`.
+    """
+    if chains < 1 or hops < 1:
+        raise ValueError(f"chains and hops must be at least 1, got {chains} and {hops}; one chain is asked for")
+    if chains * (hops + 1) > _VARIABLES:
+        raise ValueError(f"chains and hops must make at most {_VARIABLES} variables, got {chains} and {hops}")
+    names, values = _distinct(chains * (hops + 1), rng), rng.sample(range(10_000, 100_000), chains)
+    facts, inserts, firsts = [], [], []
+    for number, value in enumerate(values):
+        firsts.append(len(facts))
+        places = sorted(rng.random() for _ in range(hops + 1))
+        inserts += [_Insert(place, len(facts) + step, asked=False) for step, place in enumerate(places)]
+        facts += _chain(encoder, names[number * (hops + 1) :][: hops + 1], f" {value}")
+    inserts.append(_Insert(1, rng.choice(firsts), asked=True))
+    return _assemble(encoder, haystack_ids, length, rng, bos_token_id, "variable_tracking", facts, inserts)
 
 
 def training_document(

@@ -33,6 +33,12 @@ class BlockMaps:
     gates: str
     density: float
 
+    @property
+    def decided(self) -> np.ndarray:
+        """Bool ``[Nq, Nk]``, causal blocks that are not forced; the last forced block of a row is its diagonal block."""
+        causal = self.forced[:, ::-1].cumsum(-1)[:, ::-1] > 0
+        return causal & ~self.forced
+
     def save(self, path: Path) -> None:
         """Writes a compressed .npz, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Retrieval: pass keys and key-value pairs hidden in real text and asked for at the end.
+"""Retrieval: pass keys, key-value pairs and chains of variables hidden in real text and asked for at the end.
 
 Answers are scored by teacher forcing: document, question and answer are one prompt, all of it prefilled through the
 selector under test, and an answer counts if every one of its tokens is the model's first choice after the ones before
@@ -8,22 +8,32 @@ it. That is what greedy decoding of the answer would give if decoding attended t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 
 from seerattn.eval import statistics
 from seerattn.eval.arms import Arm, Subject
-from seerattn.eval.documents import Encoder, RecallDocument, key_value_document, passkey_document
+from seerattn.eval.documents import (
+    Encoder,
+    RecallDocument,
+    key_value_document,
+    multi_key_document,
+    passkey_document,
+    variable_tracking_document,
+)
 from seerattn.eval.results import Result, ResultsFile, Stopwatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Task = Literal["passkey", "key_value"]
+Task = Literal["passkey", "key_value", "multi_key", "variable_tracking"]
+TASKS: tuple[str, ...] = get_args(Task)
+# Pairs of a document where none are asked for.
+_PAIRS = {"key_value": 8, "multi_key": 32}
 
 
 class Answer(NamedTuple):
@@ -45,12 +55,17 @@ class Needle:
     """One cell of a retrieval test.
 
     Attributes:
-        task: "passkey" or "key_value".
+        task: "passkey", "key_value", "multi_key" or "variable_tracking".
         length: tokens of a document, answer included.
-        depth: share of the text before the pass key; None for key-value pairs, which lie at random depths.
+        depth: share of the text before the pass key; None for the other tasks, whose facts lie at random depths.
         n: documents.
         seed: draws the facts, their places and the text around them; cells are independent of each other.
-        pairs: key-value pairs of a document.
+        pairs: key-value pairs of a document; None for 8, and 32 with "multi_key".
+        chains: chains of variables in a document, all but one distractors.
+        hops: assignments from variable to variable in a chain.
+
+    Raises:
+        ValueError: a pass key without a depth, or another task with one.
     """
 
     task: Task
@@ -58,7 +73,13 @@ class Needle:
     depth: float | None
     n: int
     seed: int = 0
-    pairs: int = 8
+    pairs: int | None = None
+    chains: int = 2
+    hops: int = 4
+
+    def __post_init__(self) -> None:
+        if (self.task == "passkey") != (self.depth is not None):
+            raise ValueError(f"depth must be given for passkey and for no other task, got {self.depth} for {self.task}")
 
     def documents(
         self, encoder: Encoder, haystacks: Sequence[Sequence[int]], bos_token_id: int | None
@@ -81,20 +102,31 @@ class Needle:
         for number in range(self.n):
             rng = random.Random(f"{self.seed} {self.task} {self.length} {self.depth} {number}")
             text = rng.choice(long_enough)
-            if self.task == "passkey":
-                assert self.depth is not None
-                document = passkey_document(encoder, text, self.length, self.depth, rng, bos_token_id=bos_token_id)
-            else:
-                document = key_value_document(
-                    encoder, text, self.length, rng, pairs=self.pairs, bos_token_id=bos_token_id
-                )
-            made.append(document)
+            made.append(self._document(encoder, text, rng, bos_token_id))
         return made
+
+    def _document(
+        self, encoder: Encoder, text: Sequence[int], rng: random.Random, bos_token_id: int | None
+    ) -> RecallDocument:
+        if self.task == "passkey":
+            return passkey_document(encoder, text, self.length, self.depth, rng, bos_token_id=bos_token_id)
+        make = {
+            "key_value": key_value_document,
+            "multi_key": multi_key_document,
+            "variable_tracking": variable_tracking_document,
+        }[self.task]
+        return make(encoder, text, self.length, rng, bos_token_id=bos_token_id, **self._options)
+
+    @property
+    def _options(self) -> dict[str, int]:
+        if self.task == "variable_tracking":
+            return {"chains": self.chains, "hops": self.hops}
+        return {"pairs": _PAIRS[self.task] if self.pairs is None else self.pairs}
 
     @property
     def cell(self) -> dict:
         """What identifies the cell in a result, beside its length and seed."""
-        place = {"depth": self.depth} if self.task == "passkey" else {"pairs": self.pairs}
+        place = {"depth": self.depth} if self.task == "passkey" else self._options
         return {"task": self.task, "documents": self.n} | place
 
 
@@ -143,6 +175,7 @@ def evaluate_needle(
     text: str,
     settings: dict | None = None,
     batch: int = 1,
+    prepared: Mapping[Needle, Sequence[RecallDocument]] | None = None,
     progress: Callable[[str, int], Callable[[int], None]] | None = None,
 ) -> list[Result]:
     """Measures the retrieval of every arm in every cell; all arms are asked the same questions.
@@ -156,6 +189,7 @@ def evaluate_needle(
         text: kind of text.
         settings: what else identifies a result, such as a digest of the haystacks.
         batch: documents that run together.
+        prepared: the documents of the cells, if they are made already.
         progress: called with a description and a number of documents, returns what is told of finished ones.
 
     Returns:
@@ -163,7 +197,7 @@ def evaluate_needle(
     """
     rows = []
     for needle in needles:
-        documents = None
+        documents = None if prepared is None else prepared[needle]
         for arm in arms:
             blank = subject.result(
                 arm,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,15 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattn.eval import statistics
-from seerattn.eval.arms import DENSE, Arm, Subject
+from seerattn.eval.arms import DENSE, Arm, Subject, TunedArm
 from seerattn.eval.data import Window, batches
 from seerattn.eval.results import Result, ResultsFile, Stopwatch
+from seerattn.hf.attention import AttentionTimes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Logits held at once, in elements: 256 MiB in fp32.
 LOGITS_ELEMENTS = 1 << 26
+# Forwards that the dense attention is timed on; other arms are timed while their perplexity is measured.
+DENSE_FORWARDS = 4
 
 
 @torch.inference_mode()
@@ -94,15 +98,37 @@ def document_losses(
     return list(losses), list(losses.values()), list(tokens.values())
 
 
+def attention_times(subject: Subject, arm: Arm | TunedArm, groups: Sequence[Sequence[Sequence[int]]]) -> AttentionTimes:
+    """Times of choosing blocks and of attention in the backbone, after one forward that is not timed.
+
+    Args:
+        subject: the model.
+        arm: what chooses the blocks; dense attention is timed at its fastest, see `record_time`.
+        groups: token ids of sequences that run together; each group is one forward.
+    """
+    warm_up(subject, arm, groups[0])
+    with subject.attached(arm, timed=True) as run, torch.inference_mode():
+        for group in groups:
+            run.model.base_model(input_ids=torch.tensor(group, device=subject.device), use_cache=False)
+        return run.times()
+
+
+def warm_up(subject: Subject, arm: Arm | TunedArm, group: Sequence[Sequence[int]]) -> None:
+    """Runs the backbone once, so that kernels are compiled before the clock starts."""
+    with subject.observed(subject.selector(arm)) as run, torch.inference_mode():
+        run.model.base_model(input_ids=torch.tensor(group, device=subject.device), use_cache=False)
+
+
 def evaluate_perplexity(
     subject: Subject,
-    arms: Sequence[Arm],
+    arms: Sequence[Arm | TunedArm],
     windows: dict[int, list[Window]],
     output: ResultsFile,
     *,
     text: str,
     settings: dict,
     batch: int = 1,
+    timed: bool = False,
     progress: Callable[[str, int], Callable[[int], None]] | None = None,
 ) -> list[Result]:
     """Measures the perplexity of every arm at every context and its difference from the dense model's.
@@ -115,37 +141,84 @@ def evaluate_perplexity(
         text: kind of text.
         settings: limits of the data, part of what identifies a result.
         batch: windows of equal length that run together.
+        timed: also take the time of choosing blocks and of attention.
         progress: called with a description and a number of windows, returns what is told of finished windows.
 
     Returns:
-        "perplexity" and, but for dense, "perplexity_difference" of each arm and context, in that order.
+        "perplexity" and, but for dense, "perplexity_difference" of each arm and context, in that order; then, if
+        timed, "attention_ms": median milliseconds of a window over all layers, with those of every forward under
+        ``samples["index"]`` (choosing blocks) and ``samples["attention"]``.
     """
     rows = []
     for context, pieces in windows.items():
         baseline = None
         for arm in [DENSE, *(arm for arm in arms if arm != DENSE)]:
             blank = subject.result(arm, what="perplexity", unit="tokens", context=context, text=text, cell=settings)
-            row = output.find(blank)
+            row, times = output.find(blank), None
             if row is None:
-                watch = Stopwatch(subject.device)
                 advance = progress(f"{arm} at {context}", len(pieces)) if progress else None
-                with subject.attached(arm) as run:
-                    documents, losses, tokens = document_losses(run.model, pieces, batch=batch, advance=advance)
-                row = replace(
-                    blank,
-                    **statistics.perplexity(losses, tokens)._asdict(),
-                    n=sum(tokens),
-                    realised_density=run.density(),
-                    samples={"documents": documents, "losses": losses, "tokens": tokens},
-                )
-                row = output.append(row, watch.seconds())
+                row, seconds, times = _measure(subject, arm, pieces, blank, batch=batch, timed=timed, advance=advance)
+                row = output.append(row, seconds)
             rows.append(row)
             if baseline is None:
                 baseline = row
-                continue
-            gap = statistics.perplexity_difference(
-                row.samples["losses"], baseline.samples["losses"], row.samples["tokens"]
-            )
-            difference = replace(row, what="perplexity_difference", samples={}, **gap._asdict())
-            rows.append(output.setdefault(difference, row.seconds))
+            else:
+                gap = statistics.perplexity_difference(
+                    row.samples["losses"], baseline.samples["losses"], row.samples["tokens"]
+                )
+                difference = replace(row, what="perplexity_difference", samples={}, **gap._asdict())
+                rows.append(output.setdefault(difference, row.seconds))
+            if timed:
+                rows += _time_rows(blank, row, times, batch, output)
     return rows
+
+
+def _measure(
+    subject: Subject,
+    arm: Arm | TunedArm,
+    pieces: Sequence[Window],
+    blank: Result,
+    *,
+    batch: int,
+    timed: bool,
+    advance: Callable[[int], None] | None,
+) -> tuple[Result, float, AttentionTimes | None]:
+    """The perplexity of one arm, its seconds and, if asked for, its times."""
+    groups = [[window.input_ids for window in group] for group in batches(pieces, batch)]
+    times = None
+    if timed and arm == DENSE:
+        times = attention_times(subject, arm, groups[:DENSE_FORWARDS])
+    elif timed and subject.device.type == "cuda":
+        warm_up(subject, arm, groups[0])
+    watch = Stopwatch(subject.device)
+    with subject.attached(arm, timed=timed and arm != DENSE) as run:
+        documents, losses, tokens = document_losses(run.model, pieces, batch=batch, advance=advance)
+        if timed and times is None:
+            times = run.times()
+    row = replace(
+        blank,
+        **statistics.perplexity(losses, tokens)._asdict(),
+        n=sum(tokens),
+        realised_density=run.density(),
+        samples={"documents": documents, "losses": losses, "tokens": tokens, "head_density": run.head_density()},
+    )
+    return row, watch.seconds(), times
+
+
+def _time_rows(
+    blank: Result, row: Result, times: AttentionTimes | None, batch: int, output: ResultsFile
+) -> list[Result]:
+    """The row of times that was measured with a perplexity, now or before; none if that was not timed."""
+    blank = replace(blank, what="attention_ms", unit="forwards", cell=blank.cell | {"batch": batch})
+    if times is None:
+        found = output.find(blank)
+        return [found] if found else []
+    totals = [index + attention for index, attention in zip(*times)]
+    measured = replace(
+        blank,
+        value=median(totals),
+        n=len(totals),
+        realised_density=row.realised_density,
+        samples=times._asdict(),
+    )
+    return [output.append(measured, row.seconds)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seerattn.baselines.oracle import OracleSelector
 from seerattn.eval import statistics
-from seerattn.eval.arms import DENSE, Arm, Subject
+from seerattn.eval.arms import DENSE, Arm, Subject, TunedArm
 from seerattn.eval.data import Window, batches
 from seerattn.eval.maps import BlockMaps
 from seerattn.eval.results import Result, ResultsFile, Stopwatch
@@ -92,12 +92,12 @@ class RecallMeter:
             density = blocks.density().to(q.device)
             found["density"] = density.repeat_interleave(q.shape[1] // density.shape[1], dim=1)
             for quantity, values in found.items():
-                self._rows[name][quantity].setdefault(context.layer, []).extend(values.double().cpu())
+                self._rows[name][quantity].setdefault(context.layer, []).extend(values.double())
 
     def table(self, name: str, quantity: Quantity) -> tuple[list[int], Tensor]:
         """Layers, and the quantity float64 ``[sequences, layers, H]``."""
         layers = sorted(self._rows[name][quantity])
-        return layers, torch.stack([torch.stack(self._rows[name][quantity][layer]) for layer in layers], dim=1)
+        return layers, torch.stack([torch.stack(self._rows[name][quantity][layer]) for layer in layers], dim=1).cpu()
 
 
 def run_dense(
@@ -119,7 +119,7 @@ def run_dense(
 
 def evaluate_recall(
     subject: Subject,
-    arms: Sequence[Arm],
+    arms: Sequence[Arm | TunedArm],
     windows: dict[int, list[Window]],
     output: ResultsFile,
     *,

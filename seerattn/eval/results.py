@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -45,14 +46,16 @@ class Result:
         model: name or folder of the base model.
         gates: name of the gates, None for selectors without.
         weights: fingerprints of the model's and the gates' weights, see `fingerprint`.
-        selector: "dense", "gate", "oracle" or "streaming".
-        policy: `Policy.to_dict`, None for dense.
-        density: nominal density that was asked for, None if the policy has none.
+        selector: "dense", "gate", or the name of another way of choosing blocks.
+        policy: `Policy.to_dict`, or the settings of a family with the "knob" that was tuned; None for dense.
+        density: density that was asked for, None if the policy has none.
         realised_density: counted, forced blocks included, averaged over layers, heads and documents.
         context: tokens of the context.
         text: kind of text.
         seed: seed of generated documents, None where nothing is drawn.
-        cell: everything else that sets this value apart: layer, head, depth, limits of the data, dtype.
+        cell: everything else that sets this value apart: layer, head, depth, limits of the data, dtype, "budget" (what
+            was asked for, a density or a share of the time of dense attention) and "share". A "note" there is a
+            sentence for the reader and sets nothing apart.
         samples: what a reader needs to compare rows sample by sample, such as the summed loss of each document.
         versions: of seerattn, torch, transformers and python.
         device: the accelerator or processor.
@@ -89,7 +92,8 @@ class Result:
     @property
     def key(self) -> str:
         """Canonical JSON of what was asked for: equal for two measurements of the same cell."""
-        asked = {name: value for name, value in asdict(self).items() if name not in _PROVENANCE}
+        asked = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _PROVENANCE}
+        asked["cell"] = {name: value for name, value in self.cell.items() if name != "note"}
         return json.dumps(asked, sort_keys=True)
 
     @property
@@ -140,6 +144,18 @@ class ResultsFile:
         self._by_key[result.key] = result
         return result
 
+    def draft(self) -> ResultsFile:
+        """A file in memory that finds what this one holds; `adopt` writes what it was given."""
+        draft = ResultsFile(None)
+        draft._provenance, draft._by_key = self._provenance, ChainMap({}, self._by_key)
+        return draft
+
+    def adopt(self, draft: ResultsFile, note: str | None = None) -> None:
+        """Writes the results of a draft, with a sentence for the reader if there is something to say."""
+        for result in draft._by_key.maps[0].values():
+            noted = replace(result, cell=result.cell | {"note": note}) if note else result
+            self.append(noted, result.seconds)
+
     def setdefault(self, result: Result, seconds: float | None = None) -> Result:
         """The finished result of the same cell, or else this one, appended."""
         return self.find(result) or self.append(result, seconds)
@@ -147,9 +163,11 @@ class ResultsFile:
     def _write(self, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
-            file.seek(0)
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
             file.write(line.encode())
             file.flush()
 
@@ -188,15 +206,19 @@ def _finite(value: Any) -> Any:
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-@lru_cache
 def environment(device: torch.device | str) -> dict[str, Any]:
     """The fields of a `Result` that describe software, machine and command."""
+    return _machine(device) | {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
+@lru_cache
+def _machine(device: torch.device | str) -> dict[str, Any]:
+    """What stays the same for the life of the process."""
     return {
         "versions": {name: _version(name) for name in ("seerattn", "torch", "transformers")}
         | {"python": platform.python_version()},
         "device": _device_name(torch.device(device)),
         "git": _git_commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 

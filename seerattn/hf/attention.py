@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,18 +51,16 @@ class DensityMeter:
     """
 
     def __init__(self) -> None:
+        # Counts stay on the device until they are asked for, so that counting never waits for a GPU.
         self._computed: dict[int, Tensor] = {}
-        self._causal: dict[int, Tensor] = {}
+        self._causal: dict[int, int] = {}
 
     def add(self, layer: int, heads: int, blocks: BlockIndices) -> None:
         """Counts one call of a layer with so many query heads."""
-        causal = causal_block_mask(
-            blocks.q_start, blocks.q_len, blocks.num_q_blocks, blocks.num_k_blocks, blocks.block_q, blocks.block_k
-        )
         computed = blocks.counts.sum((0, 2)).repeat_interleave(heads // blocks.num_heads)
-        computed, causal = computed.double().cpu(), causal.sum().double().cpu()
         self._computed[layer] = self._computed[layer] + computed if layer in self._computed else computed
-        self._causal[layer] = self._causal[layer] + causal if layer in self._causal else causal
+        geometry = (tuple(blocks.q_start.tolist()), tuple(blocks.q_len.tolist()), blocks.block_q, blocks.block_k)
+        self._causal[layer] = self._causal.get(layer, 0) + _causal_blocks(*geometry)
 
     @property
     def layers(self) -> list[int]:
@@ -70,7 +69,7 @@ class DensityMeter:
 
     def by_head(self) -> dict[int, Tensor]:
         """Realised density of every counted layer, float64 ``[H]``; the heads of a group may share theirs."""
-        return {layer: self._computed[layer] / self._causal[layer] for layer in self.layers}
+        return {layer: self._computed[layer].double().cpu() / self._causal[layer] for layer in self.layers}
 
     def mean(self) -> float:
         """Realised density over all counted layers and heads.
@@ -81,6 +80,76 @@ class DensityMeter:
         if not self._computed:
             raise ValueError("the meter must have seen at least one prefill of a layer with a selector, got none")
         return float(torch.stack([density.mean() for density in self.by_head().values()]).mean())
+
+
+@functools.lru_cache(maxsize=256)
+def _causal_blocks(q_starts: tuple[int, ...], q_lens: tuple[int, ...], block_q: int, block_k: int) -> int:
+    """Causal blocks of all rows of a call, which every layer of a forward asks for again."""
+    total = 0
+    for start, length in zip(q_starts, q_lens):
+        geometry = (num_query_blocks(start, length, block_q), -(-(start + length) // block_k), block_q, block_k)
+        total += int(causal_block_mask(start, length, *geometry).sum())
+    return total
+
+
+class AttentionTimes(NamedTuple):
+    """Milliseconds of each forward for one sequence, summed over layers.
+
+    Attributes:
+        index: choosing blocks.
+        attention: attention over the chosen blocks, or dense attention in layers without a selector.
+    """
+
+    index: list[float]
+    attention: list[float]
+
+
+class TimeMeter:
+    """Measures how long layers take to choose blocks and to attend to them; see `record_time`.
+
+    On a GPU events on the stream delimit both, so nothing waits until `times` is called; gaps in which the GPU waits
+    for the host count, as they do for users. Elsewhere it is wall time. A first forward may compile kernels: leave it
+    out of the ``with``.
+    """
+
+    def __init__(self) -> None:
+        self._spans: dict[str, dict[int, list[tuple[int, Any, Any]]]] = {"index": {}, "attention": {}}
+
+    @contextmanager
+    def measure(self, layer: int, part: Literal["index", "attention"], query: Tensor) -> Iterator[None]:
+        """Takes the time of a part of one call of a layer with queries ``[B, H, T, D]``."""
+        begin = _instant(query.device)
+        yield
+        self._spans[part].setdefault(layer, []).append((query.shape[0], begin, _instant(query.device)))
+
+    def times(self) -> AttentionTimes:
+        """All forwards so far, in order."""
+        if any(
+            isinstance(begin, torch.cuda.Event) for spans in self._spans["attention"].values() for _, begin, _ in spans
+        ):
+            torch.cuda.synchronize()
+        return AttentionTimes(*(self._per_forward(self._spans[part]) for part in AttentionTimes._fields))
+
+    def _per_forward(self, layers: dict[int, list[tuple[int, Any, Any]]]) -> list[float]:
+        forwards = max(map(len, self._spans["attention"].values()), default=0)
+        sums = [0.0] * forwards
+        for spans in layers.values():
+            for forward, (batch, begin, end) in enumerate(spans):
+                sums[forward] += _milliseconds(begin, end) / batch
+        return sums
+
+
+def _instant(device: torch.device) -> Any:
+    """A point in time: an event on the stream of a GPU, else seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _milliseconds(begin: Any, end: Any) -> float:
+    return begin.elapsed_time(end) if isinstance(begin, torch.cuda.Event) else 1e3 * (end - begin)
 
 
 @dataclass(eq=False)
@@ -97,6 +166,7 @@ class LayerState:
             without that.
         losses: where the gate's loss goes while a training step runs.
         meters: those that count this layer's blocks at the moment.
+        timer: what takes this layer's times at the moment.
     """
 
     layer: int
@@ -107,6 +177,11 @@ class LayerState:
     impl: str = "auto"
     losses: GateLosses | None = None
     meters: list[DensityMeter] = field(default_factory=list)
+    timer: TimeMeter | None = None
+
+    def timed(self, part: Literal["index", "attention"], query: Tensor) -> AbstractContextManager[None]:
+        """What takes the time of a part of a call, if somebody asked for it."""
+        return nullcontext() if self.timer is None else self.timer.measure(self.layer, part, query)
 
 
 def check_attached_impl(impl: str) -> None:
@@ -132,6 +207,23 @@ def record_density(model: nn.Module) -> Iterator[DensityMeter]:
     finally:
         for state in states:
             state.meters.remove(meter)
+
+
+@contextmanager
+def record_time(model: nn.Module) -> Iterator[TimeMeter]:
+    """Takes the times of choosing blocks and of attention in the prefills of ``model`` inside the ``with``.
+
+    Layers that were attached to but have no selector are timed as well, at their fastest: on a Hopper GPU their dense
+    attention tries cuDNN first, as ``impl="auto"`` does.
+    """
+    meter, states = TimeMeter(), layer_states(model)
+    for state in states:
+        state.timer = meter
+    try:
+        yield meter
+    finally:
+        for state in states:
+            state.timer = None
 
 
 @dataclass(frozen=True)
@@ -224,7 +316,7 @@ def seer_attention(
         ValueError: a mask that sparse attention cannot follow.
     """
     windowed = kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < key.shape[2]
-    backends = nullcontext()
+    backends, timed = nullcontext(), nullcontext()
     if seer is not None and not windowed:
         if seer.state.losses is not None:
             return _distil(query, key, value, attention_mask, seer, kwargs), None
@@ -233,12 +325,14 @@ def seer_attention(
             if out is not None:
                 return out, None
             backends = _fastest_backends(query)
+        if query.shape[2] > 1 and seer.state.timer is not None:
+            backends, timed = _fastest_backends(query), seer.state.timed("attention", query)
     if isinstance(attention_mask, CallMask):
         attention_mask = attention_mask.tensor
         attention_mask = None if attention_mask is None else attention_mask.to(query.device)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(dense, eager)
-    with backends:
+    with backends, timed:
         return attend(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -282,29 +376,31 @@ def _sparse(
     key, value = key[:, :, :k_len], value[:, :, :k_len]
     logits = _logits(query, kwargs)
     context = partial(seer.context, **logits)
-    if lengths is None:
-        blocks = state.selector.select(query, key, context(row=None, q_len=q_len, k_len=k_len))
-    else:
-        rows = []
-        for b, n in enumerate(lengths):
-            t = min(q_len, n)
-            q, k = query[b : b + 1, :, q_len - t :], key[b : b + 1, :, k_len - n :]
-            rows.append(state.selector.select(q, k, context(row=b, q_len=t, k_len=n)))
-        blocks = BlockIndices.stack(rows)
+    with state.timed("index", query):
+        if lengths is None:
+            blocks = state.selector.select(query, key, context(row=None, q_len=q_len, k_len=k_len))
+        else:
+            rows = []
+            for b, n in enumerate(lengths):
+                t = min(q_len, n)
+                q, k = query[b : b + 1, :, q_len - t :], key[b : b + 1, :, k_len - n :]
+                rows.append(state.selector.select(q, k, context(row=b, q_len=t, k_len=n)))
+            blocks = BlockIndices.stack(rows)
     if state.impl == "auto" and expected is None and dense(density=float(blocks.density().mean()), selected=True):
         _count_dense(state, lengths or [k_len] * query.shape[0], q_len, query.shape[1])
         return None
     for meter in state.meters:
         meter.add(state.layer, state.heads, blocks)
-    out = block_sparse_attention(
-        query,
-        key,
-        value,
-        blocks,
-        **logits,
-        lengths=None if lengths is None else torch.tensor(lengths),
-        impl="auto" if state.impl == "sparse" else state.impl,
-    )
+    with state.timed("attention", query):
+        out = block_sparse_attention(
+            query,
+            key,
+            value,
+            blocks,
+            **logits,
+            lengths=None if lengths is None else torch.tensor(lengths),
+            impl="auto" if state.impl == "sparse" else state.impl,
+        )
     return out.transpose(1, 2).contiguous()
 
 

@@ -131,6 +131,6 @@ def test_report_command_names_what_it_wrote(folder, tmp_path, capsys) -> None:
     assert run(folder, "perplexity", *BASE, "--contexts", "300", "--densities", "0.5", "--output", str(output)) == 0
     capsys.readouterr()
     assert command("report", str(output), "--output", str(report)) == 0
-    written = {report / name for name in ("table.md", "perplexity.png", "perplexity.svg")}
+    written = {report / name for name in ("report.html", "table.md", "perplexity.png", "perplexity.svg")}
     assert set(report.iterdir()) == written
     assert set(capsys.readouterr().out.split()) == set(map(str, written))

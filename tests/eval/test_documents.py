@@ -9,8 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from seerattn.eval.documents import (
     RecallDocument,
     key_value_document,
+    multi_key_document,
     passkey_document,
     training_document,
+    variable_tracking_document,
 )
 
 _TEXT = "\n".join(f"On day {day} the boat left the harbour, and nobody came back." for day in range(600))
@@ -90,17 +92,49 @@ def test_passkey_document_holds_the_key_at_its_depth_and_asks_last(encoder, hays
     assert 0 <= document.depths[0] - depth <= 24 / (length / 2)  # the filler is more than half of the document
 
 
-def test_key_value_document_asks_for_one_of_its_pairs(encoder, haystack):
-    document = key_value_document(encoder, haystack, 1500, random.Random(5), pairs=8, bos_token_id=_BOS)
-    assert len(document.input_ids) == 1500
+@pytest.mark.parametrize(("make", "count"), [(key_value_document, 8), (multi_key_document, 32)])
+def test_key_value_documents_ask_for_one_of_their_pairs(encoder, haystack, make, count):
+    document = make(encoder, haystack, 2500, random.Random(5), bos_token_id=_BOS)
+    assert len(document.input_ids) == 2500
     text = encoder.decode(document.input_ids[1:])
     pairs = dict(re.findall(_STATEMENT["value"], text))
-    assert len(pairs) == 8
+    assert len(pairs) == count
     [(begin, end)] = document.answers
     asked = re.search(
         r"What is the value of ([a-z ]+)\? The value of \1 is$", encoder.decode(document.input_ids[1:begin])
     )
-    assert end == 1500 and encoder.decode(document.input_ids[begin:end]) == f" {pairs[asked.group(1)]}"
+    assert end == 2500 and encoder.decode(document.input_ids[begin:end]) == f" {pairs[asked.group(1)]}"
+
+
+@pytest.mark.parametrize(("chains", "hops"), [(1, 1), (2, 4), (5, 2)])
+def test_variable_tracking_asks_for_the_variables_that_following_the_text_finds(encoder, haystack, chains, hops):
+    document = variable_tracking_document(
+        encoder, haystack, 2500, random.Random(7), chains=chains, hops=hops, bos_token_id=_BOS
+    )
+    assert len(document.input_ids) == 2500
+    text = encoder.decode(document.input_ids[1:])
+    held: dict[str, str] = {}
+    for name, source in re.findall(r"The variable ([a-z]+) is set to ([a-z0-9]+)\.\n", text):
+        held[name] = held.get(source, source)  # what a reader knows at this point: a later source would stay a name
+    assert len(held) == chains * (hops + 1) and len(set(held.values())) == chains
+    [(begin, end)] = document.answers
+    asked = re.search(
+        r"Which variables are set to (\d{5})\? The variables set to \1 are$",
+        encoder.decode(document.input_ids[1:begin]),
+    )
+    names = [name for name, value in held.items() if value == asked.group(1)]
+    assert len(names) == hops + 1
+    assert end == 2500 and encoder.decode(document.input_ids[begin:end]) == " " + ", ".join(names)
+    share = text.index(f"The variable {names[0]} is") / text.index(" Which variables")
+    assert share == pytest.approx(document.depths[0], abs=0.15)  # other statements before it are no filler
+
+
+def test_pairs_are_as_many_as_asked_for_even_where_keys_collide(monkeypatch):
+    encoder = _Characters()
+    draws = iter(["bal"] * 4 + ["bal", "cor"] + [f"w{i}" for i in range(9)])
+    monkeypatch.setattr("seerattn.eval.documents._word", lambda rng: next(draws))
+    document = key_value_document(encoder, [40] * 3000, 900, random.Random(0), pairs=3)
+    assert len(set(re.findall(_STATEMENT["value"].replace("a-z", "a-z0-9"), encoder.decode(document.input_ids)))) == 3
 
 
 @pytest.mark.parametrize("length", [2049, 4097])
@@ -142,6 +176,7 @@ def test_documents_are_the_same_for_the_same_seed_and_differ_otherwise(encoder, 
         return [
             passkey_document(encoder, haystack, 900, 0.5, rng),
             key_value_document(encoder, haystack, 1500, rng),
+            variable_tracking_document(encoder, haystack, 1500, rng),
             training_document(encoder, haystack, 3000, rng),
         ]
 
@@ -170,5 +205,9 @@ def test_documents_reject_what_cannot_be_built(encoder, haystack):
         passkey_document(encoder, haystack, 900, 1.5, rng)
     with pytest.raises(ValueError, match="pairs must be at least 1"):
         key_value_document(encoder, haystack, 900, rng, pairs=0)
+    with pytest.raises(ValueError, match="chains and hops must be at least 1"):
+        variable_tracking_document(encoder, haystack, 900, rng, hops=0)
+    with pytest.raises(ValueError, match="at most 1000 variables"):
+        variable_tracking_document(encoder, haystack, 900, rng, chains=400)
     with pytest.raises(ValueError, match="length must be at least 256"):
         training_document(encoder, haystack, 255, rng)

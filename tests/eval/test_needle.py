@@ -67,9 +67,28 @@ def test_needle_rejects_haystacks_that_are_all_too_short() -> None:
         Needle("key_value", 4000, None, 2).documents(Characters(), HAYSTACKS, 1)
 
 
+@pytest.mark.parametrize(("task", "depth"), [("passkey", None), ("multi_key", 0.5)])
+def test_needle_rejects_a_depth_that_its_task_does_not_have(task, depth) -> None:
+    with pytest.raises(ValueError, match="depth must be given for passkey and for no other task"):
+        Needle(task, 400, depth, 2)
+
+
+def test_cells_are_told_apart_by_the_options_of_their_task_alone() -> None:
+    assert Needle("key_value", 400, None, 2).cell == {"task": "key_value", "documents": 2, "pairs": 8}
+    assert Needle("multi_key", 400, None, 2, pairs=5).cell == {"task": "multi_key", "documents": 2, "pairs": 5}
+    assert Needle("multi_key", 400, None, 2).cell["pairs"] == 32
+    tracking = Needle("variable_tracking", 400, None, 2, hops=3).cell
+    assert tracking == {"task": "variable_tracking", "documents": 2, "chains": 2, "hops": 3}
+
+
 def test_accuracy_and_log_prob_match_the_answers_of_the_dense_model(subject, monkeypatch) -> None:
     monkeypatch.setattr(subject, "tokenizer", Characters())
-    cells = [Needle("passkey", 300, 0.5, 4), Needle("key_value", 350, None, 3, pairs=2)]
+    cells = [
+        Needle("passkey", 300, 0.5, 4),
+        Needle("key_value", 350, None, 3, pairs=2),
+        Needle("multi_key", 410, None, 2, pairs=3),
+        Needle("variable_tracking", 420, None, 2, chains=1, hops=2),
+    ]
     arms = make_arms(["dense", "streaming"], [1.0, 0.2], last_rows_dense=[0, 2])
     rows = evaluate_needle(subject, arms, cells, HAYSTACKS, ResultsFile(None), text="t", batch=2)
     assert len(rows) == 2 * len(cells) * len(arms)

@@ -92,3 +92,27 @@ def test_fingerprint_follows_the_weights(tmp_path) -> None:
         weights.write_bytes(changed)
         assert fingerprint(tmp_path) != before
     assert fingerprint("org/name") == "org/name"
+
+
+def test_a_draft_finds_what_is_there_and_is_adopted_whole(tmp_path) -> None:
+    file = ResultsFile(tmp_path / "r.jsonl")
+    done = file.append(replace(BLANK, value=1.0))
+    draft = file.draft()
+    new = draft.append(replace(BLANK, value=2.0, context=128), seconds=3.0)
+    assert draft.find(done) == done and draft.find(new) == new and file.find(new) is None
+    assert read_results([tmp_path / "r.jsonl"]) == [done]
+    file.adopt(draft, "as near as it gets")
+    assert [(r.value, r.seconds, r.cell) for r in read_results([tmp_path / "r.jsonl"])] == [
+        (1.0, None, {}),
+        (2.0, 3.0, {"note": "as near as it gets"}),
+    ]
+    # A note sets nothing apart.
+    assert file.find(new).cell["note"] and file.find(new).value == 2.0
+
+
+def test_each_file_has_the_command_of_its_own_time(tmp_path, monkeypatch) -> None:
+    commands = []
+    for word in ("first", "second"):
+        monkeypatch.setattr("sys.argv", ["/usr/bin/seerattn", word, "a b"])
+        commands.append(ResultsFile(None).append(BLANK).command)
+    assert commands == ["seerattn first 'a b'", "seerattn second 'a b'"]

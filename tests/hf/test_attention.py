@@ -1,6 +1,8 @@
 """Traps of masks, caches and implementations: each was a silent wrong result before it was a test."""
 
 import copy
+import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from transformers import StaticCache
 
 import seerattn
 from seerattn import AttnGateConfig, BlockIndices, KeepAll, TokenBudget, TopK
+from seerattn.baselines.streaming import StreamingSelector
 from seerattn.hf import attention
-from seerattn.hf.attention import IMPLEMENTATIONS, layer_states
+from seerattn.hf.attention import IMPLEMENTATIONS, layer_states, record_time
 
 GATE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=1, key_subblocks=1)
 SPARSE = TopK(density=0.3, rule="row_share")
@@ -205,3 +208,52 @@ def test_thresholds_run_dense_once_the_selection_says_that_it_is_nearly_full(
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     assert not visited
     assert asked == [(0.0, False), (1.0, True)] * 2
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Streaming that takes its time."""
+
+    seconds: float
+
+    def select(self, q, k, context):
+        time.sleep(self.seconds)
+        return StreamingSelector(TopK(density=0.5)).select(q, k, context)
+
+
+def test_times_of_layers_add_up_for_each_forward_and_sequence() -> None:
+    model, ids = tiny_model("llama"), tokens(2, 200)
+    seerattn.attach(model, lambda layer: Slow(0.02 * (layer + 1)), impl="sparse")
+    with record_time(model) as meter, torch.no_grad():
+        begin = time.perf_counter()
+        model(input_ids=ids)
+        model(input_ids=ids[:1])
+        wall = 1e3 * (time.perf_counter() - begin)
+    model(input_ids=ids)
+    index, attention = meter.times()
+    # Two layers of 20 and 40 ms: of two sequences each has half. A sleep is never short, and rarely 30 ms long.
+    assert 30 <= index[0] < 60 and 60 <= index[1] < 90
+    assert all(0 < each < 60 for each in attention) and len(index) == len(attention) == 2
+    assert 2 * (index[0] + attention[0]) + index[1] + attention[1] < wall
+
+
+def test_dense_attention_is_timed_where_nothing_selects() -> None:
+    model, ids = tiny_model("llama"), tokens(1, 200)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        seerattn.attach(model, lambda layer: None)
+        with record_time(model) as meter:
+            assert torch.equal(model(input_ids=ids).logits, plain)
+    index, attention = meter.times()
+    assert index == [0.0] and len(attention) == 1 and attention[0] > 0
+
+
+def test_layers_of_which_some_select_are_timed_together() -> None:
+    model, ids = tiny_model("llama"), tokens(1, 200)
+    seerattn.attach(model, lambda layer: Slow(0.02) if layer else None, impl="sparse")
+    with record_time(model) as meter, torch.no_grad():
+        for _ in range(3):
+            model(input_ids=ids)
+    index, attention = meter.times()
+    assert len(index) == len(attention) == 3 and min(index) >= 20
+    assert not any(state.timer for state in layer_states(model))

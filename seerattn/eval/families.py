@@ -1,0 +1,169 @@
+"""Families by name: what a recipe may compare, with the options that each of them takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from seerattn.baselines.family import Family, SelectorAt
+from seerattn.baselines.plan import Plan
+from seerattn.eval.calibrate import Calibrator, threshold_level
+from seerattn.gate.attn_gate import AttnGate
+from seerattn.gate_selector import GateSelector
+from seerattn.selection.policies import Policy, Threshold, TopK, TopP
+
+GatePolicy = Literal["top_k", "row_share", "threshold", "head_thresholds", "top_p"]
+GATE_POLICIES: tuple[str, ...] = get_args(GatePolicy)
+
+
+class Source(NamedTuple):
+    """Where the family of a name is made.
+
+    Attributes:
+        module: imported when the family is asked for.
+        plan: whether it needs a plan, and so which command makes one.
+    """
+
+    module: str
+    plan: bool = False
+
+    def maker(self, name: str) -> Callable[..., Family]:
+        """The function that makes the family."""
+        return getattr(import_module(f"seerattn.baselines.{self.module}"), f"{name}_family")
+
+
+SOURCES = {
+    "oracle": Source("oracle"),
+    "streaming": Source("streaming"),
+    "a_shape": Source("shapes"),
+    "tri_shape": Source("shapes"),
+    "random": Source("random"),
+    "pooled": Source("pooled"),
+    "vertical_slash": Source("minference"),
+    "minference": Source("minference", plan=True),
+    "moa": Source("moa", plan=True),
+    "xattention": Source("xattention"),
+    "flexprefill": Source("flexprefill"),
+}
+SELECTORS = ("dense", "gate", *SOURCES)
+
+
+def check_options(selector: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that a selector does not take.
+
+    Raises:
+        ValueError: names those that it takes.
+    """
+    known = _options(selector)
+    unknown = set(options) - set(known)
+    if unknown:
+        raise ValueError(
+            f"options of {selector} must be among {', '.join(known) or 'none'}, got {', '.join(sorted(unknown))}"
+        )
+
+
+def _options(selector: str) -> list[str]:
+    if selector == "dense":
+        return []
+    if selector == "gate":
+        return ["policy"]
+    parameters = inspect.signature(SOURCES[selector].maker(selector)).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def make_family(
+    selector: str,
+    *,
+    name: str,
+    options: Mapping[str, Any],
+    plan: Path | None = None,
+    model: dict[str, Any] | None = None,
+) -> Family:
+    """The family of a name among `SOURCES`.
+
+    Args:
+        selector: the name.
+        name: what results call it.
+        options: of its function.
+        plan: the file of those that need one.
+        model: `describe_model` of the model, which a plan must be of.
+
+    Raises:
+        ValueError: an option that it does not take or of a wrong kind; no plan where one is needed, or the reverse; a
+            plan that is damaged, of another method or of another model.
+    """
+    source = SOURCES[selector]
+    check_options(selector, options)
+    if source.plan != (plan is not None):
+        raise ValueError(
+            f"{selector} must have a plan, got none; make one with seerattn plan {selector} and name it under plan"
+            if source.plan
+            else f"{selector} must have no plan, got {plan}; take it out"
+        )
+    arguments = () if plan is None else (_load(selector, plan, model),)
+    try:
+        family = source.maker(selector)(*arguments, **options)
+        family.at(family.densest)(0)
+    except TypeError as error:
+        raise ValueError(f"options of {selector} must be of the kind that they have by default, got {error}") from error
+    return replace(family, name=name)
+
+
+def _load(selector: str, path: Path, model: dict[str, Any] | None) -> Plan:
+    if not path.is_file():
+        raise ValueError(f"plan of {selector} must be a file, got {path}; make it with seerattn plan {selector}")
+    return Plan.load(path, method=selector, model=model)
+
+
+def gate_family(
+    gates: Mapping[int, AttnGate],
+    *,
+    name: str,
+    policy: GatePolicy = "top_k",
+    calibrator: Calibrator | None = None,
+    calibration: str | None = None,
+) -> Family:
+    """Learned gates with a policy, the knob being the one of the policy.
+
+    Args:
+        gates: the gate of each gated layer; others are dense.
+        name: what results call it.
+        policy: "top_k" and "row_share" are the two rules of `TopK`; "threshold" is one threshold for all heads on raw
+            scores where gates normalise them, else on their softmax; "head_thresholds" one a head, which give every
+            head the same density on the calibration text, that density being the knob; "top_p" leaves out the
+            mass that is the knob, ``1 - p``.
+        calibrator: has seen text at the context that is measured; needed by "head_thresholds".
+        calibration: digest of that text.
+    """
+    config = next(iter(gates.values())).config
+    level = threshold_level(gates)
+    ends: dict[str, tuple[float, float, Literal["linear", "log"]]] = {
+        "top_k": (1e-3, 1.0, "linear"),
+        "row_share": (1e-3, 1.0, "linear"),
+        # Normalised scores estimate logarithms of probabilities, so both are of probabilities.
+        "threshold": (1.0, 1e-38, "log") if level == "softmax" else (1.0, -50.0, "linear"),
+        "head_thresholds": (calibrator.least_density() if calibrator else 0.0, 1.0, "linear"),
+        "top_p": (1 - 1e-4, 1e-9, "log"),
+    }
+    sparsest, densest, scale = ends[policy]
+
+    def policy_at(knob: float) -> Policy:
+        if policy in ("top_k", "row_share"):
+            return TopK(density=knob, rule="same_k" if policy == "top_k" else "row_share")
+        if policy == "top_p":
+            return TopP(p=1 - knob)
+        if policy == "threshold":
+            return Threshold(threshold=knob, on=level)
+        return Threshold(threshold=calibrator.thresholds(knob, per_head=True), on=level)
+
+    def at(knob: float) -> SelectorAt:
+        chosen = policy_at(knob)
+        return lambda layer: GateSelector(gates[layer], chosen) if layer in gates else None
+
+    settings = {"policy": policy} | ({"calibration": calibration} if calibration else {})
+    sizes = {"block_q": config.block_q, "block_k": config.block_k}
+    return Family(name, at, sparsest, densest, scale, **sizes, settings=settings)
