@@ -35,7 +35,7 @@ class BlockMaps:
 
     @property
     def decided(self) -> np.ndarray:
-        """Bool ``[Nq, Nk]``, causal blocks that are not forced; the last forced block of a row is its diagonal block."""
+        """Bool ``[Nq, Nk]``, causal blocks that are not forced; the last forced one of a row is its diagonal block."""
         causal = self.forced[:, ::-1].cumsum(-1)[:, ::-1] > 0
         return causal & ~self.forced
 

@@ -1,4 +1,4 @@
-"""Tables and figures; they read results files and nothing else."""
+"""A page, tables and figures; they read results files and nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 from seerattn.eval.maps import BlockMaps
 from seerattn.eval.results import read_results
 from seerattn.report.breakdown import draw_breakdown
-from seerattn.report.maps import draw_maps
+from seerattn.report.head_density import draw_head_density
+from seerattn.report.maps import draw_maps, draw_masks
+from seerattn.report.page import render_page
+from seerattn.report.pareto import draw_pareto
 from seerattn.report.perplexity import draw_perplexity
 from seerattn.report.pooled import draw_pooled
 from seerattn.report.select import latest
@@ -17,11 +20,11 @@ from seerattn.report.table import render_tables
 from seerattn.report.ttft import draw_ttft
 from seerattn.saving import write_whole
 
-FIGURES = (draw_perplexity, draw_speedup, draw_breakdown, draw_pooled, draw_ttft)
+FIGURES = (draw_perplexity, draw_pareto, draw_head_density, draw_speedup, draw_breakdown, draw_pooled, draw_ttft)
 
 
 def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
-    """Writes ``table.md`` and the figures that the files hold data for, each as .png and .svg.
+    """Writes ``report.html``, ``table.md`` and the figures that the files hold data for, each as .png and .svg.
 
     Args:
         paths: results (.jsonl) and at most one file of block maps (.npz).
@@ -37,8 +40,8 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
     if len(map_files) > 1:
         raise ValueError(f"results may hold one .npz of maps, got {len(map_files)}; draw each into a folder of its own")
     results = latest(read_results([path for path in paths if path.suffix != ".npz"]))
-    maps = [BlockMaps.load(path) for path in map_files]
-    if not results and not maps:
+    maps = BlockMaps.load(map_files[0]) if map_files else None
+    if not results and maps is None:
         raise ValueError(f"results must hold at least one line, got none in {', '.join(map(str, paths))}")
     output.mkdir(parents=True, exist_ok=True)
     written = []
@@ -46,6 +49,8 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
         table = output / "table.md"
         write_whole(table, render_tables(results))
         written = [table, *(path for draw in FIGURES for path in draw(results, output))]
-    for one in maps:
-        written += draw_maps(one, output)
-    return written
+    if maps is not None:
+        written += [*draw_maps(maps, output), *draw_masks(maps, output)]
+    page = output / "report.html"
+    write_whole(page, render_page(results, maps, written))
+    return [page, *written]

@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from seerattn.eval.results import Result
 from seerattn.report import style
-from seerattn.report.select import group, last_rows_dense, paired, panels
+from seerattn.report.select import budget, group, last_rows_dense, paired, panels, perplexity_key
 
 LABEL_POINTS = 11.0  # distance of two labels
 
@@ -23,11 +23,12 @@ def draw_perplexity(results: Sequence[Result], folder: Path) -> list[Path]:
     the difficulty of the documents, is not in them.
     """
     rows = [r for r in results if r.what == "perplexity" and r.value is not None and not last_rows_dense(r)]
+    rows = [r for r in rows if budget(r) == "density" and r.realised_density is not None]
     found = panels(rows)
     if not found:
         return []
     with style.context():
-        looks = style.looks(r.arm for r in rows)
+        looks = style.looks(rows)
         texts = list(dict.fromkeys(key[:2] for key in sorted(found)))
         columns = max(sum(key[:2] == text for key in found) for text in texts)
         figure = Figure(figsize=(4.6 * columns, 3.4 * len(texts)), layout="constrained")
@@ -46,15 +47,18 @@ def draw_perplexity(results: Sequence[Result], folder: Path) -> list[Path]:
 
 def _panel(axes: Axes, key: tuple, rows: Sequence[Result], errors: dict[str, float], looks: dict[str, dict]) -> None:
     _, text, context, _ = key
-    axes.set_title(f"{text}, {context:,} tokens")
+    axes.set_title(f"{text}, {context:,} tokens", parse_math=False)
     for (arm,), line in sorted(group(rows, "arm").items()):
         if arm == "dense":
             axes.axhline(line[0].value, color=style.DENSE, linewidth=1.2, linestyle=(0, (5, 3)), label="dense")
             continue
         line = sorted(line, key=lambda r: 1 - r.realised_density)
         x, y = [1 - r.realised_density for r in line], [r.value for r in line]
-        axes.errorbar(x, y, yerr=[errors.get(r.key, 0.0) for r in line], label=arm, elinewidth=1.0, **looks[arm])
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.errorbar(
+            x, y, yerr=[errors.get(perplexity_key(r), 0.0) for r in line], label=arm, elinewidth=1.0, **looks[arm]
+        )
+    style.cut_floors(axes, rows)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("sparsity: share of causal blocks not computed")
     axes.set_ylabel("perplexity")
     axes.grid(axis="x", visible=False)
@@ -64,9 +68,12 @@ def _label_lines(axes: Axes) -> None:
     """Writes the name of each line beside its right end, in its colour."""
     handles, names = axes.get_legend_handles_labels()
     ends = []
-    for handle in handles:
+    top = axes.get_ylim()[1]
+    for i, handle in enumerate(handles):
         line = handle[0] if isinstance(handle, tuple) else handle
-        ends.append((line.get_color(), line.get_ydata()[-1]))
+        end = line.get_ydata()[-1]
+        names[i] += " \N{UPWARDS ARROW}" if end > top else ""
+        ends.append((line.get_color(), min(end, top)))
     right = axes.get_xlim()[1]
     to_points = 72 / axes.figure.dpi
     heights = [axes.transData.transform((right, y))[1] * to_points for _, y in ends]

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 from seerattn.eval.results import Result
+
+BUDGETS = ("density", "time")
+# In the order of tables, with their titles there.
+KINDS = {
+    "dense": "Dense",
+    "oracle": "Oracle: chooses by the true map",
+    "gate": "Learned gates",
+    "system": "Systems without a trained gate",
+    "floor": "Floors: look at no query and no key",
+}
+# What tells sets of documents apart, in the cells of results.
+_DOCUMENTS = ("data", "windows", "min_tokens", "dtype", "documents", "pairs", "chains", "hops")
+FLOORS = ("streaming", "a_shape", "tri_shape", "random")
 
 
 def group(results: Iterable[Result], *names: str) -> dict[tuple, list[Result]]:
@@ -22,33 +36,43 @@ def latest(results: Iterable[Result]) -> list[Result]:
     found: dict[str, Result] = {}
     for r in results:
         weights, policy = {"model": r.weights.get("model", "")}, {"last_rows_dense": last_rows_dense(r)}
-        place = replace(r, weights=weights, policy=policy).key
+        place = replace(r, weights=weights, policy=policy, samples={}).key
         found.pop(place, None)
         found[place] = r
     return list(found.values())
 
 
 def panels(results: Iterable[Result]) -> dict[tuple, list[Result]]:
-    """Results by what may stand in one table: same model, same text, same documents, same context.
+    """Results by what may stand in one table: same model, text, documents, context and kind of budget.
+
+    The dense model has no budget: its rows stand in the tables of every kind.
 
     Returns:
         Results by (model, text, context, the rest).
     """
+    results = list(results)
     groups: dict[tuple, list[Result]] = {}
     for r in results:
-        rest = {name: r.cell.get(name) for name in ("data", "windows", "min_tokens", "dtype", "documents", "pairs")}
-        place = (r.model, r.text, r.context, json.dumps([rest, r.weights.get("model"), r.seed]))
-        groups.setdefault(place, []).append(r)
-    return groups
+        rest = {name: r.cell.get(name) for name in _DOCUMENTS}
+        base = (r.model, r.text, r.context, json.dumps([rest, r.weights.get("model"), r.seed]))
+        groups.setdefault(base, []).append(r)
+    found: dict[tuple, list[Result]] = {}
+    for (*place, rest), rows in groups.items():
+        budgets = list(dict.fromkeys(budget(r) for r in rows if r.selector != "dense")) or [BUDGETS[0]]
+        for of in budgets:
+            found[(*place, f"{of} {rest}")] = [r for r in rows if r.selector == "dense" or budget(r) == of]
+    return found
 
 
 def paired(results: Iterable[Result]) -> dict[str, float]:
     """Standard error of the paired difference from dense, by the key of the perplexity that it belongs to."""
-    return {
-        replace(r, what="perplexity").key: r.stderr
-        for r in results
-        if r.what == "perplexity_difference" and r.stderr is not None
-    }
+    found = (r for r in results if r.what == "perplexity_difference" and r.stderr is not None)
+    return {perplexity_key(r): r.stderr for r in found}
+
+
+def perplexity_key(result: Result) -> str:
+    """Key of the perplexity of the same cell; samples are no part of a key, and leaving them out is quicker."""
+    return replace(result, what="perplexity", samples={}).key
 
 
 def last_rows_dense(result: Result) -> int:
@@ -56,7 +80,34 @@ def last_rows_dense(result: Result) -> int:
     return (result.policy or {}).get("last_rows_dense", 0)
 
 
-def arms(results: Sequence[Result]) -> list[str]:
-    """Names of all ways of choosing blocks: dense, the oracle, gates, streaming."""
-    place = {"dense": 0, "oracle": 1, "streaming": 3}
-    return sorted({r.arm for r in results}, key=lambda arm: (place.get(arm, 2), arm))
+def budget(result: Result) -> str:
+    """What was made equal between the ways of choosing blocks, among `BUDGETS`."""
+    return result.cell.get("budget", BUDGETS[0])
+
+
+def asked(result: Result) -> float | None:
+    """What was asked for: a density, a share of the time of dense attention, or None for a policy with neither."""
+    return result.cell["share"] if budget(result) == "time" else result.density
+
+
+def kind(result: Result) -> str:
+    """The kind of a way of choosing blocks, among `KINDS`.
+
+    Names of variants, such as "oracle-32", begin with that of their kind.
+    """
+    if result.gates is not None:
+        return "gate"
+    name = result.selector.replace("-", "_")
+    if name.startswith(FLOORS):
+        return "floor"
+    return next((of for of in ("dense", "oracle") if name.startswith(of)), "system")
+
+
+def arms(results: Iterable[Result]) -> list[str]:
+    """Names of all ways of choosing blocks, by kind and name."""
+    order = list(KINDS)
+    place = {
+        r.arm: (order.index(kind(r)), [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", r.arm)])
+        for r in results
+    }
+    return sorted(place, key=place.__getitem__)

@@ -38,9 +38,14 @@ def machines(results: Iterable[Result], *whats: str) -> dict[tuple[str, str, str
     """
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for r in results:
-        if r.what in whats and r.cell.get("clock") != "pipeline":
+        if r.what in whats and is_benchmark(r) and r.cell.get("clock") != "pipeline":
             groups.setdefault((r.cell["device"], r.model, r.cell["dtype"]), []).append(r)
     return groups
+
+
+def is_benchmark(result: Result) -> bool:
+    """Whether a time was measured by itself, and not for a comparison of selectors on one model."""
+    return "device" in result.cell and "budget" not in result.cell
 
 
 def contexts(results: Iterable[Result]) -> list[int]:

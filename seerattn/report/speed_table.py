@@ -23,14 +23,19 @@ TITLES = {
 
 def speed_tables(results: Sequence[Result]) -> list[str]:
     """Titles and tables of the benchmarks, as Markdown; speed-ups in brackets are over the first dense line."""
-    parts = []
-    for what, title in TITLES.items():
-        for (device, model, dtype), rows in speed.machines(results, what).items():
-            parts += [f"### {title}: {model}, {dtype}, {device}", _table(rows)]
-    return parts
+    return [part for title, grid in speed_grids(results) for part in (f"### {title}", markdown(*grid))]
 
 
-def _table(rows: list[Result]) -> str:
+def speed_grids(results: Sequence[Result]) -> list[tuple[str, tuple[list[str], list[list[str]]]]]:
+    """The same as titles, each with the head and the body of a table."""
+    return [
+        (f"{title}: {model}, {dtype}, {device}", _table(rows))
+        for what, title in TITLES.items()
+        for (device, model, dtype), rows in speed.machines(results, what).items()
+    ]
+
+
+def _table(rows: list[Result]) -> tuple[list[str], list[list[str]]]:
     lengths = speed.contexts(rows)
     reference = speed.baseline(rows) if rows[0].what in ("attention_ms", "pooled_ms", "ttft_s") else None
     dense = {r.context: r.value for r in rows if r.selector == "dense" and r.cell["impl"] == reference}
@@ -43,7 +48,7 @@ def _table(rows: list[Result]) -> str:
         [name, sparsity, *(cell(line[n]) if n in line else "" for n in lengths)]
         for (name, sparsity), line in lines.items()
     ]
-    return markdown(["", "sparsity", *map(speed.tokens, lengths)], body)
+    return ["", "sparsity", *map(speed.tokens, lengths)], body
 
 
 def _cell(dense: dict[int, float | None]) -> Callable[[Result], str]:

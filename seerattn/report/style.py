@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from seerattn.eval.results import Result
+from seerattn.report.select import arms, kind
 
 STYLE = Path(__file__).with_name("seerattn.mplstyle")
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 DENSE = "#4d4d4d"
-_FIXED = {"oracle": "#009e73", "streaming": "#d55e00"}
+# Floors stand in a figure as far as this many times the loss of the worst other line.
+ROOM_FOR_FLOORS = 2.0
 PALETTE = ("#0072b2", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+# Colours by kind; kinds differ in their lines as well, and arms of one kind in their markers.
+_COLOURS = {
+    "oracle": ("#009e73",),
+    "gate": PALETTE,
+    "system": ("#e69f00", "#7b3294", "#000000", "#a6611a", "#cc79a7", "#35978f"),
+    "floor": ("#d55e00", "#7a7a7a", "#8f7f5f", "#b3589a"),
+}
+_DASHES = {"oracle": "-", "gate": "-", "system": (0, (4, 1.5)), "floor": (0, (1, 1.3))}
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 
-def looks(arms: Iterable[str]) -> dict[str, dict]:
-    """Colour and marker of every arm, the same in all figures drawn of the same arms."""
-    names = sorted(set(arms) - {"dense"})
-    gates = [name for name in names if name not in _FIXED]
-    colours = _FIXED | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(gates)}
-    return {name: {"color": colours[name], "marker": _MARKERS[i % len(_MARKERS)]} for i, name in enumerate(names)}
+def looks(results: Iterable[Result]) -> dict[str, dict]:
+    """Colour, line and marker of every arm but dense, the same in all figures drawn of the same arms."""
+    results = list(results)
+    kinds = {r.arm: kind(r) for r in results if kind(r) != "dense"}
+    found = {}
+    for of, colours in _COLOURS.items():
+        names = [arm for arm in arms(results) if kinds.get(arm) == of]
+        # Streaming, the floor that is always measured, comes first.
+        for i, arm in enumerate(sorted(names, key=lambda arm: not arm.startswith("streaming"))):
+            marker = _MARKERS[i % len(_MARKERS)]
+            found[arm] = {"color": colours[i % len(colours)], "marker": marker, "linestyle": _DASHES[of]}
+    return found
+
+
+def cut_floors(axes: Axes, results: Sequence[Result]) -> None:
+    """Ends an axis of perplexity where floors would squeeze all others: what looks at nothing may lose anything."""
+    low = min(r.value for r in results)
+    worst = max((r.value for r in results if kind(r) != "floor"), default=low)
+    top = low + ROOM_FOR_FLOORS * (worst - low)
+    if worst > low and max(r.value for r in results) > top:
+        axes.set_ylim(low - 0.05 * (top - low), top)
 
 
 def context():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from seerattn.eval.results import Result
 from seerattn.eval.statistics import proportion
 from seerattn.report.markdown import markdown
-from seerattn.report.select import arms, group, last_rows_dense, paired, panels
+from seerattn.report.select import arms, asked, budget, group, last_rows_dense, paired, panels, perplexity_key
 from seerattn.report.speed_table import speed_tables
 
 CALIBRATED = "own policy"
@@ -25,7 +25,7 @@ def _perplexity(results: Sequence[Result]) -> list[str]:
 
     def cell(rows: list[Result]) -> str:
         (row,) = rows
-        error = errors.get(row.key)
+        error = errors.get(perplexity_key(row))
         value = "not finite" if row.value is None else f"{row.value:.2f}"
         return value if error is None else f"{value} ± {error:.2f}"
 
@@ -36,7 +36,7 @@ def _perplexity(results: Sequence[Result]) -> list[str]:
         note = "± is the standard error of the paired difference from dense, over documents."
         if dense is not None:
             note = f"{len(dense.samples['documents'])} documents, {dense.n} tokens; {note}"
-        parts += [f"### Perplexity: {text}, {context} tokens, {model}", note, _grid(panel, cell)]
+        parts += [f"### Perplexity: {text}, {context} tokens, {model}{_of_time(panel)}", note, _grid(panel, cell)]
     return parts
 
 
@@ -44,6 +44,7 @@ def _gap(results: Sequence[Result]) -> list[str]:
     """How far each arm comes from streaming (0) to the oracle (1) at the same density, in perplexity."""
     parts = []
     rows = [r for r in results if r.what == "perplexity" and r.value is not None and not last_rows_dense(r)]
+    rows = [r for r in rows if budget(r) == "density"]
     for (model, text, context, _), panel in panels(rows).items():
         floor = {r.density: r.value for r in panel if r.arm == "streaming"}
         ceiling = {r.density: r.value for r in panel if r.arm == "oracle"}
@@ -79,8 +80,9 @@ def _retrieval(results: Sequence[Result]) -> list[str]:
                 # The dense model has no last rows of its own: its row stands in every table.
                 line = [r for r in panel if r.arm == "dense" or last_rows_dense(r) == option]
                 kept = f"last {option} query-block rows dense" if option else "no dense last rows"
-                n = sum(r.n for r in line if (r.arm, r.density) == (line[0].arm, line[0].density))
-                title = f"### Retrieval, {task.replace('_', '-')}: {text}, {context} tokens, {kept}, {model}"
+                n = sum(r.n for r in line if (r.arm, asked(r)) == (line[0].arm, asked(line[0])))
+                place = f"{text}, {context} tokens, {kept}, {model}{_of_time(line)}"
+                title = f"### Retrieval, {task.replace('_', '-')}: {place}"
                 parts += [title, f"{n} documents a cell; ± is the binomial standard error.", _grid(line, cell)]
     return parts
 
@@ -92,7 +94,7 @@ def _by_depth(results: Sequence[Result]) -> list[str]:
         depths = sorted({r.cell["depth"] for r in panel})
         lines: dict[tuple, dict[float, Result]] = {}
         for r in panel:
-            lines.setdefault((r.arm, r.density, last_rows_dense(r)), {})[r.cell["depth"]] = r
+            lines.setdefault((r.arm, asked(r), last_rows_dense(r)), {})[r.cell["depth"]] = r
         body = []
         for arm in arms(panel):
             for (name, density, rows_dense), line in lines.items():
@@ -101,7 +103,7 @@ def _by_depth(results: Sequence[Result]) -> list[str]:
                     values = [f"{line[d].value:.2f}" if d in line else "" for d in depths]
                     body.append([name, label, str(rows_dense) if name != "dense" else "", *values])
         head = ["selector", "density", "dense last rows", *(f"depth {d:g}" for d in depths)]
-        parts += [f"### Pass keys by depth: {text}, {context} tokens, {model}", markdown(head, body)]
+        parts += [f"### Pass keys by depth: {text}, {context} tokens, {model}{_of_time(panel)}", markdown(head, body)]
     return parts
 
 
@@ -115,23 +117,28 @@ def _recall(results: Sequence[Result]) -> list[str]:
     rows = [r for r in results if r.what in titles and "layer" not in r.cell]
     for (what,), of_what in group(rows, "what").items():
         for (model, text, context, _), panel in panels(of_what).items():
-            parts += [f"### {titles[what]}: {text}, {context} tokens, {model}", _grid(panel, cell)]
+            parts += [f"### {titles[what]}: {text}, {context} tokens, {model}{_of_time(panel)}", _grid(panel, cell)]
     return parts
 
 
 def _grid(rows: Sequence[Result], cell: Callable[[list[Result]], str]) -> str:
     """A table with a row for each arm and a column for each nominal density, with the realised ones in the head."""
     dense = {1.0} if "dense" in arms(rows) else set()
-    densities = sorted({r.density for r in rows if r.density is not None} | dense, reverse=True)
-    own = any(r.arm != "dense" and r.density is None for r in rows)
+    densities = sorted({asked(r) for r in rows if asked(r) is not None} | dense, reverse=True)
+    own = any(r.arm != "dense" and asked(r) is None for r in rows)
     columns: list[float | None] = [*densities, *([None] if own else [])]
     head = ["selector", *(f"{_density(d)} {_realised(rows, d)}".rstrip() for d in columns)]
     body = []
     for arm in arms(rows):
         line = [r for r in rows if r.arm == arm]
-        cells = [[r for r in line if (1.0 if arm == "dense" else r.density) == d] for d in columns]
+        cells = [[r for r in line if (1.0 if arm == "dense" else asked(r)) == d] for d in columns]
         body.append([arm, *(cell(found) if found else "" for found in cells)])
     return markdown(head, body)
+
+
+def _of_time(rows: Sequence[Result]) -> str:
+    """Says that columns are shares of a time, where they are."""
+    return ", by share of the time of dense attention" if any(budget(r) == "time" for r in rows) else ""
 
 
 def _density(density: float | None) -> str:
@@ -139,7 +146,7 @@ def _density(density: float | None) -> str:
 
 
 def _realised(rows: Sequence[Result], density: float | None) -> str:
-    found = [r.realised_density for r in rows if r.arm != "dense" and r.density == density]
+    found = [r.realised_density for r in rows if r.arm != "dense" and asked(r) == density]
     if not found or None in found:
         return ""
     low, high = f"{min(found):.3f}", f"{max(found):.3f}"

@@ -129,7 +129,7 @@ def test_reports_are_the_same_byte_for_byte(tmp_path) -> None:
     maps().save(tmp_path / "maps.npz")
     paths = [results, tmp_path / "maps.npz"]
     first, second = write_report(paths, tmp_path / "a"), write_report(paths, tmp_path / "b")
-    names = ["table.md", "perplexity.png", "perplexity.svg", "maps.png", "maps.svg"]
+    names = ["report.html", "table.md", "perplexity.png", "perplexity.svg", "maps.png", "maps.svg"]
     assert [p.name for p in first] == [p.name for p in second] == names
     assert all(p.stat().st_size > 500 for p in first)
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]

@@ -170,6 +170,6 @@ def test_figures_of_benchmarks_are_the_same_byte_for_byte(tmp_path) -> None:
     rows = attention() + pooled() + models()
     first, second = report(tmp_path / "a", rows), report(tmp_path / "b", rows)
     figures = ("speedup", "breakdown", "pooled", "ttft")
-    names = ["table.md", *(f"{name}.{kind}" for name in figures for kind in ("png", "svg"))]
+    names = ["report.html", "table.md", *(f"{name}.{kind}" for name in figures for kind in ("png", "svg"))]
     assert [p.name for p in first] == names and all(p.stat().st_size > 500 for p in first)
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
