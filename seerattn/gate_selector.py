@@ -66,20 +66,24 @@ def pooled_inputs(
 ) -> tuple[Pooled, Pooled]:
     """What a gate takes of q and k after RoPE, un-rotated and pooled, without a graph.
 
-    The fused kernel reads each once and never holds it in fp32.
+    The fused kernel reads each once and never holds it in fp32. Where pooling is learned, single un-rotated tokens in
+    fp32 are handed on instead.
     """
     c = gate.config
-    return (
-        pool(q, context, start=k.shape[2] - q.shape[2], size=c.q_size, kinds=c.q_pooling, impl=impl),
-        pool(k, context, start=0, size=c.k_size, kinds=c.k_pooling, impl=impl),
-    )
+
+    def side(x: Tensor, start: int, size: int, kinds: tuple[str, ...]) -> Pooled:
+        if "salient" in kinds:
+            size, kinds = 1, ("avg",)
+        return pool(x, context, start=start, size=size, kinds=kinds, impl=impl)
+
+    return side(q, k.shape[2] - q.shape[2], c.q_size, c.q_pooling), side(k, 0, c.k_size, c.k_pooling)
 
 
 @torch.no_grad()
 def pool(
     x: Tensor, context: AttentionContext, *, start: int, size: int, kinds: tuple[str, ...], impl: str = "auto"
 ) -> Pooled:
-    """Un-rotates and pools vectors after RoPE ``[B, h, n, D]`` from position ``start`` on; see `pooled_inputs`."""
+    """Un-rotates vectors after RoPE ``[B, h, n, D]`` from position ``start`` on and pools them, but not "salient"."""
     rotary = context.rotary or RotaryTables()
     module = implementation("pool_windows", impl, x.device, x, rotary)
     fused = module.__name__ != __name__

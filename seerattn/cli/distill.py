@@ -84,10 +84,10 @@ def distill(
     block_q: Annotated[int | None, typer.Option(help="Tokens of query blocks.", rich_help_panel=_FORM)] = None,
     block_k: Annotated[int | None, typer.Option(help="Tokens of key blocks.", rich_help_panel=_FORM)] = None,
     q_pooling: Annotated[
-        str | None, typer.Option(help="Any of avg,max,min, with commas.", rich_help_panel=_FORM)
+        str | None, typer.Option(help="Any of avg,max,min,salient, with commas.", rich_help_panel=_FORM)
     ] = None,
     k_pooling: Annotated[
-        str | None, typer.Option(help="Any of avg,max,min, with commas.", rich_help_panel=_FORM)
+        str | None, typer.Option(help="Any of avg,max,min,salient, with commas.", rich_help_panel=_FORM)
     ] = None,
     q_linear: Annotated[
         bool | None, typer.Option(help="A linear after the query pooling.", rich_help_panel=_FORM)

@@ -72,6 +72,12 @@ class AttnGate(nn.Module):
         # published. With one, a matrix a KV head is enough.
         k_heads = num_kv_heads if config.q_linear else num_heads
         self.k_weight = nn.Parameter(torch.empty(k_heads, len(config.k_pooling) * head_dim, gate_dim))
+        for name, kinds, heads in (
+            ("q_salience", config.q_pooling, num_heads),
+            ("k_salience", config.k_pooling, num_kv_heads),
+        ):
+            learned = nn.Parameter(torch.zeros(heads, head_dim)) if "salient" in kinds else None
+            self.register_parameter(name, learned)
         self.q_norm = nn.RMSNorm(gate_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(gate_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         if config.distance_bias:
@@ -82,7 +88,10 @@ class AttnGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the linears anew as `config.init` says."""
+        """Draws the linears anew as `config.init` says; learned pooling starts as the plain average."""
+        for salience in (self.q_salience, self.k_salience):
+            if salience is not None:
+                nn.init.zeros_(salience)
         for weight, kinds, members in (
             (self.q_weight, self.config.q_pooling, self.group if self.config.share == "kv_group" else 1),
             (self.k_weight, self.config.k_pooling, 1),
@@ -90,24 +99,26 @@ class AttnGate(nn.Module):
             if weight is None:
                 continue
             nn.init.normal_(weight, std=0.02)
-            if self.config.init == "identity" and "avg" in kinds:
-                self._add_identity(weight, kinds, members)
+            mean = next((kind for kind in ("avg", "salient") if kind in kinds), None)
+            if self.config.init == "identity" and mean is not None:
+                self._add_identity(weight, kinds.index(mean), len(kinds), members)
 
-    def _add_identity(self, weight: Tensor, kinds: tuple[str, ...], members: int) -> None:
+    def _add_identity(self, weight: Tensor, kind: int, kinds: int, members: int) -> None:
         eye = torch.eye(self.head_dim, self.gate_dim, dtype=weight.dtype, device=weight.device) / members
         with torch.no_grad():
-            blocks = weight.view(weight.shape[0], members, len(kinds), self.head_dim, self.gate_dim)
-            blocks[:, :, kinds.index("avg")] += eye
+            blocks = weight.view(weight.shape[0], members, kinds, self.head_dim, self.gate_dim)
+            blocks[:, :, kind] += eye
 
     def gate_queries(self, q: Tensor | Pooled, start: int = 0) -> Tensor:
         """Projects queries to ``[B, Hm, Wq, DG]``.
 
         Args:
-            q: queries before RoPE ``[B, H, T, D]`` at positions from ``start`` on, or the same pooled.
+            q: queries before RoPE ``[B, H, T, D]`` at positions from ``start`` on, or the same pooled: into the gate's
+                own windows, or into windows of one token, which a gate with learned pooling needs.
             start: position of the first query; what is pooled has its own.
         """
         c = self.config
-        q = self._pooled(q, start, c.q_size, c.q_pooling)
+        q = self._pooled(q, start, c.q_size, c.q_pooling, self.q_salience)
         pooled = q.features
         if c.share == "kv_group":
             batch, _, windows, width = pooled.shape
@@ -124,16 +135,24 @@ class AttnGate(nn.Module):
         without a q linear.
         """
         c = self.config
-        k = self._pooled(k, start, c.k_size, c.k_pooling)
+        k = self._pooled(k, start, c.k_size, c.k_pooling, self.k_salience)
         pooled = k.features
         if self.k_weight.shape[0] != self.num_kv_heads:
             pooled = pooled.repeat_interleave(self.group, dim=1)
         return self._place(self.k_norm(pooled @ self.k_weight), k.start, c.k_size)
 
-    def _pooled(self, x: Tensor | Pooled, start: int, size: int, kinds: tuple[str, ...]) -> Pooled:
+    def _pooled(
+        self, x: Tensor | Pooled, start: int, size: int, kinds: tuple[str, ...], salience: Tensor | None
+    ) -> Pooled:
         if isinstance(x, Pooled):
-            return x
-        return Pooled(pool_blocks(x, size=size, start=start, kinds=kinds), size, start, x.shape[2])
+            # Where a window is one token, learned pooling runs all the same, so that its gradient is zero, not missing.
+            if x.size == size and (salience is None or size > 1):
+                return x
+            if x.size != 1:
+                raise ValueError(f"pooled tokens must come in windows of {size} tokens or 1, got {x.size}")
+            x, start = x.features, x.start
+        features = pool_blocks(x, size=size, start=start, kinds=kinds, salience=salience)
+        return Pooled(features, size, start, x.shape[2])
 
     def _place(self, x: Tensor, start: int, size: int) -> Tensor:
         if self.inv_freq is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
-Pooling = Literal["avg", "max", "min"]
+Pooling = Literal["avg", "max", "min", "salient"]
 Share = Literal["query_head", "kv_group"]
 Init = Literal["identity", "normal"]
 
@@ -20,7 +20,9 @@ class AttnGateConfig:
     Attributes:
         block_q: query block size in tokens.
         block_k: key block size in tokens.
-        q_pooling: how the queries of a sub-block become one vector; several poolings are concatenated.
+        q_pooling: how the queries of a sub-block become one vector; several poolings are concatenated. "salient" is
+            an average whose weights are learned: the softmax over the window of one learned vector a head times the
+            tokens. It starts as "avg" and only torch modules run it.
         k_pooling: the same for keys.
         q_linear: whether a linear follows the query pooling; without it the pooled query is used as it is, which
             needs one query pooling, ``gate_dim == head_dim`` and ``share == "query_head"``.
@@ -37,8 +39,8 @@ class AttnGateConfig:
             entry. 0 is off.
         share: one gate a query head (the paper), or one a KV group, which makes index lists and scores ``G`` times
             fewer.
-        init: "identity" starts as mean-pooled attention (the averaging parts of both linears are identities);
-            "normal" draws both with standard deviation 0.02.
+        init: "identity" starts as mean-pooled attention (the parts of both linears that read "avg", or else
+            "salient", are identities); "normal" draws both with standard deviation 0.02.
         exclude_forced: leave the blocks that selection keeps anyway - the first block and the diagonal - out of the
             target and out of the gate's softmax while training, so that the gate need not learn them.
     """

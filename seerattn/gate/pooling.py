@@ -13,8 +13,11 @@ from torch import Tensor
 class Pooled:
     """Queries or keys as a gate takes them: windows of the absolute grid, pooled.
 
+    A pooling that learns cannot be done beforehand: such a gate takes single tokens, windows of size 1, and pools them
+    itself.
+
     Attributes:
-        features: fp32 ``[B, h, W, kinds * D]``.
+        features: fp32 ``[B, h, W, kinds * D]``; ``[B, h, W, D]`` of single tokens.
         size: window length in tokens.
         start: position of the first token.
         length: number of tokens.
@@ -31,14 +34,15 @@ class Pooled:
         return Pooled(self.features[row : row + 1, :, windows], self.size, 0, end - begin)
 
 
-def pool_blocks(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...]) -> Tensor:
+def pool_blocks(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...], salience: Tensor | None = None) -> Tensor:
     """Pools windows of ``size`` tokens; the first and the last window may be partial and count real tokens only.
 
     Args:
         x: ``[B, H, N, D]``, the tokens at positions ``start .. start + N``.
         size: window length in tokens; windows are ``position // size``.
         start: position of the first token.
-        kinds: which of "avg", "max" and "min", in the order of their concatenation.
+        kinds: which of "avg", "max", "min" and "salient", in the order of their concatenation.
+        salience: ``[H, D]``, for "salient": a token weighs the softmax over its window of its product with it.
 
     Returns:
         fp32 ``[B, H, W, len(kinds) * D]``, one vector a window that holds at least one token.
@@ -61,9 +65,16 @@ def pool_blocks(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...]) -> 
         count[-1] -= tail
         return framed(0.0).sum(3) / count[:, None]
 
+    def salient() -> Tensor:
+        # [B, H, N], padding weighs nothing.
+        logits = F.pad((x @ salience[:, :, None]).squeeze(-1), (head, tail), value=-torch.inf)
+        weights = logits.view(batch, heads, windows, 1, size).softmax(-1)
+        return (weights @ framed(0.0)).squeeze(3)
+
     pooled = {
         "avg": average,
         "max": lambda: framed(-torch.inf).amax(3),
         "min": lambda: framed(torch.inf).amin(3),
+        "salient": salient,
     }
     return torch.cat([pooled[kind]() for kind in kinds], dim=-1)

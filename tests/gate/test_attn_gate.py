@@ -38,7 +38,12 @@ def oracle(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
     start, keys = k.shape[2] - q.shape[2], k.shape[2]
     reduce = {"avg": lambda x: x.mean(0), "max": lambda x: x.amax(0), "min": lambda x: x.amin(0)}
 
-    def windows(x: Tensor, first: int, size: int, kinds) -> dict[int, Tensor]:
+    def windows(x: Tensor, first: int, size: int, kinds, salience: Tensor | None) -> dict[int, Tensor]:
+        def salient(rows: Tensor) -> Tensor:
+            weights = torch.stack([math.e ** (row @ salience.double()) for row in rows])
+            return sum(weight * row for weight, row in zip(weights, rows)) / weights.sum()
+
+        reduce["salient"] = salient
         cut: dict[int, list[Tensor]] = {}
         for t in range(x.shape[0]):
             cut.setdefault((first + t) // size, []).append(x[t])
@@ -59,13 +64,14 @@ def oracle(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
     for b, m in itertools.product(range(batch), range(gate.mask_heads)):
         kv = m if c.share == "kv_group" else m // group
         members = range(m * group, (m + 1) * group) if c.share == "kv_group" else [m]
-        pooled = [windows(q[b, h], start, q_size, c.q_pooling) for h in members]
+        q_own, k_own = gate.q_salience, gate.k_salience
+        pooled = [windows(q[b, h], start, q_size, c.q_pooling, None if q_own is None else q_own[h]) for h in members]
         gq = {w: torch.cat([p[w] for p in pooled]) for w in pooled[0]}
         if gate.q_weight is not None:
             gq = {w: x @ gate.q_weight[m].double() for w, x in gq.items()}
         gq = {w: place(x, w * q_size, gate.q_norm) for w, x in gq.items()}
         k_weight = gate.k_weight[kv if gate.k_weight.shape[0] == HKV else m].double()
-        gk = windows(k[b, kv], 0, k_size, c.k_pooling)
+        gk = windows(k[b, kv], 0, k_size, c.k_pooling, None if k_own is None else k_own[kv])
         gk = {w: place(x @ k_weight, w * k_size, gate.k_norm) for w, x in gk.items()}
         for i, x in gq.items():
             last = min((i + 1) * q_size, keys) - 1
@@ -93,7 +99,26 @@ FORMS = {
     "norm-bias-norope": AttnGateConfig(block_q=64, block_k=32, rope=False, qk_norm=True, distance_bias=3),
     "max-min-narrow": AttnGateConfig(block_q=32, block_k=32, q_pooling=("max",), k_pooling=("min",), gate_dim=8),
     "queries-only": AttnGateConfig(block_q=32, block_k=32, key_subblocks=1, normalize_subblocks=False),
+    "salient": AttnGateConfig(
+        block_q=32, block_k=32, q_pooling=("salient", "max"), k_pooling=("min", "salient"), key_subblocks=4
+    ),
+    "salient-keys": AttnGateConfig.paper(block_q=32, block_k=64, k_pooling=("salient", "avg")),
+    "salient-queries-group": AttnGateConfig(
+        block_q=64, block_k=32, q_pooling=("avg", "salient"), k_pooling=("avg",), share="kv_group", query_subblocks=4
+    ),
 }
+
+
+def hand_on(gate: AttnGate, q: Tensor, k: Tensor, row_starts: int = 0) -> tuple[Pooled, Pooled]:
+    """What a gate may be given in place of q and k: pooled, or single tokens where pooling is learned."""
+    c = gate.config
+    sides = ((q, c.q_size, row_starts, c.q_pooling), (k, c.k_size, 0, c.k_pooling))
+    pooled = []
+    for x, size, start, kinds in sides:
+        if "salient" in kinds:
+            size, kinds = 1, ("avg",)
+        pooled.append(Pooled(pool_blocks(x, size=size, start=start, kinds=kinds), size, start, x.shape[2]))
+    return pooled[0], pooled[1]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -214,24 +239,75 @@ def test_gate_rejects_missing_frequencies_and_a_query_without_its_key() -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_pooled_inputs_score_like_the_tokens_they_come_from(name: str) -> None:
     gate = make(FORMS[name])
-    c = gate.config
     q, k = qk(70, 131)
-    pooled = (
-        Pooled(pool_blocks(x, size=size, start=start, kinds=kinds), size, start, x.shape[2])
-        for x, size, start, kinds in ((q, c.q_size, 61, c.q_pooling), (k, c.k_size, 0, c.k_pooling))
-    )
-    assert torch.equal(gate(*pooled), gate(q, k))
+    got, expected = gate(*hand_on(gate, q, k, 61)), gate(q, k)
+    assert torch.equal(got, expected)
+    gradients = [
+        torch.autograd.grad(scores[scores.isfinite()].square().sum(), gate.parameters()) for scores in (got, expected)
+    ]
+    for (parameter, _), a, b in zip(gate.named_parameters(), *gradients):
+        assert torch.equal(a, b), parameter
+        assert parameter not in ("q_salience", "k_salience") or bool((a != 0).all())
 
 
-def test_a_document_cut_out_of_pooled_rows_scores_as_if_alone() -> None:
-    gate = make(FORMS["default"])
-    c = gate.config
+@pytest.mark.parametrize("name", ["default", "salient", "salient-keys"])
+def test_a_document_cut_out_of_pooled_rows_scores_as_if_alone(name: str) -> None:
+    gate = make(FORMS[name])
     q, k = qk(150)
-    whole = (
-        Pooled(pool_blocks(x, size=size, start=0, kinds=kinds), size, 0, 150)
-        for x, size, kinds in ((q, c.q_size, c.q_pooling), (k, c.k_size, c.k_pooling))
-    )
     # Matrix products of other shapes may add in another order.
     torch.testing.assert_close(
-        gate(*(x.cut(1, 64, 150) for x in whole)), gate(q[1:, :, 64:], k[1:, :, 64:]), rtol=1e-5, atol=1e-5
+        gate(*(x.cut(1, 64, 150) for x in hand_on(gate, q, k))),
+        gate(q[1:, :, 64:], k[1:, :, 64:]),
+        rtol=1e-5,
+        atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_salient_pooling_starts_as_the_average_and_weighs_by_softmax(start: int) -> None:
+    x, _ = qk(43)
+    zeros = pool_blocks(x, size=8, start=start, kinds=("salient",), salience=torch.zeros(H, D))
+    # The same 8 terms, divided before or after they are added: a few roundings apart.
+    torch.testing.assert_close(zeros, pool_blocks(x, size=8, start=start, kinds=("avg",)), rtol=1e-6, atol=1e-6)
+    one = torch.zeros(H, D)
+    one[:, 3] = 1e4  # so steep that one token takes all
+    got = pool_blocks(x, size=8, start=start, kinds=("max", "salient"), salience=one)
+    assert torch.equal(got[..., D + 3], got[..., 3])
+
+
+def test_salient_gate_starts_as_the_average_gate() -> None:
+    gates = []
+    for kind in ("avg", "salient"):
+        torch.manual_seed(0)
+        config = AttnGateConfig(block_q=32, block_k=32, q_pooling=(kind, "max"), k_pooling=("min", kind))
+        gates.append(AttnGate(config, num_heads=H, num_kv_heads=HKV, head_dim=D, inv_freq=INV_FREQ))
+    average, salient = gates
+    assert torch.equal(average.q_weight, salient.q_weight) and torch.equal(average.k_weight, salient.k_weight)
+    q, k = qk(70, 131)
+    torch.testing.assert_close(salient(q, k), average(q, k), rtol=1e-5, atol=1e-5)
+
+
+def test_salient_pooling_adds_one_vector_a_head_and_only_where_it_is_used() -> None:
+    shape = {"num_heads": H, "num_kv_heads": HKV, "head_dim": D}
+    counts = [
+        parameter_count(AttnGateConfig(q_pooling=(q,), k_pooling=(k,)), layers=3, **shape)
+        for q, k in (("avg", "avg"), ("salient", "avg"), ("avg", "salient"), ("salient", "salient"))
+    ]
+    assert [n - counts[0] for n in counts] == [0, 3 * H * D, 3 * HKV * D, 3 * (H + HKV) * D]
+    assert set(make(FORMS["default"]).state_dict()) == {"q_weight", "k_weight"}
+
+
+def test_learned_pooling_of_single_token_windows_has_a_gradient_of_zero() -> None:
+    gate = make(AttnGateConfig(block_q=32, block_k=32, q_pooling=("salient",), query_subblocks=32))
+    q, k = qk(40)
+    scores = gate(*hand_on(gate, q, k))
+    assert torch.equal(scores, gate(q, k))
+    (gradient,) = torch.autograd.grad(scores[scores.isfinite()].sum(), [gate.q_salience])
+    assert torch.equal(gradient, torch.zeros(H, D))
+
+
+def test_gate_rejects_tokens_pooled_for_another_gate() -> None:
+    gate = make(FORMS["default"])
+    q, k = qk(40)
+    with pytest.raises(ValueError, match="windows of 4 tokens or 1, got 2"):
+        gate(Pooled(pool_blocks(q, size=2, start=0, kinds=("avg",)), 2, 0, 40), k)

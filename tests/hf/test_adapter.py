@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from seerattn.hf.attention import layer_states
 from seerattn.hf.distillation import GateLosses
 
 GATE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, init="normal")
+LEARNED = replace(GATE, q_pooling=("salient", "max"), k_pooling=("avg", "salient"))
 SPARSE = TopK(density=0.3, rule="row_share")
 
 
@@ -49,6 +51,22 @@ def test_files_hold_the_gates_and_nothing_else(folder: Path) -> None:
     assert AttnGateConfig.from_dict(config.gate) == GATE
     assert seerattn.policy_from_dict(config.policy) == SPARSE
     assert config.base_model["architecture"] == "LlamaForCausalLM" and config.base_model["head_dim"] == 32
+
+
+def test_learned_pooling_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = seerattn.attach(tiny_model("llama"), LEARNED, SPARSE)
+    saved = [state.gate for state in layer_states(model)]
+    with torch.no_grad():
+        for gate in saved:
+            gate.q_salience.normal_()
+            gate.k_salience.normal_()
+    model.save_pretrained(tmp_path / "gates")
+    again = seerattn.attach(tiny_model("llama"), tmp_path / "gates")
+    for gate, loaded in zip(saved, [state.gate for state in layer_states(again)], strict=True):
+        assert loaded.config == LEARNED
+        assert [name for name, _ in loaded.named_parameters()] == ["q_weight", "k_weight", "q_salience", "k_salience"]
+        for a, b in zip(gate.parameters(), loaded.parameters()):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +207,10 @@ def cross_entropy(gate: AttnGate, q: Tensor, k: Tensor, target: Tensor, segment_
     return rows.mean(), {"rows": torch.tensor(float(rows.numel()))}
 
 
-def test_losses_and_gradients_match_plain_autograd() -> None:
+@pytest.mark.parametrize("config", [GATE, LEARNED], ids=["pooled", "learned-pooling"])
+def test_losses_and_gradients_match_plain_autograd(config: AttnGateConfig) -> None:
     """The oracle recomputes queries and keys from the projections and keeps one graph over all layers."""
-    model = seerattn.attach(tiny_model("llama"), GATE).train()
+    model = seerattn.attach(tiny_model("llama"), config).train()
     seen: dict[tuple[int, str], Tensor] = {}
     inner = model.get_base_model().model
     for i, layer in enumerate(inner.layers):

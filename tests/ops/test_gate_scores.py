@@ -281,6 +281,7 @@ def test_layer_without_rope_needs_no_tables() -> None:
     ("config", "sentence"),
     [
         (replace(PAPER, distance_bias=4), "it has no distance bias"),
+        (replace(PAPER, k_pooling=("salient",)), "it has no salient pooling"),
         (PAPER, r"it takes fp16, bf16 or fp32, got torch.float64"),
     ],
 )
@@ -288,7 +289,7 @@ def test_what_the_kernels_lack_is_refused_by_name_and_left_to_torch_by_auto(
     config: AttnGateConfig, sentence: str
 ) -> None:
     gate, context, (q, k) = make_gate(config), make_context(65), make_qk(65, 65)
-    if not config.distance_bias:
+    if config == PAPER:
         q, k = q.double(), k.double()
     with pytest.raises(ValueError, match=f"cannot run this gate_scores: {sentence}"):
         GateSelector(gate, KeepAll(), "triton").select(q, k, context)

@@ -90,6 +90,8 @@ def refusal(q: Tensor, k: Tensor, gate: Gate, rule: Rule | None, rotary: Rotary)
         return "it does not know this policy"
     if gate.config.distance_bias:
         return "it has no distance bias"
+    if "salient" in gate.config.q_pooling + gate.config.k_pooling:
+        return "it has no salient pooling"
     if gate.gate_dim > 256:
         return f"it takes gates of width 256 at most, got {gate.gate_dim}"
     if -(-k.shape[2] // gate.config.block_k) > MAX_KEY_BLOCKS:
