@@ -49,12 +49,12 @@ def last_query_scores(q: Tensor, k: Tensor, context: AttentionContext, *, last: 
         if sinks is not None:
             p *= torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sinks[some])
         vertical.append(p.sum(-2).flatten(1, 2))
-        slash.append(_sum_diagonals(p).flatten(1, 2))
+        slash.append(sum_diagonals(p).flatten(1, 2))
     return torch.cat(vertical, 1), torch.cat(slash, 1)
 
 
-def _sum_diagonals(p: Tensor) -> Tensor:
-    """Sums ``[..., rows, S]`` over queries and keys of equal distance; the last row is the last position."""
+def sum_diagonals(p: Tensor) -> Tensor:
+    """Sums ``[..., rows, S]`` over equal distances: ``[..., S]``; the last row is the last position."""
     rows, k_len = p.shape[-2:]
     # From the end of a row on, distance grows by one a key, and one later in the next row: with rows that are one
     # shorter than they are long, equal distances stand below each other.
@@ -105,17 +105,6 @@ def lines_to_blocks(columns: Tensor, offsets: Tensor, *, q_len: int, block_q: in
     for some in (slice(r, r + at_once) for r in range(0, rows, at_once)):
         mask[:, :, some] |= before[..., farthest[some]] > before[..., nearest[some]]
     return mask
-
-
-def lines_to_tokens(columns: Tensor, offsets: Tensor, positions: slice) -> Tensor:
-    """The lines themselves at some query positions, without keys of the future: bool ``[B, H, positions, S]``."""
-    k_len = columns.shape[-1]
-    # Offset 0 stands at place S - 1, and the row of position p begins at place S - 1 - p.
-    backwards = F.pad(offsets.flip(-1), (0, k_len))
-    windows = backwards.unfold(-1, k_len, 1)[..., k_len - positions.stop : k_len - positions.start, :]
-    query = torch.arange(positions.start, positions.stop, device=columns.device)[:, None]
-    causal = torch.arange(k_len, device=columns.device) <= query
-    return (windows.flip(-2) | columns[:, :, None]) & causal
 
 
 def token_density(columns: Tensor, offsets: Tensor, *, q_len: int) -> Tensor:

@@ -24,7 +24,7 @@ from seerattn.baselines.minference import (
     Pattern,
 )
 from seerattn.baselines.plan import Plan, describe_model
-from seerattn.baselines.vertical_slash import keep_best, lines_to_tokens, token_density
+from seerattn.baselines.vertical_slash import keep_best, sum_diagonals, token_density
 from seerattn.eval.arms import Subject
 from seerattn.eval.data import Window
 from seerattn.eval.results import fingerprint
@@ -67,7 +67,8 @@ _SEARCH_FIRST_ROW = 2500
 _SEARCH_BLOCK, _SEARCH_BLOCK_SHARE = 32, 8
 
 _FIT_STEPS = 18
-_STRIP_ELEMENTS = 1 << 25
+# Attention probabilities held at once.
+_STRIP_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 _OFFICIAL: dict[str, Pattern] = {
     "vertical_and_slash": "vertical_slash",
@@ -357,23 +358,36 @@ def recalled_mass(call: AttentionCall) -> Tensor:
     first = int(_SEARCH_FIRST_ROW * scale)
     mass = torch.zeros(len(lines) + 1, heads, dtype=torch.float64, device=q.device)
     keys = k.float().transpose(-1, -2)
-    at_once = max(1, _STRIP_ELEMENTS // (heads * k_len))
+    at_once = max(1, _STRIP_ELEMENTS["cpu" if q.device.type == "cpu" else "cuda"] // (heads * k_len))
     for begin in range(first, k_len, at_once):
-        some = slice(begin, min(begin + at_once, k_len))
-        position = torch.arange(some.start, some.stop, device=q.device)
-        rows = (q[:, :, some].float() * call.scale).reshape(1, kv_heads, -1, q.shape[3])
-        logits = (rows @ keys).view(1, heads, -1, k_len)
+        end = min(begin + at_once, k_len)
+        position = torch.arange(begin, end, device=q.device)[:, None]
+        rows = (q[:, :, begin:end].float() * call.scale).reshape(1, kv_heads, -1, q.shape[3])
+        logits = (rows @ keys[..., :end]).view(heads, -1, end)
         if call.softcap is not None:
             logits = call.softcap * torch.tanh(logits / call.softcap)
-        logits.masked_fill_(torch.arange(k_len, device=q.device) > position[:, None], -torch.inf)
+        logits.masked_fill_(torch.arange(end, device=q.device) > position, -torch.inf)
         p = logits.softmax(-1)
         if call.sinks is not None:
             p *= torch.sigmoid(logits.logsumexp(-1) - call.sinks.float()[:, None])[..., None]
+        by_offset = sum_diagonals(p)
         for i, (columns, offsets) in enumerate(lines):
-            mass[i] += (p * lines_to_tokens(columns, offsets, some)).sum((-1, -2))[0]
-        kept = best[:, :, position // _SEARCH_BLOCK].repeat_interleave(_SEARCH_BLOCK, -1)[..., :k_len]
-        mass[-1] += (p * kept).sum((-1, -2))[0]
+            mass[i] += (by_offset * offsets[0, :, :end]).sum(-1) + _mass_off_diagonals(p, columns[0], offsets[0], begin)
+        kept = best[0][:, (position // _SEARCH_BLOCK).flatten()].repeat_interleave(_SEARCH_BLOCK, -1)[..., :end]
+        mass[-1] += p.masked_fill(~kept, 0).sum((-1, -2))
     return (mass / (k_len - first)).cpu()
+
+
+def _mass_off_diagonals(p: Tensor, columns: Tensor, offsets: Tensor, begin: int) -> Tensor:
+    """Mass on columns of ``p [H, rows, end]`` that lies on no offset, ``[H]``; all heads have as many columns."""
+    heads, rows, end = p.shape
+    place = columns.nonzero()[:, 1].view(heads, 1, -1)
+    # Slots that hold a key up to here in some head; what lies in the future has no mass, wherever it is looked up.
+    place = place[..., (place < end).flatten(0, 1).any(0)]
+    distance = torch.arange(begin, end, device=p.device)[:, None] - place
+    on_offset = offsets.gather(1, distance.clamp(min=0).flatten(1)).view(distance.shape)
+    on_columns = p.gather(2, place.clamp(max=end - 1).expand(-1, rows, -1))
+    return on_columns.masked_fill(on_offset | (place >= end), 0).sum((-1, -2))
 
 
 def _search_lines(estimate: Estimate, rule: HeadRule, scale: float) -> tuple[Tensor, Tensor]:
