@@ -39,9 +39,13 @@ def draw_perplexity(results: Sequence[Result], folder: Path) -> list[Path]:
                 _panel(axes, key, found[key], paired(results), looks)
             for axes in line[len(keys) :]:
                 axes.remove()
-        figure.canvas.draw()
-        for axes in figure.axes:
-            _label_lines(axes)
+        if len(looks) > style.MANY_LINES:
+            named = {name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels())}
+            figure.legend(named.values(), named, loc="outside right center", fontsize=8)
+        else:
+            figure.canvas.draw()
+            for axes in figure.axes:
+                _label_lines(axes)
         return style.save(figure, folder, "perplexity")
 
 

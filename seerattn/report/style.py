@@ -18,6 +18,10 @@ STYLE = Path(__file__).with_name("seerattn.mplstyle")
 DENSE = "#4d4d4d"
 # Floors stand in a figure as far as this many times the loss of the worst other line.
 ROOM_FOR_FLOORS = 2.0
+# With more lines, names stand in one legend, and an axis of perplexity ends at so many times its lowest value:
+# among many systems some lose everything, and what tells the others apart must stay visible.
+MANY_LINES = 9
+TOP_OF_MANY = 1.25
 PALETTE = ("#0072b2", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 # Colours by kind; kinds differ in their lines as well, and arms of one kind in their markers.
 _COLOURS = {
@@ -49,6 +53,8 @@ def cut_floors(axes: Axes, results: Sequence[Result]) -> None:
     low = min(r.value for r in results)
     worst = max((r.value for r in results if kind(r) != "floor"), default=low)
     top = low + ROOM_FOR_FLOORS * (worst - low)
+    if len({r.arm for r in results}) > MANY_LINES:
+        top = min(top, TOP_OF_MANY * low)
     if worst > low and max(r.value for r in results) > top:
         axes.set_ylim(low - 0.05 * (top - low), top)
 
