@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seerattn.baselines.family import Family, SelectorAt
+from seerattn.baselines.plan import Plan
 from seerattn.ops.pooled_attention import block_mass
 from seerattn.selection.block_indices import BlockIndices, forced_block_mask, num_query_blocks
 from seerattn.selection.policies import Knob
@@ -17,6 +18,9 @@ from seerattn.selection.selector import AttentionContext
 
 # Scores held at once, in elements; one row of query blocks at least.
 STRIP_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+
+
+METHOD = "xattention"
 
 
 @dataclass(frozen=True)
@@ -162,24 +166,43 @@ def minimum_thresholds(
     return (kept.sum((-1, -2)) / scores.sum((-1, -2))).amax(0)
 
 
-def xattention_family(*, stride: int = 16, block: int = 128, thresholds: list[list[float]] | None = None) -> Family:
-    """XAttention; the knob is the threshold of all heads, from 0 to 1.
-
-    With ``thresholds`` by layer and head it goes from 0 to 2: up to 1 it is a factor of all thresholds, which are as
-    given at 1, and from there they go on a straight line to 1 each.
-    """
+def xattention_family(*, stride: int = 16, block: int = 128) -> Family:
+    """XAttention; the knob is the threshold of all heads, from 0 to 1."""
 
     def at(knob: float) -> SelectorAt:
-        threshold: Knob = knob
-        if thresholds is not None:
-            low, high = min(knob, 1.0), max(knob - 1.0, 0.0)
-            threshold = [[low * value + high * (1 - value) for value in layer] for layer in thresholds]
-        selector = XAttentionSelector(threshold, stride, block)
+        selector = XAttentionSelector(knob, stride, block)
         return lambda layer: selector
 
-    settings = {"stride": stride} if thresholds is None else {"stride": stride, "thresholds": thresholds}
-    densest = 1.0 if thresholds is None else 2.0
-    return Family("xattention", at, 0.0, densest, block_q=block, block_k=block, settings=settings)
+    return Family("xattention", at, 0.0, 1.0, block_q=block, block_k=block, settings={"stride": stride})
+
+
+def xattention_profile_family(plan: Plan) -> Family:
+    """XAttention with the thresholds by head of `seerattn plan xattention_profile`, at its stride and block size.
+
+    The knob goes from 0 to 2: up to 1 it is a factor of all thresholds, which are as planned at 1, and from there they
+    go on a straight line to 1 each.
+
+    Raises:
+        ValueError: a plan of another method, or rules that are no thresholds.
+    """
+    if plan.method != METHOD:
+        raise ValueError(f"plan must be one of {METHOD}, got one of {plan.method}")
+    try:
+        thresholds = [[float(rule["threshold"]) for rule in heads] for heads in plan.rules]
+        stride, block = int(plan.made["stride"]), int(plan.made["block"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"plan must have a threshold for every head, a stride and a block, got none: {error}"
+        ) from error
+
+    def at(knob: float) -> SelectorAt:
+        low, high = min(knob, 1.0), max(knob - 1.0, 0.0)
+        scaled = [[low * value + high * (1 - value) for value in layer] for layer in thresholds]
+        selector = XAttentionSelector(scaled, stride, block)
+        return lambda layer: selector if thresholds[layer] else None
+
+    settings = {"stride": stride, "plan": plan.digest}
+    return Family("xattention_profile", at, 0.0, 2.0, block_q=block, block_k=block, settings=settings)
 
 
 def _strips(rows: int, elements: int, device: torch.device) -> Iterator[slice]:

@@ -40,6 +40,9 @@ SamplesOption = Annotated[int, typer.Option(help="Documents of each length.", mi
 BoundOption = Annotated[
     float, typer.Option(help="Bound of MoA's density: blocks that the last row keeps over all blocks, mean over heads.")
 ]
+StrideOption = Annotated[int, typer.Option(help="Distance of the antidiagonals in tokens.", min=1)]
+BlockOption = Annotated[int, typer.Option(help="Block size in tokens, a multiple of the stride.", min=1)]
+CoverageOption = Annotated[float, typer.Option(help="Share of the true attention mass that thresholds are to hold.")]
 LengthsOption = Annotated[
     str, typer.Option(help="Tokens of the profile's documents; default: a quarter, a half and all of the context.")
 ]
@@ -143,6 +146,46 @@ def moa(
     if not is_there(output, METHOD, describe(config), settings.to_dict()):
         with progress_bars(console) as progress:
             plan = plans.make_plan(subject, documents, settings, progress=progress)
+        plan.save(output)
+    _print(Plan.load(output, method=METHOD), output)
+
+
+@app.command("xattention_profile")
+def xattention_profile(
+    model: ModelOption,
+    data: DataOption,
+    output: PlanOption,
+    stride: StrideOption = 16,
+    block: BlockOption = 128,
+    coverage: CoverageOption = 0.9,
+    context: OneContextOption = 8192,
+    windows: WindowsOption = 4,
+    seed: SeedOption = 0,
+    max_docs: MaxDocsOption = 0,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Find XAttention's threshold for every head: its estimate of the fewest blocks that hold most of the true mass."""
+    from seerattn.baselines.xattention import METHOD
+    from seerattn.eval import plans_xattention as plans
+    from seerattn.eval.plans_minference import describe, draw_windows
+
+    subject = load_subject(model, device=choose_device(device or None), dtype=dtype, context=context)
+    documents = token_documents(data, subject.tokenizer, limit=max_docs or None)
+    settings = plans.ThresholdSettings(
+        stride=stride,
+        block=block,
+        coverage=coverage,
+        context=context,
+        windows=windows,
+        seed=seed,
+        data=digest(documents),
+        dtype=str(subject.model.dtype).removeprefix("torch."),
+    )
+    if not is_there(output, METHOD, describe(subject.model.config), asdict(settings)):
+        cut = cut_windows(documents, context=context, count=None, bos_token_id=subject.bos_token_id)
+        with progress_bars(console) as progress:
+            plan = plans.profile_plan(subject, draw_windows(cut, windows, seed), settings, progress=progress)
         plan.save(output)
     _print(Plan.load(output, method=METHOD), output)
 

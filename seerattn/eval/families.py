@@ -47,6 +47,7 @@ SOURCES = {
     "minference": Source("minference", plan=True),
     "moa": Source("moa", plan=True),
     "xattention": Source("xattention"),
+    "xattention_profile": Source("xattention", plan=True),
     "flexprefill": Source("flexprefill"),
 }
 SELECTORS = ("dense", "gate", *SOURCES)

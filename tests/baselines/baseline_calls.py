@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from seerattn.baselines.plan import Plan
 from seerattn.selection import AttentionContext
 
 CONTEXT = AttentionContext(layer=1, scale=0.25, softcap=None, unrotate=lambda x, start: x.float())
@@ -43,3 +44,10 @@ def softmax(values: list[float]) -> list[float]:
 def kept(mask: Tensor, first: int) -> dict[int, set[int]]:
     """The key blocks of each absolute query block, of a mask ``[Nq, Nk]`` of one head."""
     return {first + row: set(blocks.nonzero().flatten().tolist()) for row, blocks in enumerate(mask)}
+
+
+def profile(thresholds: list[list[float]], *, stride: int, block: int) -> Plan:
+    """A plan of XAttention with these thresholds by layer and head."""
+    sizes = {"layers": len(thresholds), "heads": len(thresholds[0]), "kv_heads": 1, "head_dim": 32}
+    rules = [[{"threshold": value} for value in layer] for layer in thresholds]
+    return Plan("xattention", sizes, rules, {"stride": stride, "block": block})

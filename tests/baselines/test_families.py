@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from baseline_calls import CONTEXT, calls
+from baseline_calls import CONTEXT, calls, profile
 from tiny_models import tiny_model, tokens
 
 from seerattn import attach, detach
@@ -14,7 +14,7 @@ from seerattn.baselines.pooled import pooled_family
 from seerattn.baselines.random import random_family
 from seerattn.baselines.shapes import a_shape_family, tri_shape_family
 from seerattn.baselines.streaming import streaming_family
-from seerattn.baselines.xattention import xattention_family
+from seerattn.baselines.xattention import xattention_family, xattention_profile_family
 
 PROFILE = [[0.3, 0.9, 0.6, 1.0]] * 2
 BLOCKS = {"block_q": 32, "block_k": 32}
@@ -26,7 +26,7 @@ FAMILIES = {
     "a_shape": a_shape_family(**BLOCKS, n_init=32),
     "tri_shape": tri_shape_family(**BLOCKS, n_init=32, n_last=1),
     "xattention": xattention_family(stride=8, block=32),
-    "xattention-profile": xattention_family(stride=8, block=32, thresholds=PROFILE),
+    "xattention-profile": xattention_profile_family(profile(PROFILE, stride=8, block=32)),
     "flexprefill": flexprefill_family(block=32),
 }
 

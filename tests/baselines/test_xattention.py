@@ -3,14 +3,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from baseline_calls import CONTEXT, calls, kept, products, rows_of, softmax
+from baseline_calls import CONTEXT, calls, kept, products, profile, rows_of, softmax
 
 from seerattn.baselines import xattention
 from seerattn.baselines.xattention import (
     XAttentionSelector,
     antidiagonal_scores,
     minimum_thresholds,
-    xattention_family,
+    xattention_profile_family,
 )
 
 CALLS = [(333, 333), (77, 333), (64, 320), (130, 200), (5, 5)]
@@ -117,13 +117,21 @@ def test_xattention_thresholds_are_by_layer_and_head() -> None:
         assert torch.equal(mask[:, head], alone[:, head])
 
 
-def test_xattention_family_scales_thresholds_up_to_one() -> None:
-    table = [[0.8, 0.5]]
-    family = xattention_family(stride=8, block=64, thresholds=table)
-    assert family.densest == 2
+def test_xattention_profile_scales_thresholds_up_to_one() -> None:
+    plan = profile([[0.8, 0.5]], stride=8, block=64)
+    family = xattention_profile_family(plan)
+    assert family.densest == 2 and family.block_k == 64
     for knob, expected in ((0.0, [0, 0]), (0.5, [0.4, 0.25]), (1.0, [0.8, 0.5]), (1.5, [0.9, 0.75]), (2.0, [1, 1])):
         assert family.at(knob)(0).threshold == [pytest.approx(expected)]
-    assert family.settings == {"stride": 8, "thresholds": table}
+    assert family.settings == {"stride": 8, "plan": plan.digest}
+
+
+def test_xattention_profile_rejects_plans_of_others() -> None:
+    plan = profile([[0.8, 0.5]], stride=8, block=64)
+    with pytest.raises(ValueError, match="plan must be one of xattention, got one of moa"):
+        xattention_profile_family(replace(plan, method="moa"))
+    with pytest.raises(ValueError, match="threshold for every head"):
+        xattention_profile_family(replace(plan, rules=[[{"pattern": "a_shape"}] * 2]))
 
 
 def slow_threshold(q, k, batch: int, head: int, stride: int, block: int, coverage: float) -> float:
