@@ -16,11 +16,10 @@ from seerattn.selection.block_indices import BlockIndices, forced_block_mask, nu
 from seerattn.selection.policies import Knob
 from seerattn.selection.selector import AttentionContext
 
+METHOD = "xattention_profile"  # of plans
+
 # Scores held at once, in elements; one row of query blocks at least.
 STRIP_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-
-
-METHOD = "xattention"
 
 
 @dataclass(frozen=True)

@@ -50,4 +50,4 @@ def profile(thresholds: list[list[float]], *, stride: int, block: int) -> Plan:
     """A plan of XAttention with these thresholds by layer and head."""
     sizes = {"layers": len(thresholds), "heads": len(thresholds[0]), "kv_heads": 1, "head_dim": 32}
     rules = [[{"threshold": value} for value in layer] for layer in thresholds]
-    return Plan("xattention", sizes, rules, {"stride": stride, "block": block})
+    return Plan("xattention_profile", sizes, rules, {"stride": stride, "block": block})

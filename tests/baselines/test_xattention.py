@@ -128,7 +128,7 @@ def test_xattention_profile_scales_thresholds_up_to_one() -> None:
 
 def test_xattention_profile_rejects_plans_of_others() -> None:
     plan = profile([[0.8, 0.5]], stride=8, block=64)
-    with pytest.raises(ValueError, match="plan must be one of xattention, got one of moa"):
+    with pytest.raises(ValueError, match="plan must be one of xattention_profile, got one of moa"):
         xattention_profile_family(replace(plan, method="moa"))
     with pytest.raises(ValueError, match="threshold for every head"):
         xattention_profile_family(replace(plan, rules=[[{"pattern": "a_shape"}] * 2]))

@@ -37,7 +37,7 @@ def test_profile_is_the_largest_minimum_threshold_over_texts_by_layer_and_head()
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 97, (333,), generator=generator).tolist() for _ in range(2)]
     plan = profile_plan(subject, [Window(i, ids) for i, ids in enumerate(texts)], SETTINGS)
-    assert plan.method == "xattention" and [len(heads) for heads in plan.rules] == [4, 4]
+    assert plan.method == "xattention_profile" and [len(heads) for heads in plan.rules] == [4, 4]
 
     expected = torch.zeros(2, 4, dtype=torch.float64)
     for ids in texts:
@@ -73,9 +73,10 @@ def test_command_writes_a_profile_that_it_reuses_and_refuses_for_other_settings(
 
     assert run("--stride", "8") == 0
     written = (tmp_path / "p").read_bytes()
-    plan = Plan.load(tmp_path / "p", method="xattention")
+    plan = Plan.load(tmp_path / "p", method="xattention_profile")
     every = [rule["threshold"] for heads in plan.rules for rule in heads]
-    assert f"{min(every):.4f}" in capsys.readouterr().out and 0 < min(every) <= max(every) <= 1
+    assert f"least threshold: {plan.made['found']['least threshold']:g}" in capsys.readouterr().out
+    assert 0 < min(every) <= max(every) <= 1
     assert run("--stride", "8") == 0
     assert run("--stride", "16") == 2
     assert "stride 8, not 16" in capsys.readouterr().err
