@@ -54,7 +54,9 @@ def test_files_hold_the_gates_and_nothing_else(folder: Path) -> None:
 
 
 def test_learned_pooling_is_saved_and_loaded(tmp_path: Path) -> None:
-    model = seerattn.attach(tiny_model("llama"), LEARNED, SPARSE)
+    tiny_model("llama").save_pretrained(tmp_path / "base")  # PEFT warns of a base that it cannot find
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = seerattn.attach(base, LEARNED, SPARSE)
     saved = [state.gate for state in layer_states(model)]
     with torch.no_grad():
         for gate in saved:
