@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from seerattn.selection.policies import Policy, TopK
 from seerattn.selection.selector import Selector
 
 SelectorAt = Callable[[int], Selector | None]
@@ -39,3 +40,31 @@ class Family:
     block_q: int = 64
     block_k: int = 64
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def top_k_family(
+    name: str,
+    make: Callable[[Policy], Selector],
+    *,
+    block_q: int,
+    block_k: int,
+    sink_blocks: int,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Family:
+    """The family of a selector that leaves the choice to a policy; the knob is the density of `TopK`.
+
+    Args:
+        name: what tables call it.
+        make: from a policy to the selector, which is the same in every layer.
+        block_q: query block size in tokens.
+        block_k: key block size in tokens.
+        sink_blocks: first key blocks that every row keeps.
+        settings: what else defines the family.
+    """
+
+    def at(density: float) -> SelectorAt:
+        selector = make(TopK(density=density, sink_blocks=sink_blocks))
+        return lambda layer: selector
+
+    settings = {**settings, "sink_blocks": sink_blocks}
+    return Family(name, at, sparsest=1e-3, densest=1.0, block_q=block_q, block_k=block_k, settings=settings)

@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from seerattn.baselines.family import Family, SelectorAt
+from seerattn.baselines.family import Family, top_k_family
 from seerattn.ops.pooled_attention import pooled_attention
 from seerattn.selection.block_indices import BlockIndices
-from seerattn.selection.policies import Policy, TopK
+from seerattn.selection.policies import Policy
 from seerattn.selection.selector import AttentionContext
 from seerattn.training.losses import group_target
 
@@ -57,11 +57,11 @@ def oracle_family(
     sink_blocks: int = 1,
 ) -> Family:
     """The best blocks of the true map; the knob is the density of `TopK`."""
-
-    def at(density: float) -> SelectorAt:
-        policy = TopK(density=density, sink_blocks=sink_blocks)
-        selector = OracleSelector(policy, block_q, block_k, share)
-        return lambda layer: selector
-
-    settings = {"share": share, "sink_blocks": sink_blocks}
-    return Family("oracle", at, sparsest=1e-3, densest=1.0, block_q=block_q, block_k=block_k, settings=settings)
+    return top_k_family(
+        "oracle",
+        lambda policy: OracleSelector(policy, block_q, block_k, share),
+        block_q=block_q,
+        block_k=block_k,
+        sink_blocks=sink_blocks,
+        settings={"share": share},
+    )

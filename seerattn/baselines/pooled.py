@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seerattn.baselines.family import Family, SelectorAt
+from seerattn.baselines.family import Family, top_k_family
 from seerattn.gate.pooling import pool_blocks
 from seerattn.selection.block_indices import BlockIndices
-from seerattn.selection.policies import Policy, TopK
+from seerattn.selection.policies import Policy
 from seerattn.selection.selector import AttentionContext
 
 
@@ -62,11 +62,10 @@ def pooled_scores(q: Tensor, k: Tensor, *, block_q: int, block_k: int) -> Tensor
 
 def pooled_family(*, block_q: int = 64, block_k: int = 64, sink_blocks: int = 1) -> Family:
     """Mean-pooled q.k; the knob is the density of `TopK`."""
-
-    def at(density: float) -> SelectorAt:
-        policy = TopK(density=density, sink_blocks=sink_blocks)
-        selector = PooledSelector(policy, block_q, block_k)
-        return lambda layer: selector
-
-    settings = {"sink_blocks": sink_blocks}
-    return Family("pooled", at, sparsest=1e-3, densest=1.0, block_q=block_q, block_k=block_k, settings=settings)
+    return top_k_family(
+        "pooled",
+        lambda policy: PooledSelector(policy, block_q, block_k),
+        block_q=block_q,
+        block_k=block_k,
+        sink_blocks=sink_blocks,
+    )

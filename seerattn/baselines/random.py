@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seerattn.baselines.family import Family, SelectorAt
+from seerattn.baselines.family import Family, top_k_family
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
-from seerattn.selection.policies import Policy, TopK
+from seerattn.selection.policies import Policy
 from seerattn.selection.selector import AttentionContext
 
 
@@ -67,14 +67,14 @@ def hashed(key: tuple[int, ...], *places: Tensor) -> Tensor:
 
 def random_family(*, seed: int = 0, block_q: int = 64, block_k: int = 64, sink_blocks: int = 1) -> Family:
     """Random blocks; the knob is the density of `TopK`."""
-
-    def at(density: float) -> SelectorAt:
-        policy = TopK(density=density, sink_blocks=sink_blocks)
-        selector = RandomSelector(policy, seed, block_q, block_k)
-        return lambda layer: selector
-
-    settings = {"seed": seed, "sink_blocks": sink_blocks}
-    return Family("random", at, sparsest=1e-3, densest=1.0, block_q=block_q, block_k=block_k, settings=settings)
+    return top_k_family(
+        "random",
+        lambda policy: RandomSelector(policy, seed, block_q, block_k),
+        block_q=block_q,
+        block_k=block_k,
+        sink_blocks=sink_blocks,
+        settings={"seed": seed},
+    )
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seerattn.baselines.family import Family, SelectorAt
+from seerattn.baselines.family import Family, top_k_family
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
-from seerattn.selection.policies import Policy, TopK
+from seerattn.selection.policies import Policy
 from seerattn.selection.selector import AttentionContext
 
 
@@ -49,11 +49,10 @@ class StreamingSelector:
 
 def streaming_family(*, block_q: int = 64, block_k: int = 64, sink_blocks: int = 1) -> Family:
     """Sinks and recent blocks; the knob is the density of `TopK`."""
-
-    def at(density: float) -> SelectorAt:
-        policy = TopK(density=density, sink_blocks=sink_blocks)
-        selector = StreamingSelector(policy, block_q, block_k)
-        return lambda layer: selector
-
-    settings = {"sink_blocks": sink_blocks}
-    return Family("streaming", at, sparsest=1e-3, densest=1.0, block_q=block_q, block_k=block_k, settings=settings)
+    return top_k_family(
+        "streaming",
+        lambda policy: StreamingSelector(policy, block_q, block_k),
+        block_q=block_q,
+        block_k=block_k,
+        sink_blocks=sink_blocks,
+    )
