@@ -11,6 +11,9 @@ from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from seerattn.gate import AttnGateConfig
+from seerattn.hf.attach import attach, detach
+
 WORDS = [f"w{number}" for number in range(90)]
 
 
@@ -55,3 +58,15 @@ def write_model(folder: Path) -> Path:
     topical_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def write_models_and_gates(folder: Path) -> None:
+    """A "model" and an "other" of other sizes with tokenizers, gates for both, and documents ("docs.jsonl")."""
+    for name, overrides in (("model", {}), ("other", {"num_attention_heads": 2, "num_key_value_heads": 1})):
+        model = tiny_model("llama", **overrides)
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+        gated = attach(model, AttnGateConfig(rope=False))
+        gated.save_pretrained(folder / f"gates-of-{name}")
+        detach(gated)
+    write_documents(folder / "docs.jsonl", 450, 500, 550)

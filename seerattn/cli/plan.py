@@ -97,7 +97,7 @@ def minference(
     )
     subject = load_subject(model, device=choose_device(device or None), dtype=dtype, context=context)
     documents = token_documents(data, subject.tokenizer, limit=max_docs or None)
-    settings = replace(settings, data=digest(documents), dtype=str(subject.model.dtype).removeprefix("torch."))
+    settings = replace(settings, data=digest(documents), dtype=subject.dtype)
     if not is_there(output, METHOD, plans.describe(subject.model.config), asdict(settings)):
         cut = cut_windows(documents, context=context, count=None, bos_token_id=subject.bos_token_id)
         with progress_bars(console) as progress:
@@ -141,7 +141,7 @@ def moa(
         density=density,
         seed=seed,
         data=digest(documents),
-        dtype=str(subject.model.dtype).removeprefix("torch."),
+        dtype=subject.dtype,
     )
     if not is_there(output, METHOD, describe(config), settings.to_dict()):
         with progress_bars(console) as progress:
@@ -180,7 +180,7 @@ def xattention_profile(
         windows=windows,
         seed=seed,
         data=digest(documents),
-        dtype=str(subject.model.dtype).removeprefix("torch."),
+        dtype=subject.dtype,
     )
     if not is_there(output, METHOD, describe(subject.model.config), asdict(settings)):
         cut = cut_windows(documents, context=context, count=None, bos_token_id=subject.bos_token_id)

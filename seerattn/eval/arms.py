@@ -236,6 +236,11 @@ class Subject:
         self._held = False
 
     @property
+    def dtype(self) -> str:
+        """Name of the model's dtype, as results and plans give it."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
@@ -357,7 +362,7 @@ class Subject:
             selector=selector,
             policy=policy,
             density=density,
-            cell=cell | about | {"dtype": str(self.model.dtype).removeprefix("torch.")},
+            cell=cell | about | {"dtype": self.dtype},
             **values,
         )
 

@@ -3,15 +3,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_corpus import tiny_tokenizer, write_documents
-from tiny_models import tiny_model
+from tiny_corpus import write_models_and_gates
 
 from seerattn.baselines.plan import Plan
 from seerattn.cli import main
 from seerattn.eval import compare
 from seerattn.eval.results import read_results
-from seerattn.gate import AttnGateConfig
-from seerattn.hf.attach import attach, detach
 
 SIZES = {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 32}
 RULE = {"pattern": "vertical_slash", "columns": 100, "offsets": 800}
@@ -39,14 +36,7 @@ RECIPE = {
 def folder(tmp_path_factory):
     """Two models, gates for both, plans good and bad, and documents."""
     folder = tmp_path_factory.mktemp("compare")
-    for name, overrides in (("model", {}), ("other", {"num_attention_heads": 2, "num_key_value_heads": 1})):
-        model = tiny_model("llama", **overrides)
-        model.save_pretrained(folder / name)
-        tiny_tokenizer().save_pretrained(folder / name)
-        gated = attach(model, AttnGateConfig(rope=False))
-        gated.save_pretrained(folder / f"gates-of-{name}")
-        detach(gated)
-    write_documents(folder / "docs.jsonl", 450, 500, 550)
+    write_models_and_gates(folder)
     Plan("minference", SIZES | {"layers": 3}, [[RULE] * 4] * 3, {}).save(folder / "other-plan.json")
     # Sizes of their own in every head: heads that grow together change the density in large steps.
     rules = [

@@ -2,27 +2,17 @@ import json
 import shutil
 
 import pytest
-from tiny_corpus import tiny_tokenizer, write_documents
-from tiny_models import tiny_model
+from tiny_corpus import write_models_and_gates
 
 from seerattn.cli import main
 from seerattn.eval.results import read_results
-from seerattn.gate import AttnGateConfig
-from seerattn.hf.attach import attach, detach
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model, gates for it and for another, and documents."""
     folder = tmp_path_factory.mktemp("evaluate")
-    for name, overrides in (("model", {}), ("other", {"num_attention_heads": 2, "num_key_value_heads": 1})):
-        model = tiny_model("llama", **overrides)
-        model.save_pretrained(folder / name)
-        tiny_tokenizer().save_pretrained(folder / name)
-        gated = attach(model, AttnGateConfig(rope=False))
-        gated.save_pretrained(folder / f"gates-of-{name}")
-        detach(gated)
-    write_documents(folder / "docs.jsonl", 450, 500, 550)
+    write_models_and_gates(folder)
     (folder / "empty.jsonl").write_text("")
     return folder
 
