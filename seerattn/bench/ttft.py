@@ -20,7 +20,7 @@ from seerattn.bench.session import Session
 from seerattn.bench.timing import long_runs, peak_gib, reset_peak, synchronize
 from seerattn.eval.results import Result
 from seerattn.hf.attach import set_policy
-from seerattn.hf.attention import record_density
+from seerattn.hf.meters import record_density
 from seerattn.selection.policies import TopK
 
 QUANTITIES = ("ttft_s", "attention_share", "peak_memory_gib")

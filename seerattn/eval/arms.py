@@ -21,7 +21,8 @@ from seerattn.eval.results import Result, fingerprint
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import GateSelector
 from seerattn.hf.attach import attach, detach
-from seerattn.hf.attention import AttentionTimes, DensityMeter, TimeMeter, layer_states, record_density, record_time
+from seerattn.hf.attention import layer_states
+from seerattn.hf.meters import AttentionTimes, DensityMeter, TimeMeter, record_density, record_time
 from seerattn.ops.resolve import check_impl
 from seerattn.selection.policies import Policy, TopK, policy_from_dict
 from seerattn.selection.selector import LastRowsDense

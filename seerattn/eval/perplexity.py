@@ -16,7 +16,7 @@ from seerattn.eval import statistics
 from seerattn.eval.arms import DENSE, Arm, Subject, TunedArm
 from seerattn.eval.data import Window, batches
 from seerattn.eval.results import Result, ResultsFile, Stopwatch
-from seerattn.hf.attention import AttentionTimes
+from seerattn.hf.meters import AttentionTimes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

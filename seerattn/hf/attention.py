@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,125 +30,18 @@ from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.crossover import prefer_dense
 from seerattn.ops.pooled_attention import pooled_attention
 from seerattn.ops.resolve import check_impl
-from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
+from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 from seerattn.selection.selector import AttentionContext, RotaryTables, Selector
 
 if TYPE_CHECKING:
     from seerattn.hf.distillation import GateLosses
+    from seerattn.hf.meters import DensityMeter, TimeMeter
 
 logger = logging.getLogger(__name__)
 
 # Name of our implementation by the one that it replaces. "flash" and "sdpa" in a name would make transformers look
 # for those libraries.
 IMPLEMENTATIONS = {"sdpa": "seer_attention", "eager": "seer_attention_eager"}
-
-
-class DensityMeter:
-    """Counts the blocks that layers compute; see `record_density`.
-
-    Only prefill calls of layers with a selector count. A call that ``impl="auto"`` ran dense counts with density 1.
-    """
-
-    def __init__(self) -> None:
-        # Counts stay on the device until they are asked for, so that counting never waits for a GPU.
-        self._computed: dict[int, Tensor] = {}
-        self._causal: dict[int, int] = {}
-
-    def add(self, layer: int, heads: int, blocks: BlockIndices) -> None:
-        """Counts one call of a layer with so many query heads."""
-        computed = blocks.counts.sum((0, 2)).repeat_interleave(heads // blocks.num_heads)
-        self._computed[layer] = self._computed[layer] + computed if layer in self._computed else computed
-        geometry = (tuple(blocks.q_start.tolist()), tuple(blocks.q_len.tolist()), blocks.block_q, blocks.block_k)
-        self._causal[layer] = self._causal.get(layer, 0) + _causal_blocks(*geometry)
-
-    @property
-    def layers(self) -> list[int]:
-        """Indices of the layers that were counted."""
-        return sorted(self._computed)
-
-    def by_head(self) -> dict[int, Tensor]:
-        """Realised density of every counted layer, float64 ``[H]``; the heads of a group may share theirs."""
-        return {layer: self._computed[layer].double().cpu() / self._causal[layer] for layer in self.layers}
-
-    def mean(self) -> float:
-        """Realised density over all counted layers and heads.
-
-        Raises:
-            ValueError: nothing was counted.
-        """
-        if not self._computed:
-            raise ValueError("the meter must have seen at least one prefill of a layer with a selector, got none")
-        return float(torch.stack([density.mean() for density in self.by_head().values()]).mean())
-
-
-@functools.lru_cache(maxsize=256)
-def _causal_blocks(q_starts: tuple[int, ...], q_lens: tuple[int, ...], block_q: int, block_k: int) -> int:
-    """Causal blocks of all rows of a call, which every layer of a forward asks for again."""
-    total = 0
-    for start, length in zip(q_starts, q_lens):
-        geometry = (num_query_blocks(start, length, block_q), -(-(start + length) // block_k), block_q, block_k)
-        total += int(causal_block_mask(start, length, *geometry).sum())
-    return total
-
-
-class AttentionTimes(NamedTuple):
-    """Milliseconds of each forward for one sequence, summed over layers.
-
-    Attributes:
-        index: choosing blocks.
-        attention: attention over the chosen blocks, or dense attention in layers without a selector.
-    """
-
-    index: list[float]
-    attention: list[float]
-
-
-class TimeMeter:
-    """Measures how long layers take to choose blocks and to attend to them; see `record_time`.
-
-    On a GPU events on the stream delimit both, so nothing waits until `times` is called; gaps in which the GPU waits
-    for the host count, as they do for users. Elsewhere it is wall time. A first forward may compile kernels: leave it
-    out of the ``with``.
-    """
-
-    def __init__(self) -> None:
-        self._spans: dict[str, dict[int, list[tuple[int, Any, Any]]]] = {"index": {}, "attention": {}}
-
-    @contextmanager
-    def measure(self, layer: int, part: Literal["index", "attention"], query: Tensor) -> Iterator[None]:
-        """Takes the time of a part of one call of a layer with queries ``[B, H, T, D]``."""
-        begin = _instant(query.device)
-        yield
-        self._spans[part].setdefault(layer, []).append((query.shape[0], begin, _instant(query.device)))
-
-    def times(self) -> AttentionTimes:
-        """All forwards so far, in order."""
-        if any(
-            isinstance(begin, torch.cuda.Event) for spans in self._spans["attention"].values() for _, begin, _ in spans
-        ):
-            torch.cuda.synchronize()
-        return AttentionTimes(*(self._per_forward(self._spans[part]) for part in AttentionTimes._fields))
-
-    def _per_forward(self, layers: dict[int, list[tuple[int, Any, Any]]]) -> list[float]:
-        forwards = max(map(len, self._spans["attention"].values()), default=0)
-        sums = [0.0] * forwards
-        for spans in layers.values():
-            for forward, (batch, begin, end) in enumerate(spans):
-                sums[forward] += _milliseconds(begin, end) / batch
-        return sums
-
-
-def _instant(device: torch.device) -> Any:
-    """A point in time: an event on the stream of a GPU, else seconds."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def _milliseconds(begin: Any, end: Any) -> float:
-    return begin.elapsed_time(end) if isinstance(begin, torch.cuda.Event) else 1e3 * (end - begin)
 
 
 @dataclass(eq=False)
@@ -194,36 +86,6 @@ def layer_states(model: nn.Module) -> list[LayerState]:
     """The states of all attention layers of ``model`` that were attached to, in order of the layers."""
     states = (module.__dict__.get("_seer") for module in model.modules())
     return sorted((s for s in states if s is not None), key=lambda s: s.layer)
-
-
-@contextmanager
-def record_density(model: nn.Module) -> Iterator[DensityMeter]:
-    """Counts the blocks that the layers of ``model`` compute inside the ``with``."""
-    meter, states = DensityMeter(), layer_states(model)
-    for state in states:
-        state.meters.append(meter)
-    try:
-        yield meter
-    finally:
-        for state in states:
-            state.meters.remove(meter)
-
-
-@contextmanager
-def record_time(model: nn.Module) -> Iterator[TimeMeter]:
-    """Takes the times of choosing blocks and of attention in the prefills of ``model`` inside the ``with``.
-
-    Layers that were attached to but have no selector are timed as well, at their fastest: on a Hopper GPU their dense
-    attention tries cuDNN first, as ``impl="auto"`` does.
-    """
-    meter, states = TimeMeter(), layer_states(model)
-    for state in states:
-        state.timer = meter
-    try:
-        yield meter
-    finally:
-        for state in states:
-            state.timer = None
 
 
 @dataclass(frozen=True)

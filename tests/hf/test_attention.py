@@ -13,7 +13,8 @@ import seerattn
 from seerattn import AttnGateConfig, BlockIndices, KeepAll, TokenBudget, TopK
 from seerattn.baselines.streaming import StreamingSelector
 from seerattn.hf import attention
-from seerattn.hf.attention import IMPLEMENTATIONS, layer_states, record_time
+from seerattn.hf.attention import IMPLEMENTATIONS, layer_states
+from seerattn.hf.meters import record_time
 
 GATE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=1, key_subblocks=1)
 SPARSE = TopK(density=0.3, rule="row_share")
