@@ -13,8 +13,9 @@ from seerattn.baselines.plan import Plan
 from seerattn.cli.evaluate import DeviceOption, DtypeOption, MaxDocsOption, ModelOption, OneContextOption, SeedOption
 from seerattn.cli.progress import progress_bars
 from seerattn.cli.values import numbers
-from seerattn.eval.arms import choose_device, load_subject
+from seerattn.eval.arms import Subject, choose_device, load_subject
 from seerattn.eval.data import cut_windows, digest, token_documents
+from seerattn.eval.plans import describe, describe_named
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(stderr=True)
@@ -81,7 +82,7 @@ def minference(
     if bool(data) == (official is not None):
         raise ValueError("either data or import must be given, got " + ("both" if data else "none"))
     if official is not None:
-        imported = plans.read_official(official, plans.describe_named(model))
+        imported = plans.read_official(official, describe_named(model))
         if not is_there(output, METHOD, imported.model, imported.made):
             imported.save(output)
         _print(imported, output)
@@ -95,10 +96,9 @@ def minference(
         block_q=block_q,
         block_k=block_k,
     )
-    subject = load_subject(model, device=choose_device(device or None), dtype=dtype, context=context)
-    documents = token_documents(data, subject.tokenizer, limit=max_docs or None)
+    subject, documents = _load(model, data, max_docs, device, dtype, context)
     settings = replace(settings, data=digest(documents), dtype=subject.dtype)
-    if not is_there(output, METHOD, plans.describe(subject.model.config), asdict(settings)):
+    if not is_there(output, METHOD, describe(subject.model.config), asdict(settings)):
         cut = cut_windows(documents, context=context, count=None, bos_token_id=subject.bos_token_id)
         with progress_bars(console) as progress:
             plan = plans.search_plan(subject, plans.draw_windows(cut, windows, seed), settings, progress=progress)
@@ -127,11 +127,9 @@ def moa(
     """
     from seerattn.baselines.moa_profile import METHOD
     from seerattn.eval import plans_moa as plans
-    from seerattn.eval.plans_minference import describe
 
     chosen = tuple(sorted(numbers("lengths", lengths, int, 1))) if lengths else plans.default_lengths(context)
-    subject = load_subject(model, device=choose_device(device or None), dtype=dtype, context=max(*chosen, validate_at))
-    documents = token_documents(data, subject.tokenizer, limit=max_docs or None)
+    subject, documents = _load(model, data, max_docs, device, dtype, max(*chosen, validate_at))
     config = subject.model.config
     longest = getattr(config.get_text_config(), "max_position_embeddings", 2 * max(chosen))
     settings = plans.ProfileSettings(
@@ -168,10 +166,9 @@ def xattention_profile(
     """Find XAttention's threshold for every head: its estimate of the fewest blocks that hold most of the true mass."""
     from seerattn.baselines.xattention import METHOD
     from seerattn.eval import plans_xattention as plans
-    from seerattn.eval.plans_minference import describe, draw_windows
+    from seerattn.eval.plans_minference import draw_windows
 
-    subject = load_subject(model, device=choose_device(device or None), dtype=dtype, context=context)
-    documents = token_documents(data, subject.tokenizer, limit=max_docs or None)
+    subject, documents = _load(model, data, max_docs, device, dtype, context)
     settings = plans.ThresholdSettings(
         stride=stride,
         block=block,
@@ -188,6 +185,14 @@ def xattention_profile(
             plan = plans.profile_plan(subject, draw_windows(cut, windows, seed), settings, progress=progress)
         plan.save(output)
     _print(Plan.load(output, method=METHOD), output)
+
+
+def _load(
+    model: str, data: list[str], max_docs: int, device: str, dtype: str, context: int
+) -> tuple[Subject, list[list[int]]]:
+    """The model to search on, and the documents as its tokens."""
+    subject = load_subject(model, device=choose_device(device or None), dtype=dtype, context=context)
+    return subject, token_documents(data, subject.tokenizer, limit=max_docs or None)
 
 
 def is_there(path: Path, method: str, model: dict[str, Any], settings: dict[str, Any]) -> bool:

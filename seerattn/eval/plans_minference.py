@@ -23,19 +23,17 @@ from seerattn.baselines.minference import (
     HeadRule,
     Pattern,
 )
-from seerattn.baselines.plan import Plan, describe_model
+from seerattn.baselines.plan import Plan
 from seerattn.baselines.vertical_slash import keep_best, sum_diagonals, token_density
 from seerattn.eval.arms import Subject
 from seerattn.eval.data import Window
-from seerattn.eval.results import fingerprint
+from seerattn.eval.plans import describe
 from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.block_sparse_attention.api import BLOCK_SIZES
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.selector import AttentionContext
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from seerattn.hf.spy import AttentionCall
 
 Variant = Literal["paper", "repository"]
@@ -163,27 +161,6 @@ def search_plan(
     _run(subject, windows, meter.see, "measuring density", progress)
     dicts = [[rule.to_dict() for rule in heads] for heads in rules]
     return Plan(METHOD, describe(subject.model.config), dicts, asdict(settings) | {"found": meter.found()})
-
-
-def describe(config: PreTrainedConfig) -> dict[str, Any]:
-    """What plans keep of a model, given its configuration; the weights only where they lie in a folder."""
-    folder = config._name_or_path
-    weights = fingerprint(folder) if folder and Path(folder).is_dir() else None
-    return describe_model(config.get_text_config(), weights)
-
-
-def describe_named(model: str) -> dict[str, Any]:
-    """`describe` of a folder or the name of a model on the Hub, without loading its weights.
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return describe(AutoConfig.from_pretrained(model))
-    except OSError as error:
-        raise ValueError(f"model must be a folder or the name of a causal language model, got {model}") from error
 
 
 def read_official(path: Path, model: dict[str, Any]) -> Plan:

@@ -29,7 +29,7 @@ from seerattn.baselines.moa_profile import (
 from seerattn.baselines.plan import Plan
 from seerattn.eval.arms import Subject
 from seerattn.eval.documents import RecallDocument, training_document
-from seerattn.eval.plans_minference import describe
+from seerattn.eval.plans import describe
 from seerattn.hf.probe import probe
 from seerattn.hf.spy import AttentionCall, watch_attention
 

@@ -13,7 +13,7 @@ from seerattn.baselines.plan import Plan
 from seerattn.baselines.xattention import METHOD, minimum_thresholds
 from seerattn.eval.arms import Subject
 from seerattn.eval.data import Window
-from seerattn.eval.plans_minference import describe
+from seerattn.eval.plans import describe
 
 if TYPE_CHECKING:
     from seerattn.hf.spy import AttentionCall

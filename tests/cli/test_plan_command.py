@@ -7,6 +7,7 @@ from tiny_models import tiny_model
 from seerattn.baselines.plan import Plan
 from seerattn.cli import main
 from seerattn.eval import plans_minference
+from seerattn.eval.plans import describe_named
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ SEARCH = (*MODEL, *DATA, "--density", "0.3")
 def test_plan_command_writes_a_plan_that_it_does_not_search_again(folder, tmp_path, capsys, monkeypatch) -> None:
     output = tmp_path / "new" / "plan.json"
     assert run(folder, *SEARCH, "--output", str(output)) == 0
-    plan = Plan.load(output, method="minference", model=plans_minference.describe_named(str(folder / "model")))
+    plan = Plan.load(output, method="minference", model=describe_named(str(folder / "model")))
     assert plan.model["weights"] and [len(heads) for heads in plan.rules] == [4, 4]
     assert {name: plan.made[name] for name in ("variant", "density", "context", "seed", "block_k", "dtype")} == {
         "variant": "paper", "density": 0.3, "context": 400, "seed": 0, "block_k": 32, "dtype": "float32",

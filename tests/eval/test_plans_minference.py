@@ -13,11 +13,11 @@ from tiny_models import tiny_model
 from seerattn.baselines.minference import Estimate, HeadRule, minference_family
 from seerattn.eval.arms import Subject
 from seerattn.eval.data import cut_windows, digest
+from seerattn.eval.plans import describe
 from seerattn.eval.plans_minference import (
     PAPER_SPACE,
     REPOSITORY_LINES,
     SearchSettings,
-    describe,
     draw_windows,
     fit_scales,
     read_official,
