@@ -129,7 +129,13 @@ STUDIES: dict[str, dict[str, Variant]] = {
     },
     "salient": {
         f"salient-{q}x{k}": sub_blocks(q, k, q_pooling=SALIENT, k_pooling=SALIENT)
-        for q, k in ((1, 1), (8, 1), (4, 4), (8, 8), (16, 16))
+        for q, k in ((1, 1), (8, 1), (2, 8), (4, 4), (4, 8), (8, 8), (16, 16))
+    }
+    | {
+        "salient-alone-4x4": sub_blocks(4, 4, q_pooling=("salient",), k_pooling=("salient",)),
+        "salient-avg-4x4": sub_blocks(4, 4, q_pooling=("avg", *SALIENT), k_pooling=("avg", *SALIENT)),
+        "salient-group-4x4": sub_blocks(4, 4, q_pooling=SALIENT, k_pooling=SALIENT, share="kv_group"),
+        "salient-group-8x8": sub_blocks(8, 8, q_pooling=SALIENT, k_pooling=SALIENT, share="kv_group"),
     },
     "loss": {
         "mse": replace(BEST, loss="mse"),

@@ -187,7 +187,7 @@ def test_scratch_is_bounded_at_every_length(monkeypatch):
 
     monkeypatch.setattr(triton_fwd.torch, "empty", empty)
     monkeypatch.setattr(triton_fwd, "_resident", lambda *_: 132)
-    monkeypatch.setattr(triton_fwd, "_pooled_attention_fwd", Kernel())
+    monkeypatch.setattr(triton_fwd, "pooled_attention_fwd", Kernel())
     k = on_device(torch.ones(1, 1, 1, 128, dtype=HALF))
     for tokens in (1 << 10, 1 << 15, 1 << 17, 1 << 20):
         for block_k in triton_fwd.BLOCK_SIZES:

@@ -6,7 +6,7 @@ never holds a ``T x S`` map.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,8 +35,12 @@ def attention_maps(
     sinks: Tensor | None,
     target: bool,
     mass: bool,
+    rows: list[int] | None = None,
 ) -> AttentionMaps:
-    """See `api`, which validates the arguments. ``lengths`` holds the keys of every row; no ``v``, no output."""
+    """See `api`, which validates the arguments. ``lengths`` holds the keys of every row; no ``v``, no output.
+
+    ``rows`` are the query blocks whose maps are wanted, of whole sequences (``T == S``) and without an output.
+    """
     batch, heads, q_tokens, dim = q.shape
     kv_heads = k.shape[1]
     pairs, group = batch * kv_heads, heads // kv_heads
@@ -47,6 +51,7 @@ def attention_maps(
     offset = [s % block_q for s in q_start]
     num_q_blocks = max(num_query_blocks(s, t, block_q) for s, t in zip(q_start, q_len))
     num_k_blocks = -(-max(lengths) // block_k)
+    blocks = range(num_q_blocks) if rows is None else rows
     slots, zeros = num_q_blocks * block_q, [0] * batch
 
     def keys_on_grid(x: Tensor) -> Tensor:
@@ -60,6 +65,9 @@ def attention_maps(
 
     first, start, count = (torch.tensor(x, device=device)[:, None] for x in (offset, q_start, q_len))
     slot = torch.arange(slots, device=device)
+    if rows is not None:
+        slot = slot.view(-1, block_q)[torch.tensor(rows, device=device)].flatten()
+        queries = queries[:, :, slot]
     q_pos = start - first + slot
     real = ((slot >= first) & (slot < first + count)).repeat_interleave(kv_heads, 0)
     k_segment = q_segment = None
@@ -71,7 +79,7 @@ def attention_maps(
     k_pos = torch.arange(num_k_blocks * block_k, device=device)
 
     out = None if values is None else q.new_empty(pairs, group, slots, dim)
-    shape = (pairs, group, num_q_blocks, num_k_blocks)
+    shape = (pairs, group, len(blocks), num_k_blocks)
     target_map = torch.zeros(shape, dtype=work, device=device) if target else None
     mass_map = torch.zeros(shape, dtype=work, device=device) if mass else None
 
@@ -79,8 +87,9 @@ def attention_maps(
     budget = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
     at_once = max(1, min(pairs, budget // (group * block_q * num_k_blocks * block_k)))
     for pair in (slice(p, p + at_once) for p in range(0, pairs, at_once)):
-        for rows, edge in _chunks(num_q_blocks, num_k_blocks, max(base), block_q, block_k, budget // (at_once * group)):
-            chunk = slice(rows.start * block_q, rows.stop * block_q)
+        for part, edge in _chunks(blocks, num_k_blocks, max(base), block_q, block_k, budget // (at_once * group)):
+            chunk = slice(part.start * block_q, part.stop * block_q)
+            begin, end = blocks[part.start] * block_q, (blocks[part.stop - 1] + 1) * block_q
             width = edge * block_k
             some = queries[pair, :, chunk].to(work).flatten(1, 2)
             scores = (some * (scale if softcap is None else scale / softcap)) @ keys[pair, :, :width]
@@ -88,7 +97,7 @@ def attention_maps(
                 scores.tanh_().mul_(softcap)
             scores = scores.view(-1, group, chunk.stop - chunk.start, width)
             # Keys before the first query of the chunk are visible to all of it.
-            seen = min(base) + chunk.start
+            seen = min(base) + begin
             hidden = k_pos[seen:width] > q_pos[pair, chunk, None]
             scores[..., seen:].masked_fill_(hidden[:, None], -torch.inf)
             if segment_ids is not None:
@@ -97,16 +106,16 @@ def attention_maps(
             p = torch.softmax(scores, -1)
             if sinks is not None:
                 p *= torch.sigmoid(torch.logsumexp(scores, -1) - sinks[pair])[..., None]
-            if not all(o <= chunk.start and chunk.stop <= o + n for o, n in zip(offset, q_len)):
+            if not all(o <= begin and end <= o + n for o, n in zip(offset, q_len)):
                 # Slots without a query count for nothing.
                 p.masked_fill_(~real[pair, None, chunk, None], 0)
             if out is not None:
                 out[pair, :, chunk] = (p.flatten(1, 2) @ values[pair, :width]).view(p.shape[0], group, -1, dim)
             tiles = p.unflatten(2, (-1, block_q))
             if target:
-                target_map[pair, :, rows, :edge] = tiles.amax(3).unflatten(-1, (-1, block_k)).amax(-1)
+                target_map[pair, :, part, :edge] = tiles.amax(3).unflatten(-1, (-1, block_k)).amax(-1)
             if mass:
-                mass_map[pair, :, rows, :edge] = tiles.sum(3).unflatten(-1, (-1, block_k)).sum(-1)
+                mass_map[pair, :, part, :edge] = tiles.sum(3).unflatten(-1, (-1, block_k)).sum(-1)
 
     if out is not None:
         out = from_grid(out.view(batch, heads, slots, dim), offset=offset, length=q_len, size=q_tokens)
@@ -122,17 +131,17 @@ def _distributions(x: Tensor | None, batch: int) -> Tensor | None:
 
 
 def _chunks(
-    num_q_blocks: int, num_k_blocks: int, start: int, block_q: int, block_k: int, budget: int
+    blocks: Sequence[int], num_k_blocks: int, start: int, block_q: int, block_k: int, budget: int
 ) -> Iterator[tuple[slice, int]]:
     """Runs of query blocks with the number of key blocks up to their causal edge, each within ``budget`` scores."""
 
     def edge(stop: int) -> int:
-        return min((start + stop * block_q - 1) // block_k + 1, num_k_blocks)
+        return min((start + (blocks[stop - 1] + 1) * block_q - 1) // block_k + 1, num_k_blocks)
 
     begin = 0
-    while begin < num_q_blocks:
+    while begin < len(blocks):
         stop = begin + 1
-        while stop < num_q_blocks and (stop + 1 - begin) * block_q * edge(stop + 1) * block_k <= budget:
+        while stop < len(blocks) and (stop + 1 - begin) * block_q * edge(stop + 1) * block_k <= budget:
             stop += 1
         yield slice(begin, stop), edge(stop)
         begin = stop

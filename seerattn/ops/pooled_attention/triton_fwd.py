@@ -1,9 +1,4 @@
-"""`impl="triton"`: dense causal attention that emits its block map on the way, in one walk over the keys.
-
-A resident program takes one tile of query rows after the other. While it walks the keys with an online softmax it
-leaves, per row and key block, the raw maximum (and the raw sum, for the mass) in a scratch of its own. Only after the
-walk is a row's normaliser known: the scratch, mostly still in L2, is then read back and reduced to rows of the map.
-"""
+"""`impl="triton"`: dense causal attention that emits its block map on the way, and rows of the map alone."""
 
 from __future__ import annotations
 
@@ -11,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from seerattn.ops.launch import new_output, on_device, row_geometry, tma_ready
+from seerattn.ops.pooled_attention.kernel import pooled_attention_fwd
 from seerattn.ops.pooled_attention.maps import AttentionMaps
 from seerattn.selection.block_indices import num_query_blocks
 
@@ -24,8 +19,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2_E = 1.4426950408889634
 # All scratch together. Programs are left out beyond it: at 128k tokens 126 of 132 run with 64-token key blocks.
 SCRATCH_BYTES = 126 << 20
-# Heads are walked in sections whose keys and values fit in half of the L2 of an H100.
+# Heads are walked in sections whose keys and values fit in half of the L2 of an H100, but that hold some tiles for
+# every program: the last section begins with long tiles too, and with few tiles in all most programs would wait for it.
 SECTION_BYTES = 24 << 20
+SECTION_TILES = 3
 
 
 @dataclass(frozen=True)
@@ -49,13 +46,17 @@ class Launch:
     max_registers: int | None = None
 
 
-def choose_launch(*, block_q: int, head_dim: int, element_size: int) -> Launch:
+def choose_launch(*, block_q: int, head_dim: int, element_size: int, target_only: bool) -> Launch:
     """Picks a launch from the shapes of a call.
 
     One H100, bf16, 32/8 heads, head dim 128, 64 x 64 blocks, ms at 8k / 32k / 64k by (rows, keys, warps, stages,
     programs): (128, 128, 8, 3, 1) 1.12 / 17.4 / 74.6; (128, 128, 8, 2, 1) 1.25 / 18.7 / 75.3; (128, 64, 8, 3, 1)
     1.25 / 18.5 / 76.6; (64, 64, 4, 2, 2) 1.27 / 20.3 / 83.3; (128, 64, 4, 2, 2) 1.41 / 22.4 / 87.6. The other widths
     and fp32 were not measured.
+
+    The target alone needs no accumulator, so two programs fit on a multiprocessor and one can multiply while the other
+    exponentiates. Predicted, not measured yet: 1.0 ms for a tenth of the query blocks at 32k, 1.3 ms with the launch
+    of the whole op.
     """
     width = triton.next_power_of_2(head_dim)
     if element_size == 4:
@@ -63,6 +64,8 @@ def choose_launch(*, block_q: int, head_dim: int, element_size: int) -> Launch:
         return Launch(rows=max(64, block_q), keys=32, num_warps=16, num_stages=1)
     if width == 256:
         return Launch(rows=128, keys=64, num_warps=8, num_stages=2)
+    if target_only:
+        return Launch(rows=128, keys=128, num_warps=8, num_stages=2, programs_per_sm=2, max_registers=128)
     return Launch(rows=128, keys=128, num_warps=8, num_stages=3)
 
 
@@ -96,21 +99,30 @@ def attention_maps(
     sinks: Tensor | None,
     target: bool,
     mass: bool,
+    rows: list[int] | None = None,
     launch: Launch | None = None,
 ) -> AttentionMaps:
     """See `api`, which validates the arguments. ``lengths`` holds the keys of every row; no ``v``, no output.
 
+    ``rows`` are the query blocks whose maps are wanted, of whole sequences (``T == S``) and without an output.
     Documents of ``segment_ids`` are runs of equal ids. The output has the memory layout ``[B, T, H, D]``. q, k and v
     are copied only if their channels are not contiguous or (k, v) their strides no multiples of 16 bytes.
     """
     batch, heads, q_tokens, dim = q.shape
     kv_heads, k_tokens = k.shape[1:3]
-    launch = launch or choose_launch(block_q=block_q, head_dim=dim, element_size=q.element_size())
+    target_only = v is None and not mass
+    launch = launch or choose_launch(
+        block_q=block_q, head_dim=dim, element_size=q.element_size(), target_only=target_only
+    )
     device = q.device
 
     q_len = [min(q_tokens, n) for n in lengths]
     q_start = [n - t for n, t in zip(lengths, q_len)]
-    num_q_blocks = max(num_query_blocks(s, t, block_q) for s, t in zip(q_start, q_len))
+    if rows is None:
+        num_q_blocks, listed = max(num_query_blocks(s, t, block_q) for s, t in zip(q_start, q_len)), None
+    else:
+        # Not cached on the device: they are drawn anew for every call. The host does not wait for the copy.
+        num_q_blocks, listed = len(rows), torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
     num_k_blocks = -(-max(lengths) // block_k)
     num_tiles = -(-num_q_blocks * block_q // launch.rows)
 
@@ -133,8 +145,10 @@ def attention_maps(
     q = q if q.stride(3) == 1 else q.contiguous()
     block_dim = triton.next_power_of_2(dim)
     tile = [1, 1, launch.keys, block_dim]
-    section = max(1, SECTION_BYTES // (2 * k_tokens * dim * k.element_size()))
-    _pooled_attention_fwd[(programs,)](
+    group = heads // kv_heads
+    fitting = SECTION_BYTES // ((1 if v is None else 2) * k_tokens * dim * k.element_size())
+    section = max(1, fitting, -(-SECTION_TILES * programs // (group * num_tiles)))
+    pooled_attention_fwd[(programs,)](
         q,
         TensorDescriptor.from_tensor(tma_ready(k), tile),
         None if v is None else TensorDescriptor.from_tensor(tma_ready(v), tile),
@@ -146,6 +160,7 @@ def attention_maps(
         sinks,
         geometry,
         None if segment_ids is None else _document_starts(segment_ids, lengths),
+        listed,
         torch.zeros(1, dtype=torch.int32, device=device),
         k_tokens - q_tokens,
         q_tokens,
@@ -154,14 +169,14 @@ def attention_maps(
         *((0, 0, 0) if out is None else out.stride()[:3]),
         heads,
         batch * heads,
-        min(section, batch * kv_heads) * (heads // kv_heads),
+        min(section, batch * kv_heads) * group,
         num_tiles,
         num_q_blocks,
         num_k_blocks,
         slot,
         (scale if softcap is None else softcap) * LOG2_E,
         0.0 if softcap is None else 2 * LOG2_E * scale / softcap,
-        GROUP=heads // kv_heads,
+        GROUP=group,
         ROWS=launch.rows,
         KEYS=launch.keys,
         BLOCK_Q=block_q,
@@ -194,301 +209,3 @@ def _document_starts(segment_ids: Tensor, lengths: list[int]) -> Tensor:
     starts = torch.where(begins, slot, 0).cummax(1).values
     padding = torch.tensor([tokens - n for n in lengths], dtype=torch.int32).to(starts.device, non_blocking=True)
     return (starts - padding[:, None]).clamp_(min=0)
-
-
-@triton.jit
-def _walk(
-    acc,
-    top,
-    total,
-    q,
-    position,
-    first_key,
-    k_tiles,
-    v_tiles,
-    maxima_ptr,
-    sums_ptr,
-    batch,
-    kv_head,
-    k_slot,
-    begin,
-    end,
-    scale,
-    inner_scale,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    COLUMN: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Online softmax over the keys ``begin .. end``; maxima and sums are left in log2 units, a column a block."""
-    for key in tl.range(begin, end, KEYS):
-        k = k_tiles.load([batch, kv_head, k_slot + key, 0]).reshape(KEYS, BLOCK_D)
-        scores = tl.dot(q, k.T, input_precision=PRECISION)
-        if CAPPED:
-            # tanh(x) = 1 - 2 / (exp(2 x) + 1), exact at both ends.
-            scores = 1.0 - 2.0 / (tl.exp2(scores * inner_scale) + 1.0)
-        if MASKED:
-            k_pos = key + tl.arange(0, KEYS)
-            visible = k_pos[None, :] <= position[:, None]
-            if first_key is not None:
-                visible &= k_pos[None, :] >= first_key[:, None]
-            scores = tl.where(visible, scores, -float("inf"))
-        columns = key // COLUMN + tl.arange(0, KEYS // COLUMN)
-        slots = columns[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
-        peak = tl.max(scores, 1) * scale
-        if maxima_ptr is not None:
-            if KEYS == COLUMN:
-                tl.store(maxima_ptr + key // COLUMN * ROWS + tl.arange(0, ROWS), peak)
-            else:
-                # Not folded into `peak`: its layout would drag all of p through shared memory for the sum.
-                peaks = tl.max(scores.reshape(ROWS, KEYS // COLUMN, COLUMN), 2) * scale
-                tl.store(maxima_ptr + slots, peaks)
-        new_top = tl.maximum(top, peak)
-        base = new_top
-        if MASKED and first_key is not None:
-            # The document of a row may begin after all of these keys.
-            base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        p = tl.exp2(scores * scale - base[:, None])
-        if sums_ptr is not None:
-            sums = tl.sum(p.reshape(ROWS, KEYS // COLUMN, COLUMN), 2)
-            tl.store(sums_ptr + slots, tl.log2(sums) + base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(p, 1)
-        if v_tiles is not None:
-            acc = acc * shrink[:, None]
-            v = v_tiles.load([batch, kv_head, k_slot + key, 0]).reshape(KEYS, BLOCK_D)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        top = new_top
-    return acc, top, total
-
-
-@triton.jit
-def _write_map(
-    map_ptr,
-    columns_ptr,
-    normaliser,
-    begin,
-    end,
-    written,
-    first_block,
-    num_q_blocks,
-    num_k_blocks,
-    ROWS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MASS: tl.constexpr,
-):
-    """Reduces the columns of scratch to rows of a map over the key blocks ``begin .. end``, each divided by its sum.
-
-    ``COLUMNS`` columns are a key block, ``written`` of all have been written; ``normaliser [ROWS]`` is infinite for
-    rows that count for nothing.
-    """
-    CHUNK: tl.constexpr = 64 // COLUMNS
-    BLOCKS: tl.constexpr = ROWS // BLOCK_Q
-    row = tl.arange(0, ROWS)
-    block = first_block + tl.arange(0, BLOCKS)
-    map_rows = map_ptr + block.to(tl.int64) * num_k_blocks
-    total = tl.zeros([BLOCKS], tl.float32)
-    for first in range(begin, end, CHUNK):
-        column = first * COLUMNS + tl.arange(0, CHUNK * COLUMNS)
-        logs = tl.load(
-            columns_ptr + column[:, None] * ROWS + row[None, :], mask=column[:, None] < written, other=-float("inf")
-        )
-        p = tl.exp2(logs - normaliser[None, :]).reshape(CHUNK, COLUMNS, BLOCKS, BLOCK_Q)
-        values = tl.sum(tl.sum(p, 3), 1) if MASS else tl.max(tl.max(p, 3), 1)
-        total += tl.sum(values, 0)
-        k_block = first + tl.arange(0, CHUNK)
-        inside = (k_block[:, None] < end) & (block[None, :] < num_q_blocks)
-        tl.store(map_rows[None, :] + k_block[:, None], values, mask=inside)
-    # What other threads of this program have stored is read from here on.
-    tl.debug_barrier()
-    factor = 1.0 / tl.where(total > 0, total, 1.0)
-    for first in range(begin, end, 256):
-        k_block = first + tl.arange(0, 256)
-        inside = (block[:, None] < num_q_blocks) & (k_block[None, :] < end)
-        pointers = map_rows[:, None] + k_block[None, :]
-        tl.store(pointers, tl.load(pointers, mask=inside) * factor[:, None], mask=inside)
-
-
-@triton.jit(do_not_specialize=["whole_start", "whole_q", "whole_k", "num_tiles", "num_q_blocks", "num_k_blocks"])
-def _pooled_attention_fwd(
-    q_ptr,
-    k_tiles,
-    v_tiles,
-    out_ptr,
-    target_ptr,
-    mass_ptr,
-    maxima_ptr,
-    sums_ptr,
-    sinks_ptr,
-    geometry_ptr,
-    starts_ptr,
-    ticket_ptr,
-    whole_start,
-    whole_q,
-    whole_k,
-    q_stride_b,
-    q_stride_h,
-    q_stride_t,
-    out_stride_b,
-    out_stride_h,
-    out_stride_t,
-    heads,
-    all_heads,
-    section_heads,
-    num_tiles,
-    num_q_blocks,
-    num_k_blocks,
-    slot,
-    scale,
-    inner_scale,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    COLUMN: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    ALIGN: tl.constexpr = max(KEYS, BLOCK_K)
-    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    own = tl.program_id(0).to(tl.int64) * slot
-    if maxima_ptr is not None:
-        maxima_ptr += own
-    if sums_ptr is not None:
-        sums_ptr += own
-    r = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
-
-    # Tickets share out the tiles: sections of heads one after the other, in a section late (long) tiles first. Which
-    # program computes a tile does not change the result.
-    work = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
-    while work < all_heads * num_tiles:
-        section = work // (section_heads * num_tiles)
-        rest = work - section * section_heads * num_tiles
-        here = tl.minimum(section_heads, all_heads - section * section_heads)
-        tile = num_tiles - 1 - rest // here
-        flat_head = section * section_heads + rest % here
-        batch = flat_head // heads
-        head = flat_head % heads
-
-        q_slot, k_slot, q_start, q_len = 0, 0, whole_start, whole_q
-        if geometry_ptr is not None:
-            q_slot = tl.load(geometry_ptr + batch * 4)
-            k_slot = tl.load(geometry_ptr + batch * 4 + 1)
-            q_start = tl.load(geometry_ptr + batch * 4 + 2)
-            q_len = tl.load(geometry_ptr + batch * 4 + 3)
-        tile_first = q_start // BLOCK_Q * BLOCK_Q + tile * ROWS
-        first = tl.maximum(tile_first, q_start)
-        last = tl.minimum(tile_first + ROWS, q_start + q_len) - 1
-        # Tiles of shorter rows of the batch may hold no query.
-        if first <= last:
-            # Slots without a query act as their nearest real neighbour and count for nothing in the end.
-            real = (tile_first + r >= first) & (tile_first + r <= last)
-            position = tl.minimum(tl.maximum(tile_first + r, first), last)
-            token = q_slot + position - q_start
-            q_base = q_ptr + batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
-            q_offset = token.to(tl.int64) * q_stride_t
-            q = tl.load(q_base + q_offset[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
-
-            # Keys before `begin` are of earlier documents, those of `whole .. diagonal` are visible to all rows.
-            begin = 0
-            whole = 0
-            first_key = None
-            if starts_ptr is not None:
-                starts = starts_ptr + batch.to(tl.int64) * whole_k + k_slot
-                first_key = tl.load(starts + position)
-                begin = tl.load(starts + first) // ALIGN * ALIGN
-                whole = tl.cdiv(tl.load(starts + last), KEYS) * KEYS
-            diagonal = tl.maximum((first + 1) // KEYS * KEYS, begin)
-            end = last + 1
-
-            top = tl.full([ROWS], -float("inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-            for part in tl.static_range(3):
-                if part > 0 or starts_ptr is not None:
-                    acc, top, total = _walk(
-                        acc,
-                        top,
-                        total,
-                        q,
-                        position,
-                        first_key,
-                        k_tiles,
-                        v_tiles,
-                        maxima_ptr,
-                        sums_ptr,
-                        batch,
-                        head // GROUP,
-                        k_slot,
-                        begin if part == 0 else (tl.minimum(whole, diagonal) if part == 1 else diagonal),
-                        tl.minimum(whole, diagonal) if part == 0 else (diagonal if part == 1 else end),
-                        scale,
-                        inner_scale,
-                        ROWS=ROWS,
-                        KEYS=KEYS,
-                        COLUMN=COLUMN,
-                        BLOCK_D=BLOCK_D,
-                        MASKED=part != 1,
-                        CAPPED=CAPPED,
-                        PRECISION=PRECISION,
-                    )
-
-            if sinks_ptr is not None:
-                sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
-                new_top = tl.maximum(top, sink)
-                shrink = tl.exp2(top - new_top)
-                total = total * shrink + tl.exp2(sink - new_top)
-                acc = acc * shrink[:, None]
-                top = new_top
-            if v_tiles is not None:
-                out_base = out_ptr + batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
-                pointers = out_base + token.to(tl.int64)[:, None] * out_stride_t + d[None, :]
-                out = (acc / total[:, None]).to(DTYPE)
-                tl.store(pointers, out, mask=real[:, None] & (d[None, :] < D))
-
-            normaliser = tl.where(real, top + tl.log2(total), float("inf"))
-            tl.debug_barrier()
-            map_offset = flat_head.to(tl.int64) * num_q_blocks * num_k_blocks
-            if target_ptr is not None:
-                _write_map(
-                    target_ptr + map_offset,
-                    maxima_ptr,
-                    normaliser,
-                    begin // BLOCK_K,
-                    last // BLOCK_K + 1,
-                    tl.cdiv(end, KEYS) * (KEYS // COLUMN),
-                    tile * (ROWS // BLOCK_Q),
-                    num_q_blocks,
-                    num_k_blocks,
-                    ROWS=ROWS,
-                    BLOCK_Q=BLOCK_Q,
-                    COLUMNS=BLOCK_K // COLUMN,
-                    MASS=False,
-                )
-            if mass_ptr is not None:
-                _write_map(
-                    mass_ptr + map_offset,
-                    sums_ptr,
-                    normaliser,
-                    begin // BLOCK_K,
-                    last // BLOCK_K + 1,
-                    tl.cdiv(end, KEYS) * (KEYS // COLUMN),
-                    tile * (ROWS // BLOCK_Q),
-                    num_q_blocks,
-                    num_k_blocks,
-                    ROWS=ROWS,
-                    BLOCK_Q=BLOCK_Q,
-                    COLUMNS=BLOCK_K // COLUMN,
-                    MASS=True,
-                )
-            # The next tile writes over the scratch.
-            tl.debug_barrier()
-        work = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
