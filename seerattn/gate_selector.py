@@ -67,7 +67,7 @@ def pooled_inputs(
     """What a gate takes of q and k after RoPE, un-rotated and pooled, without a graph.
 
     The fused kernel reads each once and never holds it in fp32. Where pooling is learned, single un-rotated tokens in
-    fp32 are handed on instead.
+    fp32 are handed on instead, as what is learned needs its gradient.
     """
     c = gate.config
 
@@ -81,15 +81,22 @@ def pooled_inputs(
 
 @torch.no_grad()
 def pool(
-    x: Tensor, context: AttentionContext, *, start: int, size: int, kinds: tuple[str, ...], impl: str = "auto"
+    x: Tensor,
+    context: AttentionContext,
+    *,
+    start: int,
+    size: int,
+    kinds: tuple[str, ...],
+    salience: Tensor | None = None,
+    impl: str = "auto",
 ) -> Pooled:
-    """Un-rotates vectors after RoPE ``[B, h, n, D]`` from position ``start`` on and pools them, but not "salient"."""
+    """Un-rotates vectors after RoPE ``[B, h, n, D]`` from position ``start`` on and pools them; see `pool_blocks`."""
     rotary = context.rotary or RotaryTables()
     module = implementation("pool_windows", impl, x.device, x, rotary)
     fused = module.__name__ != __name__
     if context.rotary is None or not fused:
         x = context.unrotate(x, start)
-    arguments = {"size": size, "start": start, "kinds": kinds}
+    arguments = {"size": size, "start": start, "kinds": kinds, "salience": salience}
     features = gate_scores.pool_windows(x, rotary=rotary, **arguments) if fused else pool_blocks(x, **arguments)
     return Pooled(features, size, start, x.shape[2])
 

@@ -129,9 +129,14 @@ def gate_scores(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
         raise ValueError("the gate's oracle must have a gate without norms and distance bias")
     q_size, k_size = c.block_q // c.query_subblocks, c.block_k // c.key_subblocks
 
-    def pooled(x: Tensor, size: int, kinds: tuple[str, ...]) -> list[Tensor]:
+    def pooled(x: Tensor, size: int, kinds: tuple[str, ...], salience: Tensor | None) -> list[Tensor]:
         windows = x[0].unflatten(1, (-1, size))
-        of = {"avg": lambda: windows.mean(2), "max": lambda: windows.amax(2), "min": lambda: windows.amin(2)}
+        of = {
+            "avg": lambda: windows.mean(2),
+            "max": lambda: windows.amax(2),
+            "min": lambda: windows.amin(2),
+            "salient": lambda: (windows * (windows @ salience.double()[:, None, :, None]).softmax(2)).sum(2),
+        }
         return [of[kind]() for kind in kinds]
 
     def placed(x: Tensor, size: int) -> Tensor:
@@ -142,12 +147,12 @@ def gate_scores(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
         turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.polar(torch.ones_like(angle), angle)
         return torch.cat((turned.real, turned.imag), -1)
 
-    queries = torch.cat(pooled(q, q_size, c.q_pooling), -1)
+    queries = torch.cat(pooled(q, q_size, c.q_pooling, gate.q_salience), -1)
     if c.share == "kv_group":
         queries = torch.stack([torch.cat(list(members), -1) for members in queries.split(gate.group)])
     if gate.q_weight is not None:
         queries = queries @ gate.q_weight.double()
-    keys = torch.cat(pooled(k, k_size, c.k_pooling), -1)
+    keys = torch.cat(pooled(k, k_size, c.k_pooling, gate.k_salience), -1)
     heads = torch.arange(gate.mask_heads, device=q.device)
     kv = heads if c.share == "kv_group" else heads // gate.group
     own = heads if gate.k_weight.shape[0] == gate.num_heads else kv

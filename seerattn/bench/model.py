@@ -9,7 +9,7 @@ from functools import cache, cached_property
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
@@ -31,12 +31,18 @@ LLAMA3_ROPE = {
 }
 MAX_TOKENS = 131072
 
+SALIENT = ("salient", "max", "min")
 # By the names that commands and results give them.
 GATE_FORMS = {
     "paper": AttnGateConfig.paper(),
     "paper-group": AttnGateConfig.paper(q_linear=True, share="kv_group"),
     "default": AttnGateConfig(),
     "default-group": AttnGateConfig(share="kv_group"),
+    "salient": AttnGateConfig(q_pooling=SALIENT, k_pooling=SALIENT),
+    "salient-4x4": AttnGateConfig(q_pooling=SALIENT, k_pooling=SALIENT, query_subblocks=4, key_subblocks=4),
+    "salient-4x4-group": AttnGateConfig(
+        q_pooling=SALIENT, k_pooling=SALIENT, query_subblocks=4, key_subblocks=4, share="kv_group"
+    ),
 }
 
 
@@ -179,8 +185,12 @@ def layer_context(shape: Shape, tokens: int, device: torch.device) -> AttentionC
 
 
 def random_gate(config: AttnGateConfig, shape: Shape, device: torch.device) -> AttnGate:
-    """A fresh gate for one layer."""
+    """A fresh gate for one layer, but with learned pooling that is not yet another plain average."""
     torch.manual_seed(0)
     frequencies = gate_frequencies(_rotation(shape.head_dim, device), gate_dim=config.gate_dim or shape.head_dim)
     sizes = {"num_heads": shape.heads, "num_kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-    return AttnGate(config, inv_freq=frequencies, **sizes).to(device).requires_grad_(False)
+    gate = AttnGate(config, inv_freq=frequencies, **sizes)
+    for salience in (gate.q_salience, gate.k_salience):
+        if salience is not None:
+            nn.init.normal_(salience, std=shape.head_dim**-0.5)
+    return gate.to(device).requires_grad_(False)

@@ -28,6 +28,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(stderr=True, highlight=False)
 
 PAPER_SPARSITIES = "0.5,0.6,0.7,0.8,0.9,0.95"
+FORMS = "paper, default, salient, salient-4x4, and -group of all but salient"
 
 LengthsOption = Annotated[str, typer.Option(help="Lengths in tokens.")]
 SparsitiesOption = Annotated[str, typer.Option(help="Shares of the causal blocks that are not computed, in [0, 1).")]
@@ -42,8 +43,8 @@ VariantsOption = Annotated[
 BlocksOption = Annotated[str, typer.Option(help="Block sizes, QUERIESxKEYS in tokens.")]
 SharesOption = Annotated[str, typer.Option(help="Lists for every query head or for every KV group: head, group.")]
 AlikeOption = Annotated[str, typer.Option(help="Neighbouring query blocks that draw the same key blocks.")]
-FormsOption = Annotated[str, typer.Option(help="Gates: paper, paper-group, default, default-group.")]
-FormOption = Annotated[str, typer.Option(help="Gate: paper, paper-group, default, default-group.")]
+FormsOption = Annotated[str, typer.Option(help=f"Gates: {FORMS}.")]
+FormOption = Annotated[str, typer.Option(help=f"Gate: {FORMS}.")]
 GateImplsOption = Annotated[str, typer.Option(help="Gate and selection: triton, reference.")]
 HeadsOption = Annotated[int, typer.Option(help="Query heads.", min=1)]
 KVHeadsOption = Annotated[int, typer.Option(help="Key/value heads.", min=1)]

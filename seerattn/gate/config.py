@@ -22,7 +22,7 @@ class AttnGateConfig:
         block_k: key block size in tokens.
         q_pooling: how the queries of a sub-block become one vector; several poolings are concatenated. "salient" is
             an average whose weights are learned: the softmax over the window of one learned vector a head times the
-            tokens. It starts as "avg" and only torch modules run it.
+            tokens. It starts as "avg".
         k_pooling: the same for keys.
         q_linear: whether a linear follows the query pooling; without it the pooled query is used as it is, which
             needs one query pooling, ``gate_dim == head_dim`` and ``share == "query_head"``.

@@ -7,9 +7,12 @@ import torch
 from interpreted import large_steps
 from torch import Tensor
 
+from seerattn.bench.check import GATE_TOKENS, check_selection
+from seerattn.bench.inputs import Shape
+from seerattn.bench.model import gate_form, layer_context, random_gate, rotary_tables
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.gate_selector import GateSelector, pool
-from seerattn.ops.gate_scores import triton_select
+from seerattn.ops.gate_scores import triton_pool, triton_select
 from seerattn.selection import (
     AttentionContext,
     BlockIndices,
@@ -48,6 +51,14 @@ def turn(x: Tensor, angle: Tensor, width: int, interleaved: bool) -> Tensor:
     return out
 
 
+def turned_back(x: Tensor, start: int, width: int = D, interleaved: bool = False, scale: float = 1.25) -> Tensor:
+    """Tokens from position ``start`` on before RoPE by tables of that scale, in fp64."""
+    angle = angles(start + x.shape[2], width // 2).double()
+    back = turn(x.double().cpu() / scale, -angle[start:], width, interleaved)
+    back[..., width:] *= scale
+    return back.to(x.device)
+
+
 def make_context(
     length: int, *, width: int = D, interleaved: bool = False, column_step: int = 1, columns: int | None = None,
     scale: float = 1.25, dtype: torch.dtype = torch.float32,
@@ -62,9 +73,7 @@ def make_context(
     )  # fmt: skip
 
     def unrotate(x: Tensor, start: int) -> Tensor:
-        back = turn(x.double().cpu() / scale, -angle[start : start + x.shape[2]], width, interleaved)
-        back[..., width:] *= scale
-        return back.float().to(x.device)
+        return turned_back(x, start, width, interleaved, scale).float()
 
     return AttentionContext(layer=0, scale=1.0, softcap=None, unrotate=unrotate, rotary=tables)
 
@@ -115,7 +124,17 @@ FORMS = {
         k_pooling=("min", "avg"), gate_dim=12, qk_norm=True,
     ),
     "group": AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, share="kv_group"),
+    "salient": AttnGateConfig(
+        block_q=32, block_k=32, query_subblocks=2, key_subblocks=4, q_pooling=("max", "salient"),
+        k_pooling=("salient", "min", "avg", "max"),
+    ),
+    "salient-group": AttnGateConfig(
+        block_q=64, block_k=32, query_subblocks=4, key_subblocks=2, share="kv_group", q_pooling=("salient", "min"),
+        k_pooling=("min", "salient"),
+    ),
+    "salient-unprojected": replace(PAPER, q_pooling=("salient",), k_pooling=("salient",)),
 }  # fmt: skip
+SALIENT_ALONE = {"q_pooling": ("salient",), "k_pooling": ("salient",)}
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(290, 290), (100, 330), (1, 33)])
@@ -126,9 +145,9 @@ def test_choice_matches_the_torch_modules(name: str, q_len: int, k_len: int) -> 
     assert_equal(*both(gate, TokenBudget(tokens=5 * 32), q, k, context))
 
 
-@pytest.mark.parametrize("share", ["query_head", "kv_group"])
-def test_choice_of_many_subblocks_differs_only_where_scores_are_closer_than_a_rounding(share: str) -> None:
-    gate, context = make_gate(replace(FINE, share=share)), make_context(400)
+@pytest.mark.parametrize("changes", [{}, {"share": "kv_group"}, SALIENT_ALONE], ids=str)
+def test_choice_of_many_subblocks_differs_only_where_scores_are_closer_than_a_rounding(changes: dict) -> None:
+    gate, context = make_gate(replace(FINE, **changes)), make_context(400)
     q, k = make_qk(300, 400)
     policy = TokenBudget(tokens=4 * 32)
     expected, got = both(gate, policy, q, k, context)
@@ -236,6 +255,50 @@ def test_pooled_windows_match_torch_for_every_rotation(name: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("size", [8, 64])
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_salient_windows_match_fp64_for_every_rotation(name: str, size: int) -> None:
+    assert_salient_windows_match_fp64(size=size, **ROTATIONS[name])
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0, 30.0])
+def test_salient_windows_match_fp64_when_tokens_are_read_in_pairs(
+    strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights from those of the average to one token's alone, whose logits no exponential could hold."""
+    monkeypatch.setattr(triton_pool, "STEP", 2)
+    assert_salient_windows_match_fp64(size=8, strength=strength)
+
+
+def assert_salient_windows_match_fp64(*, size: int, strength: float = 1.0, **rotation) -> None:
+    start, length, eps = 59, 91, torch.finfo(torch.float32).eps
+    context, (x, _) = make_context(150, **rotation), make_qk(length, length, batch=2)
+    salience = strength * torch.randn(4, D, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    arguments = {"start": start, "size": size, "kinds": ("max", "salient", "avg"), "salience": salience}
+    eager, got = (
+        pool(x, context, impl=impl, **arguments).features[..., D : 2 * D].double() for impl in ("reference", "triton")
+    )
+    tokens = turned_back(x, start, **{k: v for k, v in rotation.items() if k in ("width", "interleaved")})
+    logits = tokens @ salience.double()[..., None]
+    inside = [slice(max(0, w * size - start), (w + 1) * size - start) for w in range(start // size, 149 // size + 1)]
+    exact = torch.stack([(tokens[:, :, i] * logits[:, :, i].softmax(2)).sum(2) for i in inside], 2)
+    # Un-rotation rounds tables and products: each token is off by some roundings of its length, its logit by as many
+    # of the product of lengths, and twice that is what a weight is off by, relative to itself.
+    largest = float(tokens.norm(dim=-1).max())
+    band = 4 * eps * largest * (1 + 2 * largest * float(salience.norm(dim=-1).max()))
+    assert float((got - exact).abs().max()) <= 2 * float((eager - exact).abs().max()) + band
+
+
+@pytest.mark.parametrize("form", ["salient-4x4", "salient-4x4-group"])
+def test_choice_of_salient_gates_matches_fp64(form: str) -> None:
+    shape, device = Shape(4, 2, D, torch.bfloat16), torch.device(DEVICE)
+    context, tables = layer_context(shape, GATE_TOKENS, device), rotary_tables(shape, GATE_TOKENS, device)
+    gate = random_gate(gate_form(form), shape, device)
+    selector = GateSelector(gate, TopK(density=0.3), "triton")
+    error, bound = check_selection(lambda q, k: selector.select(q, k, context), gate, shape, tables, density=0.3)
+    assert error <= bound
+
+
 @pytest.mark.parametrize("name", ["interleaved", "part"])
 def test_choice_matches_the_torch_modules_for_other_rotations(name: str) -> None:
     q, k = make_qk(70, 150)
@@ -281,7 +344,6 @@ def test_layer_without_rope_needs_no_tables() -> None:
     ("config", "sentence"),
     [
         (replace(PAPER, distance_bias=4), "it has no distance bias"),
-        (replace(PAPER, k_pooling=("salient",)), "it has no salient pooling"),
         (PAPER, r"it takes fp16, bf16 or fp32, got torch.float64"),
     ],
 )
@@ -302,3 +364,5 @@ def test_bad_arguments_are_rejected() -> None:
         GateSelector(gate, KeepAll(), "cuda")
     with pytest.raises(ValueError, match="a knob per head must have 4 values a layer, got 3"):
         GateSelector(gate, TopP(p=[[0.5, 0.5, 0.5]]), "triton").select(q, k, context)
+    with pytest.raises(ValueError, match=r"salience must be \[4, 32\] for salient pooling, got \[2, 32\]"):
+        pool(q, context, start=0, size=8, kinds=("salient",), salience=torch.zeros(2, D, device=DEVICE), impl="triton")

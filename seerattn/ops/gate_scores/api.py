@@ -39,6 +39,8 @@ class Gate(Protocol):
     """A gate with its weights; see `seerattn.gate.AttnGate`, which fits."""
 
     config: GateForm
+    q_salience: Tensor | None
+    k_salience: Tensor | None
     q_weight: Tensor | None
     k_weight: Tensor
     q_norm: nn.Module
@@ -106,23 +108,29 @@ def select_blocks(q: Tensor, k: Tensor, gate: Gate, rule: Rule, rotary: Rotary) 
     return module.select_blocks(q, k, gate, rule, rotary)
 
 
-def pool_windows(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...], rotary: Rotary) -> Tensor:
+def pool_windows(
+    x: Tensor, *, size: int, start: int, kinds: tuple[str, ...], rotary: Rotary, salience: Tensor | None = None
+) -> Tensor:
     """Un-rotates and pools windows of ``size`` tokens in one pass over ``x``; nothing is differentiable.
 
     Args:
         x: queries or keys after RoPE ``[B, h, N, D]``, the tokens at positions ``start .. start + N``.
         size: window length in tokens; windows are ``position // size``.
         start: position of the first token.
-        kinds: which of "avg", "max" and "min", in the order of their concatenation.
+        kinds: which of "avg", "max", "min" and "salient", in the order of their concatenation.
         rotary: tables of the positions ``0 .. start + N``.
+        salience: fp32 ``[h, D]`` for "salient": a token weighs the softmax over its window of its product with it.
 
     Returns:
         fp32 ``[B, h, W, len(kinds) * D]``, what `seerattn.gate.pooling.pool_blocks` gives of the un-rotated tokens.
 
     Raises:
-        ValueError: the kernel does not serve the call.
+        ValueError: the kernel does not serve the call, or salience does not fit it.
     """
+    if "salient" in kinds and (salience is None or salience.shape != (x.shape[1], x.shape[3])):
+        got = None if salience is None else list(salience.shape)
+        raise ValueError(f"salience must be {[x.shape[1], x.shape[3]]} for salient pooling, got {got}")
     with torch.no_grad():
         return implementation("pool_windows", "triton", x.device, x, rotary).pool_windows(
-            x, size=size, start=start, kinds=kinds, rotary=rotary
+            x, size=size, start=start, kinds=kinds, rotary=rotary, salience=salience
         )

@@ -20,7 +20,9 @@ def refusal(x: Tensor, rotary: Rotary) -> str | None:
     return table_refusal(x, rotary)
 
 
-def pool_windows(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...], rotary: Rotary) -> Tensor:
+def pool_windows(
+    x: Tensor, *, size: int, start: int, kinds: tuple[str, ...], rotary: Rotary, salience: Tensor | None = None
+) -> Tensor:
     """See `api.pool_windows`."""
     batch, heads, length, dim = x.shape
     windows = (start + length - 1) // size - start // size + 1
@@ -34,6 +36,7 @@ def pool_windows(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...], ro
         *cos_strides,
         sin,
         *sin_strides,
+        out if salience is None else salience.contiguous(),
         out,
         heads,
         length,
@@ -44,8 +47,7 @@ def pool_windows(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...], ro
         D=dim,
         HALF=max(16, triton.next_power_of_2(dim // 2)),
         **rotation,
-        **{kind.upper(): kinds.index(kind) if kind in kinds else -1 for kind in ("avg", "max", "min")},
-        KINDS=len(kinds),
+        KINDS=kinds,
         STAGES=STAGES,
         num_warps=POOL_WARPS,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -90,13 +91,11 @@ def refusal(q: Tensor, k: Tensor, gate: Gate, rule: Rule | None, rotary: Rotary)
         return "it does not know this policy"
     if gate.config.distance_bias:
         return "it has no distance bias"
-    if "salient" in gate.config.q_pooling + gate.config.k_pooling:
-        return "it has no salient pooling"
     if gate.gate_dim > 256:
         return f"it takes gates of width 256 at most, got {gate.gate_dim}"
     if -(-k.shape[2] // gate.config.block_k) > MAX_KEY_BLOCKS:
         return f"it holds rows of {MAX_KEY_BLOCKS} key blocks at most, got {-(-k.shape[2] // gate.config.block_k)}"
-    weights = [w for w in (gate.q_weight, gate.k_weight) if w is not None]
+    weights = [w for w in (gate.q_salience, gate.k_salience, gate.q_weight, gate.k_weight) if w is not None]
     if any(w.dtype != torch.float32 for w in weights):
         return f"it takes gates in fp32, got {weights[-1].dtype}"
     return table_refusal(q, rotary) or table_refusal(k, rotary)
@@ -144,6 +143,8 @@ def select_blocks(
         *cos_strides,
         sin,
         *sin_strides,
+        gate.k_weight if gate.q_salience is None else gate.q_salience,
+        gate.k_weight if gate.k_salience is None else gate.k_salience,
         gate.q_weight if form.q_linear else gate.k_weight,
         gate.k_weight,
         gate.q_norm.weight if form.qk_norm else gate.k_weight,
@@ -275,12 +276,11 @@ def select_blocks(
     )
 
 
-def _side(name: str, size: int, kinds: tuple[str, ...], linear: bool, launch: Launch) -> dict[str, int]:
+def _side(name: str, size: int, kinds: tuple[str, ...], linear: bool, launch: Launch) -> dict[str, Any]:
     """Constants of the pooling of queries or keys."""
     windows = launch.pool_windows if linear and size <= 16 else POOL_WINDOWS
-    values = {"M": windows, "SIZE": size, "STEP": min(launch.pool_step, size), "PART": POOL_WINDOWS}
-    values |= {kind.upper(): kinds.index(kind) if kind in kinds else -1 for kind in ("avg", "max", "min")}
-    values["KINDS"] = len(kinds)
+    step = min(launch.pool_step, size)
+    values = {"M": windows, "SIZE": size, "STEP": step, "PART": POOL_WINDOWS, "KINDS": kinds}
     return {f"{name}_{key}": value for key, value in values.items()}
 
 

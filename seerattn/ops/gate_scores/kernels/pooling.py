@@ -18,6 +18,8 @@ INTERLEAVED = tl.constexpr(3)  # channel 2 i turns with 2 i + 1, channels from t
 
 # What the lower half of a split vector is multiplied by, so that it is as large as the upper one.
 LOW_SCALE = tl.constexpr(2048.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST_LOGIT = tl.constexpr(-3.0e38)  # finite, so that its distance from itself is 0
 
 
 @triton.jit
@@ -79,27 +81,43 @@ def _halves(
         return low, high
 
 
+@triton.constexpr_function
+def _among(kind, kinds):
+    return kind in kinds
+
+
 @triton.jit
 def pool_windows(
-    x, stride_n, x_begin, cos, stride_cos_n, sin, stride_sin_n, windows, begin, end,
+    x, stride_n, x_begin, cos, stride_cos_n, sin, stride_sin_n, salience, windows, begin, end,
     M: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr,
-    AVG: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, STAGES: tl.constexpr,
+    ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr, KINDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Average, maximum and minimum of the tokens of each window, as halves fp32 ``[M, HALF]``; zeros if not asked for.
+    """The tokens of each window pooled in every way of ``KINDS``: of each in turn both halves, fp32 ``[M, HALF]``.
 
     Token 0 of ``x`` has position ``x_begin``; tokens of positions ``begin .. end`` count. A window that lies outside
-    altogether has some finite value.
+    altogether has some finite value. ``salience [D]`` is read for "salient" alone.
     """
+    AVG: tl.constexpr = _among("avg", KINDS)
+    MAX: tl.constexpr = _among("max", KINDS)
+    MIN: tl.constexpr = _among("min", KINDS)
+    SALIENT: tl.constexpr = _among("salient", KINDS)
     avg_low, avg_high = tl.zeros([M, HALF], tl.float32), tl.zeros([M, HALF], tl.float32)
     max_low, max_high = tl.zeros([M, HALF], tl.float32), tl.zeros([M, HALF], tl.float32)
     min_low, min_high = tl.zeros([M, HALF], tl.float32), tl.zeros([M, HALF], tl.float32)
+    # A dimension for the tokens of a step is kept, so that the layout of the tokens is that of what weighs them.
+    salient_low, salient_high = tl.zeros([M, 1, HALF], tl.float32), tl.zeros([M, 1, HALF], tl.float32)
     if MAX:
         max_low += float("-inf")
         max_high += float("-inf")
     if MIN:
         min_low += float("inf")
         min_high += float("inf")
+    if SALIENT:
+        # Of the softmax over the tokens so far: largest logit in units of log 2, sum of weights relative to its own.
+        top, total = tl.full([M, 1, 1], LOWEST_LOGIT, tl.float32), tl.zeros([M, 1, 1], tl.float32)
+        channel = tl.arange(0, HALF)[None, None, :]
+        learned_low = tl.load(salience + channel, mask=channel < D // 2, other=0.0) * LOG2_E
+        learned_high = tl.load(salience + D // 2 + channel, mask=channel < D // 2, other=0.0) * LOG2_E
     for t in tl.range(0, SIZE, STEP, num_stages=STAGES):
         position = windows[:, None] * SIZE + t + tl.arange(0, STEP)[None, :]
         real = (position >= begin) & (position < end)
@@ -119,42 +137,57 @@ def pool_windows(
         if MIN:
             min_low = tl.minimum(min_low, tl.min(low, axis=1))
             min_high = tl.minimum(min_high, tl.min(high, axis=1))
+        if SALIENT:
+            logits = tl.sum(low * learned_low + high * learned_high, axis=2, keep_dims=True)
+            logits = tl.where(real[:, :, None], logits, float("-inf"))
+            top_new = tl.maximum(top, tl.max(logits, axis=1, keep_dims=True))
+            weights = tl.exp2(logits - top_new)
+            shrink = tl.exp2(top - top_new)
+            top = top_new
+            total = total * shrink + tl.sum(weights, axis=1, keep_dims=True)
+            salient_low = salient_low * shrink + tl.sum(low * weights, axis=1, keep_dims=True)
+            salient_high = salient_high * shrink + tl.sum(high * weights, axis=1, keep_dims=True)
     if AVG:
         count = tl.minimum((windows + 1) * SIZE, end) - tl.maximum(windows * SIZE, begin)
         share = 1.0 / tl.maximum(count, 1).to(tl.float32)
         avg_low *= share[:, None]
         avg_high *= share[:, None]
-    return avg_low, avg_high, max_low, max_high, min_low, min_high
+    if SALIENT:
+        # The most salient token alone weighs 1; only a window outside has less.
+        inverse = 1.0 / tl.maximum(total, 1.0)
+        salient_low *= inverse
+        salient_high *= inverse
+    pooled = ()
+    for place in tl.static_range(len(KINDS)):
+        if KINDS[place] == "avg":
+            pooled += (avg_low, avg_high)
+        elif KINDS[place] == "max":
+            pooled += (max_low, max_high)
+        elif KINDS[place] == "min":
+            pooled += (min_low, min_high)
+        else:
+            pooled += (tl.sum(salient_low, axis=1), tl.sum(salient_high, axis=1))
+    return pooled
 
 
 @triton.jit
-def store_features(
-    pooled, rows, real, D: tl.constexpr, HALF: tl.constexpr, AVG: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr
-):
-    """Stores pooled windows at ``rows [M, 1]``; AVG, MAX, MIN are places in the concatenation, -1 if absent."""
+def store_features(pooled, rows, real, D: tl.constexpr, HALF: tl.constexpr, KINDS: tl.constexpr):
+    """Stores pooled windows, one kind after the other, at ``rows [M, 1]``."""
     channel = tl.arange(0, HALF)[None, :]
     mask = real[:, None] & (channel < D // 2)
-    if AVG >= 0:
-        tl.store(rows + AVG * D + channel, pooled[0], mask=mask)
-        tl.store(rows + AVG * D + D // 2 + channel, pooled[1], mask=mask)
-    if MAX >= 0:
-        tl.store(rows + MAX * D + channel, pooled[2], mask=mask)
-        tl.store(rows + MAX * D + D // 2 + channel, pooled[3], mask=mask)
-    if MIN >= 0:
-        tl.store(rows + MIN * D + channel, pooled[4], mask=mask)
-        tl.store(rows + MIN * D + D // 2 + channel, pooled[5], mask=mask)
+    for place in tl.static_range(len(KINDS)):
+        tl.store(rows + place * D + channel, pooled[2 * place], mask=mask)
+        tl.store(rows + place * D + D // 2 + channel, pooled[2 * place + 1], mask=mask)
 
 
 @triton.jit
 def pool_kernel(
     x, stride_b, stride_h, stride_n, start, cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
-    out, heads, length, windows,
+    salience, out, heads, length, windows,
     M: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr,
-    AVG: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, KINDS: tl.constexpr,
-    STAGES: tl.constexpr,
+    ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr, KINDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Pooled features ``out [B, H, W, KINDS * D]``."""
+    """Pooled features ``out [B, H, W, len(KINDS) * D]``; ``salience [H, D]``."""
     program = tl.program_id(0)
     head = program % heads
     tiles = tl.cdiv(windows, M)
@@ -163,9 +196,9 @@ def pool_kernel(
     row = tile * M + tl.arange(0, M)
     pooled = pool_windows(
         x + b * stride_b + head.to(tl.int64) * stride_h, stride_n, start,
-        cos + b * stride_cos_b, stride_cos_n, sin + b * stride_sin_b, stride_sin_n,
+        cos + b * stride_cos_b, stride_cos_n, sin + b * stride_sin_b, stride_sin_n, salience + head * D,
         start // SIZE + row, start, start + length,
-        M, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, AVG >= 0, MAX >= 0, MIN >= 0, STAGES,
+        M, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, KINDS, STAGES,
     )  # fmt: skip
-    out += ((b * heads + head) * windows + row)[:, None] * (KINDS * D)
-    store_features(pooled, out, row < windows, D, HALF, AVG, MAX, MIN)
+    out += ((b * heads + head) * windows + row)[:, None] * (len(KINDS) * D)
+    store_features(pooled, out, row < windows, D, HALF, KINDS)

@@ -79,10 +79,9 @@ def _finish(
 def _vectors(
     item, tiles, heads, x, stride_b, stride_h, stride_n, x_begin,
     cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
-    weight, norm, inv_freq, features, out, plane, scales, rows, first_window, begin, end,
+    salience, weight, norm, inv_freq, features, out, plane, scales, rows, first_window, begin, end,
     M: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr,
-    AVG: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, KINDS: tl.constexpr,
+    ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr, KINDS: tl.constexpr,
     MEMBERS: tl.constexpr, OUTPUTS: tl.constexpr, LINEAR: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
     DG: tl.constexpr, GATE_HALF: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, TILE: tl.constexpr, SUBBLOCKS: tl.constexpr,
@@ -103,20 +102,22 @@ def _vectors(
         block = row % TILE // SUBBLOCKS
         row = row // TILE * TILE + row % SUBBLOCKS * (TILE // SUBBLOCKS) + block
     if LINEAR:
-        WIDTH: tl.constexpr = KINDS * D
+        WIDTH: tl.constexpr = len(KINDS) * D
         low, high = tl.zeros([M, GATE_HALF], tl.float32), tl.zeros([M, GATE_HALF], tl.float32)
-        for member in range(MEMBERS):
+        for m in range(MEMBERS):
+            member = head * MEMBERS + m
             for part in range(0, M, PART):
                 local = part + tl.arange(0, PART)
                 pooled = pool_windows(
-                    x + (head * MEMBERS + member).to(tl.int64) * stride_h, stride_n, x_begin,
-                    cos, stride_cos_n, sin, stride_sin_n, first_window + tile * M + local, begin, end,
-                    PART, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, AVG >= 0, MAX >= 0, MIN >= 0, STAGES,
+                    x + member.to(tl.int64) * stride_h, stride_n, x_begin,
+                    cos, stride_cos_n, sin, stride_sin_n, salience + member * D,
+                    first_window + tile * M + local, begin, end,
+                    PART, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, KINDS, STAGES,
                 )  # fmt: skip
-                store_features(pooled, features + local[:, None] * WIDTH, local >= 0, D, HALF, AVG, MAX, MIN)
+                store_features(pooled, features + local[:, None] * WIDTH, local >= 0, D, HALF, KINDS)
             tl.debug_barrier()
             if OUTPUTS == 1:
-                at = (head * MEMBERS + member).to(tl.int64) * (WIDTH * DG)
+                at = member.to(tl.int64) * (WIDTH * DG)
                 low, high = _project(features, weight + at, M, WIDTH, DG, GATE_HALF, DEPTH, PRECISION, low, high)
                 tl.debug_barrier()
         for o in range(OUTPUTS):
@@ -134,19 +135,13 @@ def _vectors(
     else:
         pooled = pool_windows(
             x + head.to(tl.int64) * stride_h, stride_n, x_begin,
-            cos, stride_cos_n, sin, stride_sin_n, windows, begin, end,
-            M, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, AVG >= 0, MAX >= 0, MIN >= 0, STAGES,
+            cos, stride_cos_n, sin, stride_sin_n, salience + head * D, windows, begin, end,
+            M, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, KINDS, STAGES,
         )  # fmt: skip
-        if AVG >= 0:
-            low, high = pooled[0], pooled[1]
-        elif MAX >= 0:
-            low, high = pooled[2], pooled[3]
-        else:
-            low, high = pooled[4], pooled[5]
         vector = (b * heads + head) * rows
         _finish(
-            low, high, norm, inv_freq, out + vector * (2 * GATE_HALF), plane, scales + vector, row, windows * SIZE,
-            mask, DG, GATE_HALF, NORM, ROPE, PLANES,
+            pooled[0], pooled[1], norm, inv_freq, out + vector * (2 * GATE_HALF), plane, scales + vector, row,
+            windows * SIZE, mask, DG, GATE_HALF, NORM, ROPE, PLANES,
         )  # fmt: skip
 
 
@@ -154,15 +149,14 @@ def _vectors(
 def vectors_kernel(
     q, q_stride_b, q_stride_h, q_stride_n, k, k_stride_b, k_stride_h, k_stride_n,
     cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
-    q_weight, k_weight, q_norm, k_norm, inv_freq, features,
+    q_salience, k_salience, q_weight, k_weight, q_norm, k_norm, inv_freq, features,
     gate_q, q_plane, q_scales, gate_k, k_plane, k_scales,
     q_heads, q_tiles, q_rows, q_first_window, k_heads, k_tiles, k_rows, k_items, items, q_start, q_len,
     Q_M: tl.constexpr, Q_SIZE: tl.constexpr, Q_STEP: tl.constexpr, Q_PART: tl.constexpr,
-    Q_AVG: tl.constexpr, Q_MAX: tl.constexpr, Q_MIN: tl.constexpr, Q_KINDS: tl.constexpr, Q_MEMBERS: tl.constexpr,
-    Q_LINEAR: tl.constexpr,
+    Q_KINDS: tl.constexpr, Q_MEMBERS: tl.constexpr, Q_LINEAR: tl.constexpr,
     K_M: tl.constexpr, K_SIZE: tl.constexpr, K_STEP: tl.constexpr, K_PART: tl.constexpr,
-    K_AVG: tl.constexpr, K_MAX: tl.constexpr, K_MIN: tl.constexpr, K_KINDS: tl.constexpr, K_OUTPUTS: tl.constexpr,
-    K_TILE: tl.constexpr, K_SUBBLOCKS: tl.constexpr, FEATURES: tl.constexpr,
+    K_KINDS: tl.constexpr, K_OUTPUTS: tl.constexpr, K_TILE: tl.constexpr, K_SUBBLOCKS: tl.constexpr,
+    FEATURES: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr,
     NORM: tl.constexpr, ROPE: tl.constexpr, DG: tl.constexpr, GATE_HALF: tl.constexpr,
     PLANES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
@@ -179,16 +173,17 @@ def vectors_kernel(
             _vectors(
                 item, k_tiles, k_heads, k, k_stride_b, k_stride_h, k_stride_n, 0,
                 cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
-                k_weight, k_norm, inv_freq, features, gate_k, k_plane, k_scales, k_rows, 0, 0, q_start + q_len,
-                K_M, K_SIZE, K_STEP, K_PART, D, HALF, ROTATED, ROTATION, COLUMN, K_AVG, K_MAX, K_MIN, K_KINDS,
+                k_salience, k_weight, k_norm, inv_freq, features, gate_k, k_plane, k_scales, k_rows, 0,
+                0, q_start + q_len,
+                K_M, K_SIZE, K_STEP, K_PART, D, HALF, ROTATED, ROTATION, COLUMN, K_KINDS,
                 1, K_OUTPUTS, True, NORM, ROPE, DG, GATE_HALF, PLANES, PRECISION, DEPTH, STAGES, K_TILE, K_SUBBLOCKS,
             )  # fmt: skip
         else:
             _vectors(
                 item - k_items, q_tiles, q_heads, q, q_stride_b, q_stride_h, q_stride_n, q_start,
                 cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
-                q_weight, q_norm, inv_freq, features, gate_q, q_plane, q_scales, q_rows, q_first_window,
+                q_salience, q_weight, q_norm, inv_freq, features, gate_q, q_plane, q_scales, q_rows, q_first_window,
                 q_start, q_start + q_len,
-                Q_M, Q_SIZE, Q_STEP, Q_PART, D, HALF, ROTATED, ROTATION, COLUMN, Q_AVG, Q_MAX, Q_MIN, Q_KINDS,
+                Q_M, Q_SIZE, Q_STEP, Q_PART, D, HALF, ROTATED, ROTATION, COLUMN, Q_KINDS,
                 Q_MEMBERS, 1, Q_LINEAR, NORM, ROPE, DG, GATE_HALF, PLANES, PRECISION, DEPTH, STAGES, 1, 1,
             )  # fmt: skip
