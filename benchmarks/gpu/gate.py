@@ -39,6 +39,7 @@ from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.gate_selector import GateSelector, pool
 from seerattn.ops.gate_scores import triton_select
 from seerattn.selection import AttentionContext, BlockIndices, KeepAll, Policy, Threshold, TokenBudget, TopK, TopP
+from seerattn.selection.block_indices import forced_block_mask
 
 DEVICE = torch.device("cuda")
 SHAPE = Shape()
@@ -183,8 +184,10 @@ def compare(gate: AttnGate, policy: Policy, q_tokens: int, k_tokens: int, batch:
     start = k_tokens - q_tokens
     scores = gate(context.unrotate(q, start), context.unrotate(k, 0))
     missed, extra = want & ~have, have & ~want
-    # The lowest score that torch keeps, and the highest that it leaves out.
-    kept = scores.masked_fill(~want | (scores == -torch.inf), torch.inf).amin(-1, keepdim=True)
+    # The lowest score that torch keeps for its height, and the highest that it leaves out.
+    forced = forced_block_mask(start, q_tokens, *scores.shape[2:], gate.config.block_q, gate.config.block_k)
+    free = want & ~forced[:, None].to(DEVICE) & (scores != -torch.inf)
+    kept = scores.masked_fill(~free, torch.inf).amin(-1, keepdim=True)
     left = scores.masked_fill(want, -torch.inf).amax(-1, keepdim=True)
     gap = torch.where(missed, scores - kept, torch.where(extra, left - scores, 0.0))
     return float((missed | extra).sum() / want.sum()), float(gap.max())

@@ -1,4 +1,7 @@
-"""One attention layer: dense attention, random sparse masks, and what gate and selection add, each timed alone."""
+"""One attention layer: dense attention, random sparse masks, and what gate and selection add, each timed alone.
+
+With `Layer(backward=True)` a call of an attention is its forward and its backward pass ("attention_training_ms").
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from seerattn.bench.backward import check_dense_gradients, check_sparse_gradients, forward_and_backward
 from seerattn.bench.check import GATE_TOKENS, check_attention, check_dense, check_selection
 from seerattn.bench.dense import dense_attention, flex_attention
 from seerattn.bench.inputs import Shape, random_blocks, random_qkv
@@ -73,10 +77,13 @@ class Layer:
         shape: the heads of the layer.
         tokens: length of the prompt.
         pipeline: time calls among others like them, host included, instead of on the device alone.
+        backward: take the gradients of q, k and v, too.
     """
 
-    def __init__(self, session: Session, shape: Shape, tokens: int, *, pipeline: bool = False) -> None:
-        self.session, self.shape, self.tokens = session, shape, tokens
+    def __init__(
+        self, session: Session, shape: Shape, tokens: int, *, pipeline: bool = False, backward: bool = False
+    ) -> None:
+        self.session, self.shape, self.tokens, self.backward = session, shape, tokens, backward
         self._clock = pipeline_time if pipeline else device_time
         self._cell = {"dtype": shape.dtype_name, "clock": "pipeline" if pipeline else "device"}
 
@@ -87,37 +94,49 @@ class Layer:
     def _time(self, run: Callable[[], object]) -> Timing:
         return self._clock(run, self.session.device)
 
+    @property
+    def _what(self) -> str:
+        return "attention_training_ms" if self.backward else "attention_ms"
+
     def _blank(self, what: str, impl: str, cell: dict[str, Any], **values: Any) -> Result:
         return self.session.blank(
             what, model=str(self.shape), context=self.tokens, impl=impl, cell=self._cell | cell, **values
         )
 
     def dense(self, name: str) -> Result | None:
-        """Time of dense attention ("attention_ms", selector "dense")."""
+        """Time of dense attention ("attention_ms" or "attention_training_ms", selector "dense")."""
 
         def run() -> dict[str, Any]:
-            require_dense(self.session, self.shape, name)
-            return self._time(dense_attention(name, *self.qkv)).fields()
+            require_dense(self.session, self.shape, name, backward=self.backward)
+            if self.backward:
+                call = forward_and_backward(lambda *x: dense_attention(name, *x)(), *self.qkv)
+            else:
+                call = dense_attention(name, *self.qkv)
+            return self._time(call).fields()
 
         label = f"{self.tokens:>7,} tokens, dense {name}"
-        return self.session.measured(self._blank("attention_ms", name, {}, realised_density=1.0), run, label=label)
+        return self.session.measured(self._blank(self._what, name, {}, realised_density=1.0), run, label=label)
 
     def sparse(self, kind: Sparse, density: float) -> Result | None:
-        """Time of sparse attention with random blocks ("attention_ms", selector "random")."""
+        """Time of sparse attention with random blocks (quantities as `dense`, selector "random")."""
         session, shape = self.session, self.shape
         sizes = kind.sizes(shape)
 
         def run() -> dict[str, Any]:
-            require_sparse(session, shape, kind)
+            require_sparse(session, shape, kind, backward=self.backward)
             blocks = random_blocks(
                 tokens=self.tokens, density=density, device=session.device, rows_alike=kind.rows_alike, **sizes
             )
-            timing = self._time(kind.attention(*self.qkv, blocks))
+            if self.backward:
+                call = forward_and_backward(lambda *x: kind.attention(*x, blocks)(), *self.qkv)
+            else:
+                call = kind.attention(*self.qkv, blocks)
+            timing = self._time(call)
             return timing.fields() | {"realised_density": float(blocks.density().mean())}
 
         cell = kind.cell(shape) | {"rows_alike": kind.rows_alike}
         values = {"selector": "random", "density": density, "seed": 0}
-        blank = self._blank("attention_ms", kind.impl, cell, **values)
+        blank = self._blank(self._what, kind.impl, cell, **values)
         return session.measured(blank, run, label=f"{self.tokens:>7,} tokens, {kind}, density {density:g}")
 
     def selection(self, form: str, density: float, block_q: int, block_k: int, impl: str) -> Result | None:
@@ -148,19 +167,21 @@ def share_of(config: AttnGateConfig) -> Share:
     return "group" if config.share == "kv_group" else "head"
 
 
-def require_dense(session: Session, shape: Shape, name: str) -> None:
-    """Checks a dense attention, once a session.
+def require_dense(session: Session, shape: Shape, name: str, *, backward: bool = False) -> None:
+    """Checks a dense attention, or its gradients, once a session.
 
     Raises:
         CheckFailed: it does not match its oracle.
     """
-    session.check(f"dense {name}", lambda: check_dense(lambda *x: dense_attention(name, *x)(), shape, session.device))
+    check, title = (check_dense_gradients, f"gradients of dense {name}") if backward else (check_dense, f"dense {name}")
+    session.check(title, lambda: check(lambda *x: dense_attention(name, *x)(), shape, session.device))
 
 
-def require_sparse(session: Session, shape: Shape, kind: Sparse) -> None:
-    """Checks a sparse attention, once a session; raises as `require_dense`."""
+def require_sparse(session: Session, shape: Shape, kind: Sparse, *, backward: bool = False) -> None:
+    """Checks a sparse attention, or its gradients, once a session; raises as `require_dense`."""
+    check, title = (check_sparse_gradients, f"gradients of {kind}") if backward else (check_attention, str(kind))
     attend = lambda *x: kind.attention(*x)()  # noqa: E731
-    session.check(str(kind), lambda: check_attention(attend, shape, session.device, **kind.sizes(shape)))
+    session.check(title, lambda: check(attend, shape, session.device, **kind.sizes(shape)))
 
 
 def require_selection(session: Session, shape: Shape, form: str, block_q: int, block_k: int, impl: str) -> None:
@@ -190,6 +211,7 @@ def bench_attention(
     kinds: Sequence[Sparse],
     forms: Sequence[str],
     gate_impls: Sequence[str],
+    backward: bool = False,
 ) -> list[Result]:
     """Dense attention, sparse attention, and gate with selection, at every length and sparsity.
 
@@ -202,6 +224,7 @@ def bench_attention(
         kinds: sparse attentions.
         forms: names of gates; each is measured in the block sizes of the sparse attentions that can use its lists.
         gate_impls: implementations of gate and selection.
+        backward: time forward and backward of every attention together.
 
     Returns:
         The results that there are, in the order of the file.
@@ -209,7 +232,7 @@ def bench_attention(
     rows: list[Result | None] = []
     densities = [round(1 - sparsity, 6) for sparsity in sparsities]
     for tokens in sorted(lengths):
-        layer = Layer(session, shape, tokens)
+        layer = Layer(session, shape, tokens, backward=backward)
         rows += [layer.dense(name) for name in baselines]
         rows += [layer.sparse(kind, density) for kind in kinds for density in densities]
         for form in forms:

@@ -146,6 +146,7 @@ class Session:
 
 UNITS = {
     "attention_ms": "ms",
+    "attention_training_ms": "ms with backward",
     "selection_ms": "ms",
     "pooled_ms": "ms",
     "extra_memory_mib": "MiB beyond the results",

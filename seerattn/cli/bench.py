@@ -43,6 +43,7 @@ VariantsOption = Annotated[
 BlocksOption = Annotated[str, typer.Option(help="Block sizes, QUERIESxKEYS in tokens.")]
 SharesOption = Annotated[str, typer.Option(help="Lists for every query head or for every KV group: head, group.")]
 AlikeOption = Annotated[str, typer.Option(help="Neighbouring query blocks that draw the same key blocks.")]
+BackwardOption = Annotated[bool, typer.Option("--backward", help="Time forward and backward together, as in training.")]
 FormsOption = Annotated[str, typer.Option(help=f"Gates: {FORMS}.")]
 FormOption = Annotated[str, typer.Option(help=f"Gate: {FORMS}.")]
 GateImplsOption = Annotated[str, typer.Option(help="Gate and selection: triton, reference.")]
@@ -73,6 +74,7 @@ def attention(
     rows_alike: AlikeOption = "1",
     gates: FormsOption = "paper,paper-group",
     gate_impls: GateImplsOption = "",
+    backward: BackwardOption = False,
     heads: HeadsOption = 32,
     kv_heads: KVHeadsOption = 8,
     head_dim: HeadDimOption = 128,
@@ -93,7 +95,7 @@ def attention(
         raise ValueError(f"shares must be head or group, got {shares!r}")
     kinds = [
         Sparse(impl, block_q, block_k, share, alike)
-        for impl in words(impls) or _default_impls(session.device)
+        for impl in words(impls) or _default_impls(session.device, backward)
         for block_q, block_k in _blocks(blocks)
         for share in words(shares)
         for alike in numbers("rows-alike", rows_alike, int, 1)
@@ -105,10 +107,12 @@ def attention(
         shape,
         lengths=numbers("lengths", lengths, int, 1),
         sparsities=_sparsities(sparsities),
-        baselines=words(baselines) or default_baselines(session.device),
+        baselines=words(baselines) or (_backends if backward else default_baselines)(session.device),
         kinds=kinds,
-        forms=words(gates),
+        # Training takes the gradients of a gate elsewhere.
+        forms=[] if backward else words(gates),
         gate_impls=words(gate_impls) or [preferred("gate_scores", "auto", session.device)],
+        backward=backward,
     )
     _finish(session, rows, output)
 
@@ -270,8 +274,10 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _default_impls(device: torch.device) -> list[str]:
-    return ["gluon", "triton", "flash4", "flex"] if device.type == "cuda" else ["reference"]
+def _default_impls(device: torch.device, backward: bool) -> list[str]:
+    if device.type != "cuda":
+        return ["reference"]
+    return ["gluon", "triton"] if backward else ["gluon", "triton", "flash4", "flex"]
 
 
 def _backends(device: torch.device) -> list[str]:

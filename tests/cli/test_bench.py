@@ -69,6 +69,19 @@ def test_command_writes_whole_results_that_a_second_run_does_not_measure_again(
     assert output.read_bytes() == before and "checked" not in capsys.readouterr().err
 
 
+def test_backward_rows_time_forward_and_backward_of_checked_gradients(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "r.jsonl"
+    args = (*TINY, "--lengths", "130", "--sparsities", "0.5", "--blocks", "64x64", "--output", output)
+    assert run("attention", *args, "--backward") == 0
+    assert "checked gradients of reference 64x64 per group" in capsys.readouterr().err
+    rows = read_results([output])
+    expected = [("dense", "sdpa"), *[("random", "reference")] * 2]
+    assert [(r.selector, r.cell["impl"]) for r in rows] == expected
+    assert {r.what for r in rows} == {"attention_training_ms"}
+
+
 def test_attention_rows_have_exact_densities(tmp_path: Path) -> None:
     output = tmp_path / "r.jsonl"
     # 10 blocks of 64 have 55 places, of which 22 are 40 %.

@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from seerattn.ops.block_sparse_attention import reference
 from seerattn.ops.checks import check_cu_seqlens, check_lengths, check_qkv, check_sinks
+from seerattn.ops.launch import needs_gradients
 from seerattn.ops.resolve import check_impl, implementation
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 
@@ -75,7 +77,12 @@ def block_sparse_attention(
     module = implementation("block_sparse_attention", impl, q.device, q, k, v, blocks, **call)
     # Autocast would turn the fp32 products inside into half-precision ones.
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = module.block_sparse_attention(q, k, v, blocks, **call)
+        if needs_gradients(q, k, v, sinks) and module is not reference:
+            from seerattn.ops.block_sparse_attention import autograd  # which needs Triton
+
+            out, lse = autograd.block_sparse_attention(module.block_sparse_attention, q, k, v, blocks, **call)
+        else:
+            out, lse = module.block_sparse_attention(q, k, v, blocks, **call)
     return (out, lse) if return_lse else out
 
 

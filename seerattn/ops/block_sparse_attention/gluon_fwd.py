@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from seerattn.ops.launch import needs_gradients, new_output, on_device, tma_ready
+from seerattn.ops.launch import new_output, on_device, tma_ready
 from seerattn.selection.block_indices import BlockIndices
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -107,8 +107,6 @@ def refusal(
     **_: object,
 ) -> str | None:
     """Why this implementation cannot serve a call, in a sentence; None if it can."""
-    if needs_gradients(q, k, v, sinks):
-        return "it has no backward pass"
     if q.dtype not in DTYPES:
         return f"it takes fp16 or bf16, got {q.dtype}"
     if q.shape[3] not in HEAD_DIMS:

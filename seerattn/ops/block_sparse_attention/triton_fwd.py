@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from seerattn.ops.launch import needs_gradients, new_output, on_device, row_geometry, tma_ready
+from seerattn.ops.block_sparse_attention.triton_rows import LOG2_E, capped, query_tile, row_offset, row_table
+from seerattn.ops.launch import new_output, tma_ready
 from seerattn.selection.block_indices import BlockIndices
 
 BLOCK_SIZES = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,6 @@ def choose_launch(*, block_q: int, block_k: int, members: int, head_dim: int, el
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, sinks: Tensor | None, **_: object) -> str | None:
     """Why this implementation cannot serve a call, in a sentence; None if it can."""
-    if needs_gradients(q, k, v, sinks):
-        return "it has no backward pass"
     if q.dtype not in DTYPES:
         return f"it takes fp16, bf16 or fp32, got {q.dtype}"
     if q.shape[3] * q.element_size() % 16:
@@ -110,16 +108,14 @@ def block_sparse_attention(
     tile_q = min(blocks.block_q, max(1, launch.rows // members))
     rows = len(lengths)
 
-    whole = cu_seqlens is None and all(n == k_tokens for n in lengths)
-    out = new_output(q, padded=not whole and cu_seqlens is None)
+    table = row_table(q_tokens, k_tokens, lengths, cu_seqlens, q.device)
+    out = new_output(q, padded=table is not None and cu_seqlens is None)
     lse = None
     if return_lse:
         lse = torch.full((batch, heads, q_tokens), -torch.inf, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
 
-    # Where a row of the batch begins and how long it is: no tensor, and no copy to the device, if all are whole.
-    geometry = None if whole else _geometry(q_tokens, k_tokens, lengths, cu_seqlens, q.device)
     q = q if q.stride(3) == 1 else q.contiguous()
     block_dim = triton.next_power_of_2(dim)
     tile = [1, 1, launch.keys, block_dim]
@@ -135,15 +131,11 @@ def block_sparse_attention(
         sinks,
         blocks.indices,
         blocks.counts,
-        geometry,
+        table,
         k_tokens - q_tokens,
         q_tokens,
-        q.stride(0),
-        q.stride(1),
-        q.stride(2),
-        out.stride(0),
-        out.stride(1),
-        out.stride(2),
+        q.stride()[:3],
+        out.stride()[:3],
         heads,
         kv_heads,
         num_q_blocks,
@@ -167,17 +159,6 @@ def block_sparse_attention(
         maxnreg=launch.max_registers,
     )
     return out, lse
-
-
-def _geometry(
-    q_tokens: int, k_tokens: int, lengths: list[int], cu_seqlens: list[int] | None, device: torch.device
-) -> Tensor:
-    """int32 ``[rows, 5]``: batch index, and `row_geometry`; packed rows begin where their sequences do."""
-    if cu_seqlens is not None:
-        table = [(0, begin, begin, 0, n) for begin, n in zip(cu_seqlens, lengths)]
-    else:
-        table = [(b, *row) for b, row in enumerate(row_geometry(q_tokens, k_tokens, lengths))]
-    return on_device(tuple(table), torch.int32, device)
 
 
 @triton.jit
@@ -214,8 +195,7 @@ def _walk(
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         factor = scale
         if CAPPED:
-            # tanh(x) = 1 - 2 / (exp(2 x) + 1), exact at both ends.
-            scores = scale * (1.0 - 2.0 / (tl.exp2(scores * (inner_scale * 2.8853900817779268)) + 1.0))
+            scores = scale * capped(scores, inner_scale)
             factor = 1.0
         if MASKED:
             key = first_key + tl.arange(0, TILE_K)
@@ -244,15 +224,11 @@ def _forward(
     sinks_ptr,
     indices_ptr,
     counts_ptr,
-    geometry_ptr,
+    table_ptr,
     whole_start,
     whole_len,
-    q_stride_b,
-    q_stride_h,
-    q_stride_t,
-    out_stride_b,
-    out_stride_h,
-    out_stride_t,
+    q_strides,
+    out_strides,
     heads,
     kv_heads,
     num_q_blocks,
@@ -273,54 +249,31 @@ def _forward(
     PRECISION: tl.constexpr,
 ):
     ROWS: tl.constexpr = TILE_Q * MEMBERS
-    PIECES: tl.constexpr = BLOCK_Q // TILE_Q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
 
-    # Programs of one KV head follow each other, so its keys stay in L2; long lists (late rows) go first.
-    pid = tl.program_id(0)
-    piece = PIECES - 1 - pid % PIECES
-    pid = pid // PIECES
-    first_head = pid % (GROUP // MEMBERS) * MEMBERS
-    pid = pid // (GROUP // MEMBERS)
-    block = num_q_blocks - 1 - pid % num_q_blocks
-    pid = pid // num_q_blocks
-    kv_head = pid % kv_heads
-    row = pid // kv_heads
-    first_head += kv_head * GROUP
-
-    batch, q_slot, k_slot, q_start, q_len = row, 0, 0, whole_start, whole_len
-    if geometry_ptr is not None:
-        batch = tl.load(geometry_ptr + row * 5)
-        q_slot = tl.load(geometry_ptr + row * 5 + 1)
-        k_slot = tl.load(geometry_ptr + row * 5 + 2)
-        q_start = tl.load(geometry_ptr + row * 5 + 3)
-        q_len = tl.load(geometry_ptr + row * 5 + 4)
-
-    # Positions of this tile and of its query block; slots without a query act as their nearest real neighbour.
-    q_end = q_start + q_len
-    block_first = (q_start // BLOCK_Q + block) * BLOCK_Q
-    tile_first = block_first + piece * TILE_Q
-    first = tl.maximum(tile_first, q_start)
-    last = tl.minimum(tile_first + TILE_Q, q_end) - 1
-    if first > last:
+    some, batch, kv_head, head, token, position, real, k_slot, q_end, entries, full, steps = query_tile(
+        indices_ptr,
+        counts_ptr,
+        table_ptr,
+        whole_start,
+        whole_len,
+        heads,
+        kv_heads,
+        num_q_blocks,
+        list_width,
+        GROUP,
+        MEMBERS,
+        MASK_GROUP,
+        BLOCK_Q,
+        BLOCK_K,
+        TILE_Q,
+        TILE_K,
+    )
+    if not some:
         return
-    r = tl.arange(0, ROWS)
-    position = tile_first + r % TILE_Q
-    head = first_head + r // TILE_Q
-    real = (position >= q_start) & (position < q_end)
-    position = tl.minimum(tl.maximum(position, first), last)
-    token = q_slot + position - q_start
     d = tl.arange(0, BLOCK_D)
-    q_offset = batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h + token.to(tl.int64) * q_stride_t
+    q_offset = row_offset(batch, head, token, q_strides)
     q = tl.load(q_ptr + q_offset[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
-
-    # The list ends with the blocks of the query block's own positions. Steps after this tile are left out, those that
-    # hold a key after the tile's first query are masked.
-    list_row = (row * (heads // MASK_GROUP) + first_head // MASK_GROUP) * num_q_blocks + block
-    entries = indices_ptr + list_row.to(tl.int64) * list_width
-    listed_end = ((tl.minimum(block_first + BLOCK_Q, q_end) - 1) // BLOCK_K + 1) * (BLOCK_K // TILE_K)
-    count = tl.load(counts_ptr + list_row) * (BLOCK_K // TILE_K) - (listed_end - 1 - last // TILE_K)
-    full = count - (last // TILE_K - (first + 1) // TILE_K + 1)
 
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -340,7 +293,7 @@ def _forward(
             q_end,
             entries,
             full if masked else 0,
-            count if masked else full,
+            steps if masked else full,
             scale,
             inner_scale,
             BLOCK_K=BLOCK_K,
@@ -359,8 +312,7 @@ def _forward(
         total = total * shrink + tl.exp2(sink - new_top)
         acc = acc * shrink[:, None]
         top = new_top
-    out_offset = batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
-    out_offset += token.to(tl.int64) * out_stride_t
+    out_offset = row_offset(batch, head, token, out_strides)
     out = (acc / total[:, None]).to(DTYPE)
     tl.store(out_ptr + out_offset[:, None] + d[None, :], out, mask=real[:, None] & (d[None, :] < D))
     if lse_ptr is not None:
