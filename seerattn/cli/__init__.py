@@ -19,6 +19,9 @@ class _Command(NamedTuple):
 
 COMMANDS = {
     "distill": _Command("seerattn.cli.distill", "distill", "Learn the gates of a model from its own attention maps."),
+    "finetune": _Command(
+        "seerattn.cli.finetune", "finetune", "Train a model and its gates together while attention is sparse."
+    ),
     "eval": _Command("seerattn.cli.evaluate", "app", "Measure perplexity and recall against realised density."),
     "plan": _Command("seerattn.cli.plan", "app", "Search rules for every head, for the methods that need them."),
     "compare": _Command(

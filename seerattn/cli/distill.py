@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from seerattn.gate import AttnGateConfig
-    from seerattn.training.distill import Plan
+from seerattn.cli.gate_form import gate_config, parse_layers, with_gate_form
+from seerattn.cli.training import local_device, show_plan
 
-_FORM = "Form of the gates (default: the form that measures best)"
 _TRAINING = "Training"
 _ABOUT = "Data and loss"
 
 
+@with_gate_form
 def distill(
+    form: dict[str, Any],
     model: Annotated[str, typer.Option(help="Base model: a folder or Hub id.")],
     data: Annotated[
         list[str], typer.Option(help=".jsonl or .txt file (also .gz, .bz2, .xz), folder, or dataset; can be repeated.")
@@ -72,51 +71,6 @@ def distill(
     density: Annotated[
         float, typer.Option(help="Density that the gates run at when they are loaded.", rich_help_panel=_ABOUT)
     ] = 0.2,
-    paper: Annotated[
-        bool, typer.Option("--paper", help="Start from the published form.", rich_help_panel=_FORM)
-    ] = False,
-    layers: Annotated[
-        str | None, typer.Option(help="Layers with a gate, such as 0-3,7; default all.", rich_help_panel=_FORM)
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="Tokens of query and key blocks: 32, 64 or 128.", rich_help_panel=_FORM)
-    ] = None,
-    block_q: Annotated[int | None, typer.Option(help="Tokens of query blocks.", rich_help_panel=_FORM)] = None,
-    block_k: Annotated[int | None, typer.Option(help="Tokens of key blocks.", rich_help_panel=_FORM)] = None,
-    q_pooling: Annotated[
-        str | None, typer.Option(help="Any of avg,max,min,salient, with commas.", rich_help_panel=_FORM)
-    ] = None,
-    k_pooling: Annotated[
-        str | None, typer.Option(help="Any of avg,max,min,salient, with commas.", rich_help_panel=_FORM)
-    ] = None,
-    q_linear: Annotated[
-        bool | None, typer.Option(help="A linear after the query pooling.", rich_help_panel=_FORM)
-    ] = None,
-    gate_dim: Annotated[
-        int | None, typer.Option(help="Width of the gate; default the head dim.", rich_help_panel=_FORM)
-    ] = None,
-    rope: Annotated[bool | None, typer.Option(help="Rotate gate queries and keys.", rich_help_panel=_FORM)] = None,
-    qk_norm: Annotated[bool | None, typer.Option(help="RMSNorm on both sides.", rich_help_panel=_FORM)] = None,
-    query_subblocks: Annotated[
-        int | None, typer.Option(help="Pieces a query block is pooled in.", rich_help_panel=_FORM)
-    ] = None,
-    key_subblocks: Annotated[
-        int | None, typer.Option(help="Pieces a key block is pooled in.", rich_help_panel=_FORM)
-    ] = None,
-    normalize_subblocks: Annotated[
-        bool | None, typer.Option(help="Softmax within each query piece before the maximum.", rich_help_panel=_FORM)
-    ] = None,
-    distance_bias: Annotated[
-        int | None, typer.Option(help="Learned bias by block distance, up to so many blocks.", rich_help_panel=_FORM)
-    ] = None,
-    share: Annotated[
-        str | None, typer.Option(help="query_head, or kv_group: one gate a group.", rich_help_panel=_FORM)
-    ] = None,
-    init: Annotated[str | None, typer.Option(help="identity or normal.", rich_help_panel=_FORM)] = None,
-    exclude_forced: Annotated[
-        bool | None,
-        typer.Option(help="Train without the blocks that selection keeps anyway.", rich_help_panel=_FORM),
-    ] = None,
 ) -> None:
     """Learn the gates of a model from its own attention maps.
 
@@ -124,8 +78,9 @@ def distill(
 
     Several GPUs: torchrun --nproc-per-node 8 -m seerattn distill ...
     """
-    from seerattn.eval.arms import choose_device, load_subject
-    from seerattn.training.distill import DistillConfig, check_output, is_main, plan, run
+    from seerattn.eval.arms import load_subject
+    from seerattn.training.distill import DistillConfig, plan, run
+    from seerattn.training.runs import check_output, is_main
 
     config = DistillConfig(
         context=context,
@@ -145,77 +100,14 @@ def distill(
         report_to=report_to,
         seed=seed,
     )
-    if block_size is not None and (block_q is not None or block_k is not None):
-        raise ValueError("block_size must be given alone, got it beside block_q or block_k; leave one of them out")
-    gate = gate_config(
-        paper=paper,
-        block_q=block_q if block_size is None else block_size,
-        block_k=block_k if block_size is None else block_size,
-        q_pooling=_names(q_pooling),
-        k_pooling=_names(k_pooling),
-        q_linear=q_linear,
-        gate_dim=gate_dim,
-        rope=rope,
-        qk_norm=qk_norm,
-        query_subblocks=query_subblocks,
-        key_subblocks=key_subblocks,
-        normalize_subblocks=normalize_subblocks,
-        distance_bias=distance_bias,
-        share=share,
-        init=init,
-        exclude_forced=exclude_forced,
-    )
-    indices = parse_layers(layers)
+    gate, indices = gate_config(form), parse_layers(form.get("layers"))
     check_output(output, resume=resume)
-    place = choose_device(device)
-    if place.type == "cuda" and "LOCAL_RANK" in os.environ:
-        place = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    base = load_subject(model, device=place, dtype=dtype, context=context)
+    base = load_subject(model, device=local_device(device), dtype=dtype, context=context)
     prepared = plan(base.model, base.tokenizer, data, config, gate=gate, layers=indices)
     if is_main():
-        _show(prepared)
+        show_plan(prepared.describe())
     if dry_run:
         return
     run(prepared, output, resume=resume)
     if is_main():
         typer.echo(f"The gates are in {output}.")
-
-
-def _show(prepared: Plan) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    table.add_column(style="bold")
-    for name, value in prepared.describe().items():
-        table.add_row(name, value)
-    Console().print(table)
-
-
-def gate_config(*, paper: bool, **options: Any) -> AttnGateConfig:
-    """The published or the default form, with those options that were given."""
-    from seerattn.gate import AttnGateConfig
-
-    given = {name: value for name, value in options.items() if value is not None}
-    return AttnGateConfig.paper(**given) if paper else AttnGateConfig(**given)
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def parse_layers(text: str | None) -> list[int] | None:
-    """Indices out of a list such as "0-3,7".
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if text is None:
-        return None
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"layers must be numbers and ranges such as 0-3,7, got {text!r}")
-        layers += range(int(first), int(last or first) + 1)
-    return sorted(set(layers))

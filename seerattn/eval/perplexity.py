@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from seerattn.eval import statistics
 from seerattn.eval.arms import DENSE, Arm, Subject, TunedArm
 from seerattn.eval.data import Window, batches
 from seerattn.eval.results import Result, ResultsFile, Stopwatch
+from seerattn.hf.head import LOGITS_ELEMENTS, head_losses
 from seerattn.hf.meters import AttentionTimes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Logits held at once, in elements: 256 MiB in fp32.
-LOGITS_ELEMENTS = 1 << 26
 # Forwards that the dense attention is timed on; other arms are timed while their perplexity is measured.
 DENSE_FORWARDS = 4
 
@@ -31,44 +28,15 @@ DENSE_FORWARDS = 4
 def token_losses(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Negative log-likelihood of every token but the first, fp32 ``[B, T - 1]``.
 
-    The backbone runs once. The model's own head, with whatever scaling or capping follows it, then runs on pieces of
-    the hidden states, so logits of ``T`` tokens times the vocabulary are never held.
+    The backbone runs once, and the model's own head on pieces of the hidden states, so logits of ``T`` tokens times
+    the vocabulary are never held.
 
     Args:
         model: a causal language model.
         input_ids: ``[B, T]``, no padding.
     """
-    backbone = model.base_model
-    hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-    size = max(1, LOGITS_ELEMENTS // (input_ids.shape[0] * model.config.get_text_config().vocab_size))
-    losses = []
-    for begin in range(0, input_ids.shape[1] - 1, size):
-        labels = input_ids[:, begin + 1 : begin + 1 + size]
-        with _backbone_output(backbone, hidden[:, begin : begin + labels.shape[1]]):
-            logits = model(input_ids=labels, use_cache=False).logits
-        # Flat, so that the classes are contiguous: along a stride torch sums them one after the other, and the fp32
-        # rounding made every loss on a CPU 1.6e-5 too small.
-        flat = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-        losses.append(flat.view_as(labels))
-    return torch.cat(losses, dim=1)
-
-
-@contextmanager
-def _backbone_output(backbone: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
-    """Lets the backbone return these hidden states instead of computing any."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
-    def forward(*args, **kwargs) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
-
-    before = vars(backbone).get("forward")
-    backbone.forward = forward
-    try:
-        yield
-    finally:
-        del backbone.forward
-        if before is not None:
-            backbone.forward = before
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return head_losses(model, hidden[:, :-1], input_ids[:, 1:], elements=LOGITS_ELEMENTS)
 
 
 def document_losses(

@@ -109,24 +109,29 @@ class AttnGate(nn.Module):
             blocks = weight.view(weight.shape[0], members, kinds, self.head_dim, self.gate_dim)
             blocks[:, :, kind] += eye
 
-    def gate_queries(self, q: Tensor | Pooled, start: int = 0) -> Tensor:
+    def gate_queries(self, q: Tensor | Pooled, start: int = 0, rows: Tensor | None = None) -> Tensor:
         """Projects queries to ``[B, Hm, Wq, DG]``.
 
         Args:
             q: queries before RoPE ``[B, H, T, D]`` at positions from ``start`` on, or the same pooled: into the gate's
                 own windows, or into windows of one token, which a gate with learned pooling needs.
             start: position of the first query; what is pooled has its own.
+            rows: see `forward`.
         """
         c = self.config
         q = self._pooled(q, start, c.q_size, c.q_pooling, self.q_salience)
         pooled = q.features
+        positions = block_positions(q.start, pooled.shape[2], c.q_size, pooled.device)
+        if rows is not None:
+            windows = self._windows(rows, q.length).to(pooled.device)
+            pooled, positions = pooled[:, :, windows], positions[windows]
         if c.share == "kv_group":
             batch, _, windows, width = pooled.shape
             pooled = pooled.view(batch, self.num_kv_heads, self.group, windows, width)
             pooled = pooled.transpose(2, 3).reshape(batch, self.num_kv_heads, windows, self.group * width)
         if self.q_weight is not None:
             pooled = pooled @ self.q_weight
-        return self._place(self.q_norm(pooled), q.start, c.q_size)
+        return self._place(self.q_norm(pooled), positions)
 
     def gate_keys(self, k: Tensor | Pooled, start: int = 0) -> Tensor:
         """Projects keys to ``[B, h, Wk, DG]``; arguments are those of `gate_queries`, with ``HKV`` heads.
@@ -139,7 +144,8 @@ class AttnGate(nn.Module):
         pooled = k.features
         if self.k_weight.shape[0] != self.num_kv_heads:
             pooled = pooled.repeat_interleave(self.group, dim=1)
-        return self._place(self.k_norm(pooled @ self.k_weight), k.start, c.k_size)
+        positions = block_positions(k.start, pooled.shape[2], c.k_size, pooled.device)
+        return self._place(self.k_norm(pooled @ self.k_weight), positions)
 
     def _pooled(
         self, x: Tensor | Pooled, start: int, size: int, kinds: tuple[str, ...], salience: Tensor | None
@@ -154,12 +160,16 @@ class AttnGate(nn.Module):
         features = pool_blocks(x, size=size, start=start, kinds=kinds, salience=salience)
         return Pooled(features, size, start, x.shape[2])
 
-    def _place(self, x: Tensor, start: int, size: int) -> Tensor:
-        if self.inv_freq is None:
-            return x
-        return rotate(x, block_positions(start, x.shape[2], size, x.device), self.inv_freq)
+    def _place(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x if self.inv_freq is None else rotate(x, positions, self.inv_freq)
 
-    def scores(self, gate_q: Tensor, gate_k: Tensor, *, q_start: int, q_len: int) -> Tensor:
+    def _windows(self, rows: Tensor, length: int) -> Tensor:
+        """Numbers of the query sub-blocks of some query blocks of ``length`` tokens, on the host."""
+        pieces = self.config.query_subblocks
+        windows = (rows.cpu()[:, None] * pieces + torch.arange(pieces)).flatten()
+        return windows[windows * self.config.q_size < length]
+
+    def scores(self, gate_q: Tensor, gate_k: Tensor, *, q_start: int, q_len: int, rows: Tensor | None = None) -> Tensor:
         """Block scores from projected queries and keys.
 
         Args:
@@ -167,6 +177,7 @@ class AttnGate(nn.Module):
             gate_k: ``[B, h, Wk, DG]`` of all keys ``0 .. q_start + q_len``.
             q_start: position of the first query.
             q_len: number of queries.
+            rows: see `forward`; ``gate_q`` then holds their queries alone.
 
         Returns:
             fp32 ``[B, Hm, Nq, Nk]``, -inf for blocks without a causal pair. Logits over key blocks: their softmax is
@@ -176,17 +187,17 @@ class AttnGate(nn.Module):
         q_size, k_size = c.q_size, c.k_size
         batch, heads, windows, _ = gate_q.shape
         num_k_blocks = -(-gate_k.shape[2] // c.key_subblocks)
-        first_window = q_start // q_size
+        numbers = q_start // q_size + torch.arange(windows) if rows is None else self._windows(rows, q_len)
         budget = STRIP_ELEMENTS_CPU if gate_q.device.type == "cpu" else STRIP_ELEMENTS_DEVICE
         per_strip = budget // max(1, batch * heads * gate_k.shape[2] * c.query_subblocks)
         strip = max(1, per_strip) * c.query_subblocks
         # Strips are cut on block boundaries, so that every maximum over sub-blocks is taken within one strip.
-        edges = [0, *range(strip - first_window % c.query_subblocks, windows, strip), windows]
+        edges = [0, *range(strip - int(numbers[0]) % c.query_subblocks, windows, strip), windows]
         rows = []
         for begin, end in pairwise(edges):
-            last = min((first_window + end) * q_size, q_start + q_len) - 1
+            last = min((int(numbers[end - 1]) + 1) * q_size, q_start + q_len) - 1
             keys = gate_k[:, :, : last // k_size + 1]
-            args = (gate_q[:, :, begin:end], keys, first_window + begin, last)
+            args = (gate_q[:, :, begin:end], keys, numbers[begin:end], last)
             if torch.is_grad_enabled() and len(edges) > 2:
                 row = checkpoint(self._strip_scores, *args, use_reentrant=False)
             else:
@@ -194,16 +205,16 @@ class AttnGate(nn.Module):
             rows.append(F.pad(row, (0, num_k_blocks - row.shape[-1]), value=-torch.inf))
         return torch.cat(rows, dim=2)
 
-    def _strip_scores(self, gate_q: Tensor, gate_k: Tensor, first_window: int, last: int) -> Tensor:
-        """Scores of consecutive query sub-blocks, the first of number ``first_window``, the last token at ``last``."""
+    def _strip_scores(self, gate_q: Tensor, gate_k: Tensor, numbers: Tensor, last: int) -> Tensor:
+        """Scores of the query sub-blocks of ascending ``numbers [Wq]``, on the host; the last token is at ``last``."""
         c = self.config
         q_size, k_size = c.q_size, c.k_size
         batch, heads, windows, _ = gate_q.shape
-        device = gate_q.device
+        device, first_window = gate_q.device, int(numbers[0])
         grouped = gate_q.reshape(batch, gate_k.shape[1], -1, self.gate_dim)
         # [B, Hm, Wq, Wk]
         s = (grouped * self.gate_dim**-0.5 @ gate_k.transpose(-1, -2)).view(batch, heads, windows, -1)
-        q_window = first_window + torch.arange(windows, device=device)
+        q_window = numbers.to(device)
         k_window = torch.arange(s.shape[-1], device=device)
         if self.distance_bias is not None:
             distance = q_window[:, None] // c.query_subblocks * c.block_q - k_window // c.key_subblocks * c.block_k
@@ -224,21 +235,25 @@ class AttnGate(nn.Module):
             s = s.amax(-1)
         return s
 
-    def forward(self, q: Tensor | Pooled, k: Tensor | Pooled) -> Tensor:
+    def forward(self, q: Tensor | Pooled, k: Tensor | Pooled, rows: Tensor | None = None) -> Tensor:
         """Scores the last ``T`` tokens as queries against all ``S`` keys.
 
         Args:
             q: queries before RoPE ``[B, H, T, D]``, any float dtype, or the same pooled.
             k: keys before RoPE ``[B, HKV, S, D]``, the first at position 0, ``T <= S``, or the same pooled.
+            rows: int64 ``[R]``, ascending query blocks to score, of a whole sequence (``T == S``); by default all.
 
         Returns:
-            fp32 ``[B, Hm, Nq, Nk]``, see `scores`.
+            fp32 ``[B, Hm, Nq, Nk]``, see `scores`; with ``rows`` those rows alone, ``[B, Hm, R, Nk]``.
         """
         q_len, k_len = (x.length if isinstance(x, Pooled) else x.shape[2] for x in (q, k))
         if not 1 <= q_len <= k_len:
             raise ValueError(f"k must hold the keys of all queries and of the past, got T = {q_len}, S = {k_len}")
         start = k_len - q_len
-        return self.scores(self.gate_queries(q, start), self.gate_keys(k), q_start=start, q_len=q_len)
+        if rows is not None and start:
+            raise ValueError(f"q must be a whole sequence to score some of its rows, got T = {q_len}, S = {k_len}")
+        gate_q, gate_k = self.gate_queries(q, start, rows), self.gate_keys(k)
+        return self.scores(gate_q, gate_k, q_start=start, q_len=q_len, rows=rows)
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, gate_dim={self.gate_dim}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -150,9 +149,11 @@ class SeerLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the attention module; its attention function finds the gate in the keyword ``seer``."""
+        training = kwargs.pop("seer_training", None)
         if not self.disable_adapters:
             self.check_filled()
-            kwargs["seer"] = LayerCall(self._seer, kwargs["position_embeddings"], kwargs.get("position_ids"))
+            training = None if self._seer.gate is None else training
+            kwargs["seer"] = LayerCall(self._seer, kwargs["position_embeddings"], kwargs.get("position_ids"), training)
         return self.base_layer(*args, **kwargs)
 
     def check_filled(self) -> None:
@@ -277,23 +278,10 @@ class SeerModel(BaseTuner):
             return self.model(*args, **kwargs)
         kwargs.pop("labels", None)
         gate_losses.segment_ids = segment_ids
-        with _collecting(self.model, gate_losses), torch.no_grad():
-            out = self.model(*args, **kwargs)
+        with torch.no_grad():
+            out = self.model(*args, seer_training=gate_losses, **kwargs)
         out["loss"] = gate_losses.total()
         return out
-
-
-@contextmanager
-def _collecting(model: nn.Module, losses: GateLosses):
-    layers = [m for m in model.modules() if isinstance(m, SeerLayer) and not m.disable_adapters]
-    states = [layer._seer for layer in layers if layer._seer.gate is not None]
-    for state in states:
-        state.losses = losses
-    try:
-        yield
-    finally:
-        for state in states:
-            state.losses = None
 
 
 def _fingerprint(model: PreTrainedModel, layer: AttentionLayer) -> dict:

@@ -12,9 +12,9 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +23,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from seerattn.gate.attn_gate import AttnGate
-from seerattn.gate_selector import pooled_inputs
 from seerattn.hf.mask import CallMask, make_mask
 from seerattn.hf.rotary import Rotation
 from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.crossover import prefer_dense
-from seerattn.ops.pooled_attention import pooled_attention
 from seerattn.ops.resolve import check_impl
-from seerattn.selection.block_indices import BlockIndices, num_query_blocks
+from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.selector import AttentionContext, RotaryTables, Selector
 
 if TYPE_CHECKING:
-    from seerattn.hf.distillation import GateLosses
     from seerattn.hf.meters import DensityMeter, TimeMeter
 
 logger = logging.getLogger(__name__)
@@ -56,7 +53,6 @@ class LayerState:
         gate: the gate to train, if the layer has one.
         impl: implementation of `block_sparse_attention`; "auto" may also choose dense attention, "sparse" is "auto"
             without that.
-        losses: where the gate's loss goes while a training step runs.
         meters: those that count this layer's blocks at the moment.
         timer: what takes this layer's times at the moment.
     """
@@ -67,7 +63,6 @@ class LayerState:
     selector: Selector | None = None
     gate: AttnGate | None = None
     impl: str = "auto"
-    losses: GateLosses | None = None
     meters: list[DensityMeter] = field(default_factory=list)
     timer: TimeMeter | None = None
 
@@ -88,13 +83,47 @@ def layer_states(model: nn.Module) -> list[LayerState]:
     return sorted((s for s in states if s is not None), key=lambda s: s.layer)
 
 
+class GateTraining(Protocol):
+    """What attends in the layers with a gate while the gates learn; it goes through the model's forward."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: CallMask, call: LayerCall, logits: dict[str, Any]
+    ) -> Tensor | None:
+        """Attention of one layer ``[B, H, T, D]``, or None to leave it to the model's own dense attention.
+
+        Args:
+            query: post-RoPE ``[B, H, T, D]``.
+            key: post-RoPE ``[B, HKV, S, D]``.
+            value: ``[B, HKV, S, D]``.
+            mask: of the forward.
+            call: of the layer.
+            logits: scale, softcap and sinks, under the names of our ops.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer with a selector or a gate: its state and what only its module saw."""
+    """One call of a layer with a selector or a gate: its state and what only its module saw.
+
+    Attributes:
+        state: of the layer.
+        position_embeddings: the model's rotary tables (cos, sin) of the call.
+        position_ids: positions of the call's tokens.
+        training: attends in place of the selector while the layer's gate learns.
+    """
 
     state: LayerState
     position_embeddings: tuple[Tensor, Tensor] | None
     position_ids: Tensor | None
+    training: GateTraining | None = None
+
+    def part(self, row: int, begin: int, end: int) -> LayerCall:
+        """The call that would hold tokens ``begin .. end`` of one batch row alone."""
+        tables = self.position_embeddings
+        if tables is not None:
+            tables = tuple((x[row : row + 1] if x.shape[0] > 1 else x)[:, begin:end] for x in tables)
+        return replace(self, position_embeddings=tables, position_ids=None)
 
     def tables(self, row: int | None, q_len: int, k_len: int) -> tuple[Tensor, Tensor]:
         """Rotary tables of the content positions ``0 .. k_len`` of one row, or of all where ``row`` is None."""
@@ -177,17 +206,24 @@ def seer_attention(
     Raises:
         ValueError: a mask that sparse attention cannot follow.
     """
+    # Layers without a gate see it pass by.
+    kwargs.pop("seer_training", None)
     windowed = kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < key.shape[2]
     backends, timed = nullcontext(), nullcontext()
     if seer is not None and not windowed:
-        if seer.state.losses is not None:
-            return _distil(query, key, value, attention_mask, seer, kwargs), None
-        if query.shape[2] > 1 and seer.state.selector is not None:
+        if seer.training is not None:
+            mask, logits = _check_mask(attention_mask), _logits(query, kwargs)
+            if kwargs.get("dropout"):
+                raise ValueError(f"attention dropout must be 0 while gates learn, got {kwargs['dropout']}")
+            out = seer.training.attend(query, key, value, mask, seer, logits)
+            if out is not None:
+                return out.transpose(1, 2).contiguous(), None
+        elif query.shape[2] > 1 and seer.state.selector is not None:
             out = _sparse(query, key, value, attention_mask, seer, kwargs)
             if out is not None:
                 return out, None
             backends = _fastest_backends(query)
-        if query.shape[2] > 1 and seer.state.timer is not None:
+        if query.shape[2] > 1 and seer.state.timer is not None and seer.training is None:
             backends, timed = _fastest_backends(query), seer.state.timed("attention", query)
     if isinstance(attention_mask, CallMask):
         attention_mask = attention_mask.tensor
@@ -266,49 +302,6 @@ def _sparse(
     return out.transpose(1, 2).contiguous()
 
 
-def _distil(
-    query: Tensor, key: Tensor, value: Tensor, mask: CallMask | Tensor | None, seer: LayerCall, kwargs: dict[str, Any]
-) -> Tensor:
-    """Dense attention ``[B, T, H, D]`` that hands the target map and the gate's inputs to the losses."""
-    state = seer.state
-    mask = _check_mask(mask)
-    q_len, k_len = query.shape[2], mask.k_len
-    if q_len != k_len or mask.has_overlay:
-        raise ValueError(
-            f"a training batch must be whole causal sequences without a cache, got {q_len} tokens against {k_len}"
-        )
-    lengths = mask.lengths
-    segment_ids = state.losses.segment_ids
-    if segment_ids is None and not mask.is_causal:
-        segment_ids = _segments(seer.position_ids, query.shape[0])
-    logits = _logits(query, kwargs)
-    config = state.gate.config
-    with torch.no_grad():
-        out, target = pooled_attention(
-            query,
-            key,
-            value,
-            block_q=config.block_q,
-            block_k=config.block_k,
-            **logits,
-            lengths=None if lengths is None else torch.tensor(lengths, device=query.device),
-            segment_ids=segment_ids,
-        )
-        for b, n in [(None, k_len)] if lengths is None else enumerate(lengths):
-            context = seer.context(row=b, q_len=n, k_len=n, **logits)
-            rows = slice(None) if b is None else slice(b, b + 1)
-            real = (x[rows, :, k_len - n : k_len] for x in (query, key))
-            num_q, num_k = num_query_blocks(0, n, config.block_q), num_query_blocks(0, n, config.block_k)
-            state.losses.add(
-                state.layer,
-                state.gate,
-                *pooled_inputs(state.gate, *real, context),
-                target[rows, :, :num_q, :num_k],
-                None if segment_ids is None else segment_ids[rows, k_len - n :],
-            )
-    return out.transpose(1, 2).contiguous()
-
-
 def _logits(query: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What makes attention logits of q and k, under the names of our ops."""
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -323,14 +316,6 @@ def _check_mask(mask: CallMask | Tensor | None) -> CallMask:
             "finished mask, set_policy(model, None) runs dense"
         )
     return mask
-
-
-def _segments(position_ids: Tensor | None, batch: int) -> Tensor:
-    """Document numbers ``[B, S]`` of packed rows: a document begins where the positions do not count on."""
-    if position_ids is None:
-        raise ValueError("segment_ids must be given where position_ids do not reach the attention layers, got None")
-    starts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
-    return starts.cumsum(1).expand(batch, -1)
 
 
 def _count_dense(state: LayerState, lengths: list[int], q_len: int, heads: int) -> None:

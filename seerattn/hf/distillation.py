@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
 
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.pooling import Pooled
+from seerattn.gate_selector import pooled_inputs
+from seerattn.hf.mask import CallMask, document_numbers
+from seerattn.ops.pooled_attention import pooled_attention
+from seerattn.selection.block_indices import num_query_blocks
+
+if TYPE_CHECKING:
+    from seerattn.hf.attention import LayerCall
 
 
 class GateLoss(Protocol):
     """The loss of one gate on one batch of unpadded sequences of equal length."""
 
     def __call__(
-        self, gate: AttnGate, q: Pooled, k: Pooled, target: Tensor, segment_ids: Tensor | None
+        self,
+        gate: AttnGate,
+        q: Pooled,
+        k: Pooled,
+        target: Tensor,
+        segment_ids: Tensor | None,
+        **rows: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compares the gate with the target map.
 
         Args:
-            gate: call it, so that wrappers such as FSDP see the call.
+            gate: its weights are whole. Call its ``forward``: hooks such as those of FSDP are for calls whose graph
+                lives until the backward pass.
             q: queries of all ``H`` heads, un-rotated and pooled as the gate takes them.
             k: the same of the keys of all ``HKV`` heads.
             target: fp32 ``[B, H, Nq, Nk]``, rows sum to 1.
             segment_ids: int ``[B, S]``, documents of packed rows, or None.
+            rows: where ``target [B, H, R, Nk]`` does not hold all query blocks, ``rows``: int64 ``[R]``, ascending.
 
         Returns:
             A scalar loss, averaged over whatever it counts, and scalars to log.
@@ -33,7 +52,9 @@ class GateLoss(Protocol):
 
 
 class GateLosses:
-    """Collects the losses of one training step. Not a dataclass: wrappers such as FSDP would pass on a copy of one.
+    """Dense attention that collects the gates' losses of one forward; the base model is left alone.
+
+    Not a dataclass: wrappers such as FSDP would pass on a copy of one.
 
     A layer's loss depends on that layer's gate alone, so its gradient is taken while the layer runs and its graph is
     freed: memory does not grow with the number of layers. `total` gives a scalar whose backward pass hands out the
@@ -49,13 +70,58 @@ class GateLosses:
         self.segment_ids = segment_ids
         self._rows: dict[int, list[tuple[int, Tensor, dict[str, Tensor]]]] = {}
 
-    def add(self, layer: int, gate: AttnGate, q: Pooled, k: Pooled, target: Tensor, segment_ids: Tensor | None) -> None:
+    @torch.no_grad()
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: CallMask, call: LayerCall, logits: dict[str, Any]
+    ) -> Tensor:
+        """See `GateTraining.attend`; left-padded batches may be given."""
+        check_whole(query, mask)
+        gate, layer, k_len, lengths = call.state.gate, call.state.layer, mask.k_len, mask.lengths
+        segment_ids, config = self.documents(query, mask, call), gate.config
+        out, target = pooled_attention(
+            query,
+            key,
+            value,
+            block_q=config.block_q,
+            block_k=config.block_k,
+            **logits,
+            lengths=None if lengths is None else torch.tensor(lengths, device=query.device),
+            segment_ids=segment_ids,
+        )
+        for b, n in [(None, k_len)] if lengths is None else enumerate(lengths):
+            context = call.context(row=b, q_len=n, k_len=n, **logits)
+            rows = slice(None) if b is None else slice(b, b + 1)
+            real = (x[rows, :, k_len - n : k_len] for x in (query, key))
+            num_q, num_k = num_query_blocks(0, n, config.block_q), num_query_blocks(0, n, config.block_k)
+            segments = None if segment_ids is None else segment_ids[rows, k_len - n :]
+            self.add(layer, gate, *pooled_inputs(gate, *real, context), target[rows, :, :num_q, :num_k], segments)
+        return out
+
+    def documents(self, query: Tensor, mask: CallMask, call: LayerCall) -> Tensor | None:
+        """Document numbers ``[B, S]`` of packed rows, None where every row is one document."""
+        if self.segment_ids is None and not mask.is_causal:
+            return document_numbers(call.position_ids, query.shape[0])
+        return self.segment_ids
+
+    def add(
+        self,
+        layer: int,
+        gate: AttnGate,
+        q: Pooled,
+        k: Pooled,
+        target: Tensor,
+        segment_ids: Tensor | None,
+        **rows: Tensor,
+    ) -> None:
         """Adds the loss of one layer on one batch of unpadded sequences; several calls a layer are averaged."""
-        parameters = [p for p in gate.parameters() if p.requires_grad]
-        with torch.enable_grad():
-            loss, metrics = self.loss_fn(gate, q, k, target, segment_ids)
-            gradients = torch.autograd.grad(loss, parameters)
-            value = _FinishedLoss.apply(loss.detach(), gradients, *parameters)
+        with gathered(gate):
+            parameters = [p for p in gate.parameters() if p.requires_grad]
+            # The gate's graph ends here. Hooks of gradient checkpointing must not see it: they would run the layer
+            # again.
+            with torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
+                loss, metrics = self.loss_fn(gate, q, k, target, segment_ids, **rows)
+                gradients = torch.autograd.grad(loss, parameters)
+                value = _FinishedLoss.apply(loss.detach(), gradients, *parameters)
         metrics = {name: torch.as_tensor(v).detach() for name, v in metrics.items()}
         self._rows.setdefault(layer, []).append(
             (q.features.shape[0] * q.length, value, {"loss": loss.detach(), **metrics})
@@ -79,6 +145,30 @@ class GateLosses:
             layer: {name: _average(rows, [r[2][name] for r in rows]) for name in rows[0][2]}
             for layer, rows in sorted(self._rows.items())
         }
+
+
+def check_whole(query: Tensor, mask: CallMask) -> None:
+    """Refuses batches to train gates on that are not whole causal sequences."""
+    if query.shape[2] != mask.k_len or mask.has_overlay:
+        raise ValueError(
+            "a training batch must be whole causal sequences without a cache, "
+            f"got {query.shape[2]} tokens against {mask.k_len}"
+        )
+
+
+@contextmanager
+def gathered(gate: AttnGate) -> Iterator[None]:
+    """Lets a gate that FSDP2 shards by itself hold whole weights; its gradients still reach FSDP2."""
+    sharded = isinstance(gate, FSDPModule)
+    if sharded:
+        gate.unshard()
+    yield
+    if sharded:
+        gate.reshard()
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _average(rows: list[tuple[int, Tensor, dict]], values: list[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -92,3 +93,27 @@ def make_mask(
         # A decode step is dense in every layer; what it compiles to must not depend on us.
         return ALL_MASK_ATTENTION_FUNCTIONS[dense](**arguments)
     return CallMask(dense, arguments)
+
+
+def document_numbers(position_ids: Tensor | None, batch: int) -> Tensor:
+    """Document numbers ``[B, S]`` of packed rows: a document begins where the positions do not count on."""
+    if position_ids is None:
+        raise ValueError("segment_ids must be given where position_ids do not reach the attention layers, got None")
+    starts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+    return starts.cumsum(1).expand(batch, -1)
+
+
+def document_bounds(segment_ids: Tensor, block_q: int, block_k: int) -> list[tuple[int, int]]:
+    """First token and end of every document of one packed row, from its document numbers ``[S]``.
+
+    Raises:
+        ValueError: a document begins within a block.
+    """
+    edges = [0, *((segment_ids.diff() != 0).nonzero()[:, 0] + 1).tolist(), len(segment_ids)]
+    for begin in edges[:-1]:
+        if begin % block_q or begin % block_k:
+            raise ValueError(
+                f"packed documents must begin on block boundaries, got one at token {begin} with blocks of "
+                f"{block_q} and {block_k}; cut documents to whole blocks"
+            )
+    return list(pairwise(edges))

@@ -1,4 +1,4 @@
-"""The model card of distilled gates, written from the facts of the run."""
+"""Model cards of gates, written from the facts of the run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,8 @@ def model_card(facts: dict[str, Any], parameters: int, records: list[dict[str, A
         rows.append(f"| target recall at density {key.partition('@')[2]} | {before} | {after} | {best} |")
     layers = "all full-attention layers" if facts["layers"] is None else f"layers {facts['layers']}"
     documents = ", ".join(Path(source).name for source in facts["data"])
-    versions = ", ".join(f"{package} {version(package)}" for package in ("seerattn", "torch", "transformers", "peft"))
     table = "\n".join(rows)
-    return f"""---
-base_model: {json.dumps(facts["model"])}
-library_name: peft
-tags:
-- seerattn
-- sparse-attention
----
-
+    return f"""{_metadata(facts["model"])}
 # Attention gates for {name}
 
 Learned block-sparse attention: gates of {parameters:,} parameters predict which blocks of {facts["gate"]["block_q"]} x
@@ -61,5 +53,66 @@ On the training samples, averaged over layers and heads:
 |---|---|---|---|
 {table}
 
-Made with {versions}.
+Made with {_versions()}.
 """
+
+
+def finetuned_card(facts: dict[str, Any], model: str, records: list[dict[str, Any]]) -> str:
+    """Markdown of gates that were trained together with their model.
+
+    Args:
+        facts: what decided the run, see `finetune.Plan.facts`.
+        model: where the fine-tuned weights are.
+        records: of the run.
+    """
+    config, first, last = facts["config"], records[0], records[-1]
+    learned = [record for record in records if "gate_loss" in record]
+    name = Path(facts["model"]).name or facts["base_model"]["architecture"]
+    documents = ", ".join(Path(source).name for source in facts["data"])
+    rising = f", rising from 0 over the first {config['anneal']:.0%} of the steps" if config["anneal"] else ""
+    start = "fresh gates" if facts["gates"] is None else f"the gates in {facts['gates'][0]}"
+    return f"""{_metadata(model)}
+# Attention gates trained together with {name}
+
+Learned block-sparse attention: the gates choose blocks of {facts["gate"]["block_q"]} x {facts["gate"]["block_k"]}
+tokens of an attention map, and the model was fine-tuned while only those were computed. They belong to the fine-tuned
+weights, which the run saved beside them as `model`.
+
+```python
+import seerattn
+from transformers import AutoModelForCausalLM
+
+model = seerattn.attach(AutoModelForCausalLM.from_pretrained({model!r}), "path/to/these/gates")
+seerattn.set_policy(model, seerattn.TopK(density=0.1))  # or keep {1 - config["sparsity"]:.4g}, saved with the gates
+```
+
+## Training
+
+From {start}: {config["steps"]} steps of {config["batch_size"]} samples of {config["context"]} tokens
+({last["tokens"]:,} tokens), sparsity {config["sparsity"]:g}{rising}, context extended {config["context_factor"]:g}
+times (YaRN), peak learning rate {config["lr"]:g}, of the gates {config["gate_lr"]:g}, seed {config["seed"]}. Data:
+{documents} (token hash {facts["data_hash"]}). Everything that decided the run is in `run.json`, its records are in
+`training.jsonl`.
+
+| | first step | last record |
+|---|---|---|
+| cross-entropy | {first["loss"]:.4f} | {last["loss"]:.4f} |
+| {config["loss"]} loss of the gates | {learned[0]["gate_loss"]:.4f} | {learned[-1]["gate_loss"]:.4f} |
+
+Made with {_versions()}.
+"""
+
+
+def _metadata(model: str) -> str:
+    return f"""---
+base_model: {json.dumps(model)}
+library_name: peft
+tags:
+- seerattn
+- sparse-attention
+---
+"""
+
+
+def _versions() -> str:
+    return ", ".join(f"{package} {version(package)}" for package in ("seerattn", "torch", "transformers", "peft"))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.gate.pooling import Pooled
+from seerattn.hf.mask import document_bounds
 from seerattn.selection.block_indices import forced_block_mask, num_query_blocks
 from seerattn.selection.policies import TopK
 from seerattn.training.losses import LossKind, RowWeight, gate_loss, group_target, target_recall
@@ -41,7 +41,13 @@ class LayerLoss:
     measure: bool = False
 
     def __call__(
-        self, gate: AttnGate, q: Pooled, k: Pooled, target: Tensor, segment_ids: Tensor | None
+        self,
+        gate: AttnGate,
+        q: Pooled,
+        k: Pooled,
+        target: Tensor,
+        segment_ids: Tensor | None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and recall of one layer.
 
@@ -49,8 +55,10 @@ class LayerLoss:
             gate: the gate.
             q: queries of all ``H`` heads as the gate takes them.
             k: the same of the keys of all ``HKV`` heads.
-            target: map ``[B, H, Nq, Nk]`` of the whole rows.
+            target: map ``[B, H, Nq, Nk]`` of the whole rows, or ``[B, H, R, Nk]`` of some of its query blocks.
             segment_ids: int ``[B, S]``, documents of packed rows; each begins on a block boundary.
+            rows: int64 ``[R]``, ascending query blocks that ``target`` holds, by default all. Recall is then not
+                measured.
 
         Returns:
             The loss, and with ``measure`` the recall of the target at `RECALL_DENSITIES` by the gate ("recall@0.1")
@@ -62,45 +70,54 @@ class LayerLoss:
         """
         config = gate.config
         if segment_ids is None:
-            scores, lengths = gate(q, k), [q.length] * len(q.features)
+            scores, lengths = gate.forward(q, k, rows), [q.length] * len(q.features)
+            numbers = torch.arange(scores.shape[2]) if rows is None else rows
+            numbers = numbers.expand(len(lengths), -1).to(target.device)
         else:
-            scores, target, lengths = _cut_apart(gate, q, k, target, segment_ids)
+            scores, target, lengths, numbers = _cut_apart(gate, q, k, target, segment_ids, rows)
         wanted = group_target(target, gate.mask_heads).clone()
-        for row, length in enumerate(lengths):
-            dropped = int(self.drop_rows * num_query_blocks(0, length, config.block_q))
-            wanted[row, :, : None if _too_short(length, config) else dropped] = 0.0
+        tokens = torch.tensor(lengths, device=target.device)
+        blocks = -(-tokens // config.block_q)
+        first = torch.where(tokens < _least(config), blocks, (self.drop_rows * blocks.double()).long())
+        wanted = wanted.masked_fill((numbers < first[:, None])[:, None, :, None], 0.0)
         ignore = None
         if config.exclude_forced:
-            tokens = torch.tensor(lengths, device=target.device)
-            grid = (*target.shape[2:], config.block_q, config.block_k)
-            ignore = forced_block_mask(torch.zeros_like(tokens), tokens, *grid)[:, None]
+            grid = (int(blocks.max()), target.shape[3], config.block_q, config.block_k)
+            forced = forced_block_mask(torch.zeros_like(tokens), tokens, *grid)
+            ignore = forced[torch.arange(len(tokens), device=target.device)[:, None], numbers][:, None]
         loss = gate_loss(scores, wanted, ignore=ignore, kind=self.loss, row_weight=self.row_weight)
-        return loss, _recalls(scores.detach(), target, lengths, config) if self.measure else {}
+        measured = self.measure and rows is None
+        return loss, _recalls(scores.detach(), target, lengths, config) if measured else {}
 
 
-def _too_short(length: int, config: AttnGateConfig) -> bool:
-    return length < 2 * max(config.block_q, config.block_k)
+def _least(config: AttnGateConfig) -> int:
+    """Tokens of the shortest document that leaves something to choose."""
+    return 2 * max(config.block_q, config.block_k)
 
 
 def _cut_apart(
-    gate: AttnGate, q: Pooled, k: Pooled, target: Tensor, segment_ids: Tensor
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Scores and maps of single documents, padded to the largest, and the documents' lengths."""
+    gate: AttnGate, q: Pooled, k: Pooled, target: Tensor, segment_ids: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor, list[int], Tensor]:
+    """Scores and maps of single documents, padded to the largest, the documents' lengths, and the numbers ``[N, R]``
+    of their query blocks."""
     block_q, block_k = gate.config.block_q, gate.config.block_k
-    scores, targets, lengths = [], [], []
+    places = torch.arange(target.shape[2]) if rows is None else rows.cpu()
+    scores, targets, lengths, numbers = [], [], [], []
     for row, ids in enumerate(segment_ids):
-        edges = [0, *((ids.diff() != 0).nonzero()[:, 0] + 1).tolist(), len(ids)]
-        for begin, end in pairwise(edges):
-            if begin % block_q or begin % block_k:
-                raise ValueError(
-                    f"packed documents must begin on block boundaries, got one at token {begin} with blocks of "
-                    f"{block_q} and {block_k}; cut documents to whole blocks"
-                )
-            scores.append(gate(q.cut(row, begin, end), k.cut(row, begin, end)))
-            rows = slice(begin // block_q, -(-end // block_q))
-            targets.append(target[row : row + 1, :, rows, begin // block_k : -(-end // block_k)])
+        for begin, end in document_bounds(ids, block_q, block_k):
+            blocks = slice(begin // block_q, -(-end // block_q))
+            held = (places >= blocks.start) & (places < blocks.stop)
+            if not held.any():
+                continue
+            own = places[held] - blocks.start
+            part = q.cut(row, begin, end), k.cut(row, begin, end), None if rows is None else own
+            scores.append(gate.forward(*part))
+            seen = slice(begin // block_k, -(-end // block_k))
+            targets.append(target[row : row + 1, :, held.to(target.device), seen])
+            numbers.append(own)
             lengths.append(end - begin)
-    return _stack(scores, -torch.inf), _stack(targets, 0.0), lengths
+    padded = torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True).to(target.device)
+    return _stack(scores, -torch.inf), _stack(targets, 0.0), lengths, padded
 
 
 def _stack(maps: list[Tensor], fill: float) -> Tensor:
@@ -110,7 +127,7 @@ def _stack(maps: list[Tensor], fill: float) -> Tensor:
 
 @torch.no_grad()
 def _recalls(scores: Tensor, target: Tensor, lengths: list[int], config: AttnGateConfig) -> dict[str, Tensor]:
-    rows = [row for row, length in enumerate(lengths) if not _too_short(length, config)]
+    rows = [row for row, length in enumerate(lengths) if length >= _least(config)]
     found: dict[str, list[Tensor]] = {}
     for row in rows:
         num_q, num_k = num_query_blocks(0, lengths[row], config.block_q), -(-lengths[row] // config.block_k)

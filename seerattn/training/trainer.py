@@ -1,4 +1,4 @@
-"""`DistillTrainer`: `transformers.Trainer` with gate losses, records of them, and checkpoints that are always whole."""
+"""`RecordedTrainer`: `transformers.Trainer` with records and checkpoints that are always whole; `DistillTrainer`."""
 
 from __future__ import annotations
 
@@ -19,52 +19,45 @@ from seerattn.saving import staged, write_whole
 from seerattn.training.layer_loss import RECALL_DENSITIES, LayerLoss
 
 
-class DistillTrainer(Trainer):
-    """Trains the gates of a model; the model itself runs as in inference.
+class RecordedTrainer(Trainer):
+    """Trains with a loss that is a mean over samples, and writes records and checkpoints.
 
     Args:
-        layer_loss: the loss of a layer; recall is measured at the steps that are recorded.
         log: JSON lines of records: the first step, every ``logging_steps``-th, the last.
         keep_checkpoints: older ones are deleted.
         tokens_per_step: tokens of a step over all processes.
         **kwargs: those of `Trainer`.
     """
 
-    def __init__(
-        self, *, layer_loss: LayerLoss, log: Path, keep_checkpoints: int, tokens_per_step: int, **kwargs: Any
-    ) -> None:
+    # Values of a record that the progress bar shows.
+    shown: tuple[str, ...] = ("loss",)
+
+    def __init__(self, *, log: Path, keep_checkpoints: int, tokens_per_step: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # The loss is a mean over blocks, not a sum over tokens: the Trainer divides it by the accumulation steps.
+        # The loss is a mean, not a sum over tokens: the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        self.layer_loss, self.keep_checkpoints = layer_loss, keep_checkpoints
-        self.metrics: list[dict[str, Tensor]] = []
+        self.keep_checkpoints = keep_checkpoints
         self._staging: Path | None = None
         self.add_callback(_Recorder(self, log, tokens_per_step))
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(_Bar())
+            self.add_callback(_Bar(self.shown))
 
     def records(self, step: int) -> bool:
         """Whether a step, counted from 1, ends with a record."""
         return step == 1 or step % self.args.logging_steps == 0 or step == self.args.max_steps
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """Mean of the gates' losses over the layers."""
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.eval()
-        losses = GateLosses(replace(self.layer_loss, measure=self.records(self.state.global_step + 1)))
-        # Logits of a whole sample of 64k tokens would take 17 GB.
-        outputs = model(**inputs, gate_losses=losses, logits_to_keep=1, use_cache=False)
-        self.metrics.append(losses.metrics())
-        loss = outputs["loss"].to(self.args.device)
-        return (loss, outputs) if return_outputs else loss
+    def summarize(self, micro_batches: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a record says of the steps since the last one, over all processes: single values, and the rest.
+
+        Args:
+            micro_batches: of the last step, on this process.
+        """
+        raise NotImplementedError
+
+    def mean_over_processes(self, values: Tensor) -> list[float]:
+        """Means of the values of all processes, fp64."""
+        return self.accelerator.reduce(values.double().to(self.args.device), reduction="mean").tolist()
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -89,6 +82,52 @@ class DistillTrainer(Trainer):
                 shutil.rmtree(old)
 
 
+class DistillTrainer(RecordedTrainer):
+    """Trains the gates of a model; the model itself runs as in inference.
+
+    Args:
+        layer_loss: the loss of a layer; recall is measured at the steps that are recorded.
+        **kwargs: those of `RecordedTrainer`.
+    """
+
+    shown = ("loss", f"recall@{RECALL_DENSITIES[0]}", f"oracle_recall@{RECALL_DENSITIES[0]}")
+
+    def __init__(self, *, layer_loss: LayerLoss, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layer_loss = layer_loss
+        self.metrics: list[dict[int, dict[str, Tensor]]] = []
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Mean of the gates' losses over the layers."""
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        losses = GateLosses(replace(self.layer_loss, measure=self.records(self.state.global_step + 1)))
+        # Logits of a whole sample of 64k tokens would take 17 GB.
+        outputs = model(**inputs, gate_losses=losses, logits_to_keep=1, use_cache=False)
+        self.metrics.append(losses.metrics())
+        loss = outputs["loss"].to(self.args.device)
+        return (loss, outputs) if return_outputs else loss
+
+    def summarize(self, micro_batches: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Losses over all micro-batches since the last record, recalls over those of the last step."""
+        metrics, self.metrics = self.metrics, []
+        layers = sorted(metrics[0])
+        names = sorted(metrics[-1][layers[0]].keys() - {"loss"})
+        losses = torch.stack([torch.stack([m[layer]["loss"] for layer in layers]) for m in metrics]).mean(0)
+        values = [torch.stack([m[layer][name] for m in metrics[-micro_batches:] for layer in layers]) for name in names]
+        numbers = self.mean_over_processes(torch.cat([losses, torch.stack(values).mean(1)]))
+        layer_loss = {str(layer): x for layer, x in zip(layers, numbers)}
+        loss = sum(layer_loss.values()) / len(layer_loss)
+        return {"loss": loss, **dict(zip(names, numbers[len(layers) :]))}, {"layer_loss": layer_loss}
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a folder."""
     return next(reversed(_checkpoints(folder)), None)
@@ -103,9 +142,9 @@ def _step(checkpoint: Path) -> int:
 
 
 class _Recorder(TrainerCallback):
-    """Writes a record of the steps since the last one: losses averaged over them, recall at the last of them."""
+    """Writes a record of the steps since the last one."""
 
-    def __init__(self, trainer: DistillTrainer, log: Path, tokens_per_step: int) -> None:
+    def __init__(self, trainer: RecordedTrainer, log: Path, tokens_per_step: int) -> None:
         self.trainer, self.log, self.tokens_per_step = trainer, log, tokens_per_step
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -122,11 +161,10 @@ class _Recorder(TrainerCallback):
         if not self.trainer.records(state.global_step):
             return
         steps, now = state.global_step - self.step, time.perf_counter()
-        layer_loss, recalls = self._averages(args.gradient_accumulation_steps)
+        values, rest = self.trainer.summarize(args.gradient_accumulation_steps)
         record = {
             "step": state.global_step,
-            "loss": sum(layer_loss.values()) / len(layer_loss),
-            **recalls,
+            **values,
             "lr": self.lr,
             "tokens": state.global_step * self.tokens_per_step,
             "tokens_per_second": steps * self.tokens_per_step / (now - self.time),
@@ -134,22 +172,15 @@ class _Recorder(TrainerCallback):
         self.step, self.time = state.global_step, now
         self.trainer.log(dict(record))
         if state.is_world_process_zero:
-            _append_line(self.log, {**record, "layer_loss": layer_loss})
-
-    def _averages(self, micro_batches: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Losses by layer over all micro-batches since the last record, recalls over those of the last step."""
-        metrics, self.trainer.metrics = self.trainer.metrics, []
-        layers = sorted(metrics[0])
-        names = sorted(metrics[-1][layers[0]].keys() - {"loss"})
-        losses = torch.stack([torch.stack([m[layer]["loss"] for layer in layers]) for m in metrics]).mean(0)
-        values = [torch.stack([m[layer][name] for m in metrics[-micro_batches:] for layer in layers]) for name in names]
-        local = torch.cat([losses, torch.stack(values).mean(1)]).double().to(self.trainer.args.device)
-        numbers = self.trainer.accelerator.reduce(local, reduction="mean").tolist()
-        return {str(layer): x for layer, x in zip(layers, numbers)}, dict(zip(names, numbers[len(layers) :]))
+            _append_line(self.log, record | rest)
 
 
 class _Bar(ProgressCallback):
-    """The Trainer's progress bar, with loss and recall beside it in place of lines above it."""
+    """The Trainer's progress bar, with values of the last record beside it in place of lines above it."""
+
+    def __init__(self, shown: tuple[str, ...]) -> None:
+        super().__init__()
+        self.shown = shown
 
     def on_log(
         self,
@@ -160,8 +191,7 @@ class _Bar(ProgressCallback):
         **_: Any,
     ) -> None:
         if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            shown = ("loss", f"recall@{RECALL_DENSITIES[0]}", f"oracle_recall@{RECALL_DENSITIES[0]}")
-            self.training_bar.set_postfix({name: f"{logs[name]:.4f}" for name in shown})
+            self.training_bar.set_postfix({name: f"{logs[name]:.4f}" for name in self.shown if name in logs})
 
 
 def trim_log(log: Path, step: int) -> None:

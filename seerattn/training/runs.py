@@ -1,0 +1,245 @@
+"""What all training runs share: their schedule, their data, their output folder and how they are resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from seerattn.saving import write_whole
+from seerattn.training.data import Samples, read_documents, tokenize
+from seerattn.training.losses import LossKind, RowWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+LOG_NAME = "training.jsonl"
+RUN_NAME = "run.json"
+CHECKPOINTS_NAME = "checkpoints"
+# What may differ between a run and its continuation: nothing that changes a weight or a record.
+_FREE_TO_CHANGE = ("save_steps", "keep_checkpoints", "micro_batch_size", "report_to", "gradient_checkpointing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every training run needs to know.
+
+    Attributes:
+        context: tokens of a sample.
+        steps: optimizer steps.
+        lr: peak learning rate of AdamW.
+        batch_size: samples of a step, over all processes and micro-batches.
+        micro_batch_size: samples that one process runs at once.
+        warmup_steps: None is 20, or 5 % of a short run.
+        loss: of the gates: "kl", "mse" or "smooth_l1", see `gate_loss`.
+        row_weight: "uniform" or "mass", see `gate_loss`.
+        recall_share: share of samples that are synthetic recall documents (`seerattn.eval.documents`). They teach
+            the rows that look far back, which plain text rarely has.
+        logging_steps: steps from one record to the next.
+        save_steps: steps from one checkpoint to the next, a multiple of ``logging_steps``.
+        keep_checkpoints: older ones are deleted.
+        report_to: trackers of the Trainer, such as "wandb" or "tensorboard".
+        seed: draws the gates' initial weights and the order of the data.
+    """
+
+    context: int
+    steps: int
+    lr: float = 1e-3
+    batch_size: int = 16
+    micro_batch_size: int = 1
+    warmup_steps: int | None = None
+    loss: LossKind = "kl"
+    row_weight: RowWeight = "uniform"
+    recall_share: float = 0.0
+    logging_steps: int = 10
+    save_steps: int = 100
+    keep_checkpoints: int = 2
+    report_to: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("context", "steps", "batch_size", "micro_batch_size", "logging_steps", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
+        check_positive("lr", self.lr)
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"warmup_steps must be 0 to {self.steps}, the number of steps, got {self.warmup_steps}")
+        for name, kinds in (("loss", get_args(LossKind)), ("row_weight", get_args(RowWeight))):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} must be one of {list(kinds)}, got {getattr(self, name)!r}")
+        if not 0 <= self.recall_share <= 1:
+            raise ValueError(f"recall_share must be in [0, 1], got {self.recall_share}")
+        if self.save_steps % self.logging_steps:
+            # A record averages over the steps since the last one; a run that resumes between two would lose some.
+            raise ValueError(
+                f"save_steps must be a multiple of logging_steps = {self.logging_steps}, got {self.save_steps}"
+            )
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up."""
+        return min(20, math.ceil(0.05 * self.steps)) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a step over all processes."""
+        return self.batch_size * self.context
+
+    def accumulation(self, processes: int) -> int:
+        """Micro-batches of a step on each of so many processes."""
+        at_once = self.micro_batch_size * processes
+        if self.batch_size % at_once:
+            raise ValueError(
+                f"batch_size must be a multiple of micro_batch_size x processes = {at_once}, got {self.batch_size}"
+            )
+        return self.batch_size // at_once
+
+    def describe_steps(self) -> str:
+        """Steps, samples and tokens, for people."""
+        return (
+            f"{self.steps} of {self.batch_size} samples, {self.accumulation(processes())} micro-batches of "
+            f"{self.micro_batch_size} on {processes()} process(es); {self.steps * self.tokens_per_step:,} tokens"
+        )
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuses what is no positive number."""
+    if not value > 0 or not math.isfinite(value):
+        raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def make_samples(
+    tokenizer: PreTrainedTokenizerBase, data: Sequence[str | Path], config: RunConfig, *, block: int
+) -> Samples:
+    """The samples of a whole run, their documents cut to blocks of ``block`` tokens where they are packed.
+
+    Raises:
+        ValueError: the context is no whole number of blocks, or the data cannot be read or is too short.
+    """
+    if config.context < 2 * block or config.context % block:
+        raise ValueError(
+            f"context must be a multiple of the block size {block}, two blocks at least, got {config.context}"
+        )
+    config.accumulation(processes())
+    head = 0 if tokenizer.bos_token_id is None else 1
+    count = config.steps * config.batch_size
+    corpus = tokenize(
+        read_documents(data),
+        tokenizer,
+        min_tokens=2 * block - head,
+        enough_tokens=count * config.context,
+        seed=config.seed,
+        progress=is_main(),
+    )
+    return Samples(
+        corpus,
+        tokenizer,
+        count=count,
+        context=config.context,
+        block=block,
+        recall_share=config.recall_share,
+        seed=config.seed,
+    )
+
+
+def describe_samples(samples: Samples) -> dict[str, str]:
+    """Documents and samples, for people."""
+    corpus = samples.corpus
+    recall = sum(segments is None for segments in samples.plan)
+    packed = sum(segments is not None and len(segments) > 1 for segments in samples.plan)
+    return {
+        "documents": f"{len(corpus.lengths)} with {len(corpus.tokens):,} tokens, {corpus.dropped} too short",
+        "samples": f"{len(samples)} of {samples.context} tokens: {packed} packed, {recall} recall documents",
+    }
+
+
+def training_arguments(config: RunConfig, output: Path, **options: Any) -> TrainingArguments:
+    """Arguments of the Trainer for a run that writes to ``output``."""
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(output / CHECKPOINTS_NAME),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.accumulation(processes()),
+        learning_rate=config.lr,
+        warmup_steps=config.warmup,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_strategy="no",
+        logging_steps=config.logging_steps,
+        save_steps=config.save_steps,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        report_to=config.report_to,
+        seed=config.seed,
+        **options,
+    )
+    # Without torchrun, one process trains on one device, however many there are.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def begin(output: Path, facts: dict[str, Any], arguments: TrainingArguments) -> None:
+    """Makes the output folder and writes what decides the run."""
+    # Every process has found the output as it must be before the first one writes to it.
+    arguments.distributed_state.wait_for_everyone()
+    if arguments.should_save:
+        (output / CHECKPOINTS_NAME).mkdir(parents=True, exist_ok=True)
+        write_whole(output / RUN_NAME, json.dumps(facts, indent=2) + "\n")
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    """The records of a run, in order of the steps."""
+    return [json.loads(line) for line in (output / LOG_NAME).read_text().splitlines()]
+
+
+def check_output(output: Path, *, resume: bool) -> None:
+    """Refuses to write over what is there.
+
+    Raises:
+        ValueError: the output is a file, or holds something and is not to be resumed.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output must be a folder, got the file {output}")
+    if not resume and output.exists() and any(output.iterdir()):
+        raise ValueError(
+            f"output must be a new or empty folder, got {output}; choose another one, or resume the run in it"
+        )
+
+
+def check_same_run(facts: dict[str, Any], output: Path) -> None:
+    """Refuses to resume a run that was begun otherwise; a folder without a run is none.
+
+    Raises:
+        ValueError: what decides the run differs from what the folder says.
+    """
+    if not (output / RUN_NAME).exists():
+        return
+    before = json.loads((output / RUN_NAME).read_text())
+    now, then = (dict(f, **f["config"]) for f in (json.loads(json.dumps(facts)), before))
+    changed = [name for name in now if name not in ("config", "data", *_FREE_TO_CHANGE) and now[name] != then.get(name)]
+    if changed:
+        told = ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in changed)
+        raise ValueError(f"a resumed run must be the one that was begun, got another: {told}")
+
+
+def as_bytes(size: int) -> str:
+    """A number of bytes, for people."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def processes() -> int:
+    """Processes of the run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and shows."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,143 @@
+"""`seerattn finetune` as a user runs it: switches, dry run, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_corpus import tiny_tokenizer, write_documents, write_model
+from tiny_models import tiny_model
+
+import seerattn
+from seerattn.cli import main
+from seerattn.gate import AttnGateConfig
+from seerattn.gate.attn_gate import parameter_count
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_model(folder / "model")
+    write_documents(folder / "data.jsonl", 600, 300)
+    for name, model in {
+        "dropout": tiny_model("llama", attention_dropout=0.1),
+        "scaled": tiny_model("llama-yarn"),
+        "other": tiny_model("llama", num_attention_heads=2, num_key_value_heads=1),
+    }.items():
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    gated = seerattn.attach(tiny_model("llama"), AttnGateConfig(block_q=32))
+    gated.save_pretrained(folder / "gates", save_embedding_layers=False)
+    return folder
+
+
+def call(folder: Path, *arguments: Any, **options: Any) -> int:
+    """Exit code of `seerattn finetune` with short defaults for what is not given."""
+    given = {"model": folder / "model", "data": folder / "data.jsonl", "context": 128, "steps": 1, "batch-size": 1}
+    given |= {name.replace("_", "-"): value for name, value in options.items()}
+    pairs = [str(word) for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", *pairs, *map(str, arguments)])
+    return stop.value.code or 0
+
+
+def test_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
+    text = (
+        "--sparsity 0.6 --anneal 0.5 --context-factor 2 --target-share 0.3 --target-every 2 --gate-weight 4 "
+        "--loss mse --row-weight mass --lr 0.002 --gate-lr 0.003 --batch-size 2 --micro-batch-size 2 "
+        "--warmup-steps 0 --no-gradient-checkpointing --recall-share 0 --seed 7 --logging-steps 3 --save-steps 6 "
+        "--keep-checkpoints 1 --dtype bfloat16 --block-size 32 --query-subblocks 2 --layers 1"
+    )
+    assert call(folder, *text.split(), output=tmp_path / "out", context=256, steps=2) == 0
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["kind"] == "finetune" and run["gates"] is None and run["layers"] == [1]
+    assert AttnGateConfig.from_dict(run["gate"]) == AttnGateConfig(block_q=32, block_k=32, query_subblocks=2)
+    assert run["config"] == {
+        "context": 256,
+        "steps": 2,
+        "dense": False,
+        "sparsity": 0.6,
+        "anneal": 0.5,
+        "context_factor": 2.0,
+        "target_share": 0.3,
+        "target_every": 2,
+        "gate_weight": 4.0,
+        "loss": "mse",
+        "row_weight": "mass",
+        "lr": 0.002,
+        "gate_lr": 0.003,
+        "batch_size": 2,
+        "micro_batch_size": 2,
+        "warmup_steps": 0,
+        "gradient_checkpointing": False,
+        "autocast": False,
+        "recall_share": 0.0,
+        "logging_steps": 3,
+        "save_steps": 6,
+        "keep_checkpoints": 1,
+        "report_to": "none",
+        "seed": 7,
+    }
+    model = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert model["dtype"] == "bfloat16" and model["max_position_embeddings"] == 2048
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024, "rope_theta": 1e6}
+    assert model["rope_parameters"] == rope
+    adapter = json.loads((tmp_path / "out" / "gates" / "adapter_config.json").read_text())
+    assert adapter["policy"]["density"] == pytest.approx(0.4) and adapter["layers"] == [1]
+    assert adapter["inference_mode"] and adapter["base_model_name_or_path"] == str(tmp_path / "out" / "model")
+
+
+def test_dense_arm_and_gates_of_a_folder_reach_the_run(folder: Path, tmp_path: Path) -> None:
+    assert call(folder, "--dense", output=tmp_path / "dense") == 0
+    assert {path.name for path in (tmp_path / "dense").iterdir()} == {"model", "run.json", "training.jsonl"}
+    assert call(folder, "--gates", folder / "gates", output=tmp_path / "out") == 0
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["gates"][0] == str(folder / "gates") and run["gate"]["block_q"] == 32
+    assert run["config"]["sparsity"] == 0.9
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert call(folder, "--dry-run", "--paper", output=tmp_path / "out", steps=3, batch_size=2) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    count = parameter_count(AttnGateConfig.paper(), layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+    assert f"{count:,} parameters in 2 layers, fresh" in shown and "768 tokens" in shown
+    assert "memory (estimate)" in shown and "with FSDP2 on 8 processes" in shown and "weights" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+ERRORS = {
+    "sparsity": ({}, ["--sparsity", "1"], "sparsity must be in [0, 1), got 1.0"),
+    "dense sparsity": ({}, ["--dense", "--sparsity", "0.5"], "dense must be given without sparsity"),
+    "dense gates": ({}, ["--dense", "--block-size", "32"], "gates must not be given for a dense run"),
+    "two gates": ({}, ["--gates", "{folder}/gates", "--paper"], "gates must be a folder, which holds their form"),
+    "missing gates": ({}, ["--gates", "{folder}/model"], "gates must be a folder with adapter_config.json"),
+    "gates of another model": ({"model": "{folder}/other"}, ["--gates", "{folder}/gates"], "gates must belong to"),
+    "context longer than the model's": ({"context": 2048}, [], "context must be at most 1024"),
+    "context that packing cannot fill": ({"context": 1024}, [], "data must fill a context of 1024 tokens, got 900"),
+    "context factor that the data cannot fill": (
+        {"context": 768},
+        ["--context-factor", "2"],
+        "data must hold documents of 768 tokens to extend the context 2 times, got 601 tokens in the longest",
+    ),
+    "scaled model": ({"model": "{folder}/scaled"}, ["--context-factor", "2"], "scaled already (yarn)"),
+    "dropout": ({"model": "{folder}/dropout"}, [], "attention_dropout must be 0, got 0.1"),
+    "missing model": ({"model": "{folder}/nowhere"}, [], "model must be"),
+    "missing data": ({"data": "nowhere.jsonl"}, [], "data must exist, got nowhere.jsonl"),
+    "batch": ({"batch-size": 3}, ["--micro-batch-size", "2"], "batch_size must be a multiple of"),
+    "target share": ({}, ["--target-share", "0"], "target_share must be in (0, 1], got 0.0"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, arguments, message = ERRORS[name]
+    options = {key: value.format(folder=folder) if isinstance(value, str) else value for key, value in options.items()}
+    monkeypatch.chdir(tmp_path)
+    assert call(folder, *(word.format(folder=folder) for word in arguments), output="out", **options) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seerattn: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert list(tmp_path.iterdir()) == []
