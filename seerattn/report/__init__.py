@@ -8,6 +8,8 @@ from pathlib import Path
 from seerattn.eval.maps import BlockMaps
 from seerattn.eval.results import read_results
 from seerattn.report.breakdown import draw_breakdown
+from seerattn.report.curves import draw_curves, is_curves, read_curves
+from seerattn.report.finetuned import is_finetuned
 from seerattn.report.head_density import draw_head_density
 from seerattn.report.maps import draw_maps, draw_masks
 from seerattn.report.page import render_page
@@ -27,7 +29,7 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
     """Writes ``report.html``, ``table.md`` and the figures that the files hold data for, each as .png and .svg.
 
     Args:
-        paths: results (.jsonl) and at most one file of block maps (.npz).
+        paths: results (.jsonl), records of fine-tuning runs (.jsonl), and at most one file of block maps (.npz).
         output: folder, made if it is missing.
 
     Returns:
@@ -39,16 +41,21 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
     map_files = [path for path in paths if path.suffix == ".npz"]
     if len(map_files) > 1:
         raise ValueError(f"results may hold one .npz of maps, got {len(map_files)}; draw each into a folder of its own")
-    results = latest(read_results([path for path in paths if path.suffix != ".npz"]))
+    curve_files = [path for path in paths if is_curves(path)]
+    results = latest(read_results([path for path in paths if path not in (*map_files, *curve_files)]))
     maps = BlockMaps.load(map_files[0]) if map_files else None
-    if not results and maps is None:
+    curves = read_curves(curve_files)
+    if not results and not curves and maps is None:
         raise ValueError(f"results must hold at least one line, got none in {', '.join(map(str, paths))}")
     output.mkdir(parents=True, exist_ok=True)
     written = []
     if results:
         table = output / "table.md"
         write_whole(table, render_tables(results))
-        written = [table, *(path for draw in FIGURES for path in draw(results, output))]
+        # Models that were trained further are compared in tables of their own.
+        others = [r for r in results if not is_finetuned(r)]
+        written = [table, *(path for draw in FIGURES for path in draw(others, output))]
+    written += draw_curves(curves, output)
     if maps is not None:
         written += [*draw_maps(maps, output), *draw_masks(maps, output)]
     page = output / "report.html"

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from seerattn.eval.maps import BlockMaps
 from seerattn.eval.results import Result
+from seerattn.report.finetuned import finetuned_tables, is_finetuned
 from seerattn.report.grid import density_label
 from seerattn.report.head_density import by_head, head_densities, uneven
 from seerattn.report.parts import Figure, Section, Table
@@ -54,18 +55,20 @@ def render_page(results: Sequence[Result], maps: BlockMaps | None, figures: Sequ
         figures: what was drawn of them; the .svg files are put inside.
     """
     drawn = {path.stem: path for path in figures if path.suffix == ".svg"}
+    others = [r for r in results if not is_finetuned(r)]
     sections = [
         run_section(results),
         failure_section(results),
-        perplexity_section(results),
-        gap_section(results),
-        retrieval_section(results),
-        recall_section(results),
-        _trade_off(results, drawn),
-        _heads(results, drawn),
+        perplexity_section(others),
+        gap_section(others),
+        retrieval_section(others),
+        recall_section(others),
+        _trade_off(others, drawn),
+        _heads(others, drawn),
         None if maps is None else pattern_section(maps, _map_figures(drawn)),
-        task_section(results),
-        _speed(results, drawn),
+        task_section(others),
+        _finetuned(results, drawn),
+        _speed(others, drawn),
     ]
     environment = Environment(
         loader=PackageLoader("seerattn.report", "."),
@@ -153,6 +156,17 @@ def _map_figures(drawn: dict[str, Path]) -> list[Figure]:
         "masks": "The chosen blocks of many heads, small, in the order of layers and heads.",
     }
     return _named(drawn, alts, lambda path, name: Figure(path, alts[name]))
+
+
+def _finetuned(results: Sequence[Result], drawn: dict[str, Path]) -> Section | None:
+    alt = "Lines of loss over steps, one for each training run; darker is sparser."
+    parts: list = _named(drawn, {"curves": None}, lambda path, _: Figure(path, alt))
+    parts += finetuned_tables(results)
+    read = (
+        "Models whose weights were trained further, densely or while they attended sparsely, each at the sparsity of "
+        "its column. They are compared with the model that was trained densely and runs dense."
+    )
+    return Section("finetuned", "Fine-tuning", read, parts) if parts else None
 
 
 def _speed(results: Sequence[Result], drawn: dict[str, Path]) -> Section | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from seerattn.eval.results import Result
 from seerattn.eval.statistics import proportion
+from seerattn.report.finetuned import finetuned_markdown, is_finetuned
 from seerattn.report.markdown import markdown
 from seerattn.report.select import arms, asked, budget, group, last_rows_dense, paired, panels, perplexity_key
 from seerattn.report.speed_table import speed_tables
@@ -15,8 +16,10 @@ CALIBRATED = "own policy"
 
 def render_tables(results: Sequence[Result]) -> str:
     """All tables that the results allow, as Markdown."""
+    finetuned = finetuned_markdown(results)
+    results = [r for r in results if not is_finetuned(r)]
     parts = [*_perplexity(results), *_gap(results), *_retrieval(results), *_by_depth(results), *_recall(results)]
-    parts += speed_tables(results)
+    parts += [*finetuned, *speed_tables(results)]
     return "\n\n".join(parts) + "\n"
 
 

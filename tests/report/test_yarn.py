@@ -1,0 +1,168 @@
+"""Tables and curves of fine-tuning runs, against written out ones."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seerattn.eval.results import Result, ResultsFile
+from seerattn.report import style, write_report
+from seerattn.report.curves import smoothed
+
+TOKENS = [1000, 3000]
+TRAINED = {"sparsity": None, "annealed": False, "target_share": None, "target_every": 1, "steps": 400}
+TOGETHER = {"target_share": 0.1}
+
+
+def perplexity(training: dict, sparsity: float | None, losses: list[float], *, weights: str, **more) -> Result:
+    """A result over two documents of 1000 and 3000 tokens with these mean losses."""
+    dense = sparsity is None
+    density = None if dense else round(1 - sparsity, 6)
+    sums = [loss * tokens for loss, tokens in zip(losses, TOKENS)]
+    values = {
+        "what": "perplexity",
+        "value": math.exp(sum(sums) / sum(TOKENS)),
+        "n": sum(TOKENS),
+        "unit": "tokens",
+        "samples": {"documents": [0, 1], "losses": sums, "tokens": TOKENS},
+        "model": "m",
+        "context": 32768,
+        "text": "books",
+        "selector": "dense" if dense else "gate",
+        "gates": None if dense else "gates",
+        "density": density,
+        "realised_density": 1.0 if dense else density + 0.002,
+        "weights": {"model": weights},
+        "policy": None if dense else {"policy": "TopK", "density": density, "last_rows_dense": 0},
+        "cell": {"data": "abc", "windows": 1, "dtype": "float32", "training": TRAINED | training},
+    }
+    return Result(**values | more)
+
+
+def rows() -> list[Result]:
+    after, together = {"name": "gates after"}, {"name": "together", "sparsity": 0.9} | TOGETHER
+    return [
+        perplexity({"name": "dense"}, None, [3.0, 3.0], weights="a"),
+        perplexity(after, None, [3.0, 3.0], weights="a"),
+        perplexity(after, 0.5, [3.1, 3.1], weights="a"),
+        perplexity(after, 0.9, [3.2, 3.2], weights="a"),
+        perplexity(together, None, [3.0, 3.2], weights="c9"),
+        perplexity(together, 0.9, [3.02, 3.0], weights="c9"),
+        perplexity(together | {"name": "whole", "target_share": 1.0}, 0.9, [3.01, 3.01], weights="d"),
+    ]
+
+
+def report_of(tmp_path: Path, results: list[Result], curves: str = "") -> list[Path]:
+    tmp_path.mkdir(exist_ok=True)
+    file = ResultsFile(tmp_path / "results.jsonl")
+    for row in results:
+        file.append(row)
+    paths = [tmp_path / "results.jsonl"]
+    if curves:
+        (tmp_path / "curves.jsonl").write_text(curves)
+        paths.append(tmp_path / "curves.jsonl")
+    return write_report(paths, tmp_path / "out")
+
+
+def test_table_of_finetuned_models_matches_a_written_out_one(tmp_path: Path) -> None:
+    written = report_of(tmp_path, rows())
+    table = (tmp_path / "out" / "table.md").read_text()
+    base = math.exp(3.0)
+    # Losses of the documents are .02 and 0 higher: .005 a token, and residuals from that of .015 * 1000 and
+    # .005 * 3000 tokens, with the factor n / (n - 1) = 2 (Cochran, section 6.3).
+    value = math.exp(3.005)
+    theirs = np.array([value * (3.02 - 3.005) * 1000, value * (3.0 - 3.005) * 3000])
+    error = 100 * math.sqrt(2 * (theirs**2).sum()) / 4000 / base
+    assert (
+        "### Fine-tuned: perplexity, books, 32768 tokens, m\n\n"
+        "Columns are the sparsity asked for, realised in brackets; the first one is dense attention.\n\n"
+        "2 documents, 4000 tokens; in brackets the difference from dense, ± its paired standard error.\n\n"
+        "| trained | 0 | 0.5 (0.498) | 0.9 (0.898) |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        f"| dense | {base:.2f} |  |  |\n"
+        f"| gates after |  | {math.exp(3.1):.2f} (+10.52 ± 0.00 %) | {math.exp(3.2):.2f} (+22.14 ± 0.00 %) |\n"
+    ) in table
+    assert f"| together |  |  | {value:.2f} (+0.50 ± {error:.2f} %) |\n" in table
+    # Run dense, the model stands in the column of the sparsity that it was trained at.
+    assert f"| together, run dense |  |  | {math.exp(3.15):.2f} (+16.18 ± " in table
+    # They stand in no other table and in no other figure.
+    assert "### Perplexity" not in table and not [p for p in written if p.stem == "perplexity"]
+
+
+def test_partial_targets_are_compared_with_whole_ones_at_the_same_sparsity(tmp_path: Path) -> None:
+    report_of(tmp_path, rows())
+    table = (tmp_path / "out" / "table.md").read_text()
+    part = table[table.index("### Fine-tuned: targets of some rows, m") :]
+    whole, some = math.exp(3.01), math.exp(3.005)
+    assert "| sparsity and target | books, 32,768 |\n" in part
+    assert f"| 0.9, 100% of the rows | {whole:.3f} |\n" in part
+    assert f"| 0.9, 10% of the rows | {some:.3f} ({100 * (some / whole - 1):+.2f} ± " in part
+    # Gates that were added afterwards have no target during training.
+    assert part.count("\n| 0.") == 2
+
+
+def test_retrieval_of_finetuned_models_adds_up_the_depths(tmp_path: Path) -> None:
+    found = []
+    for depth, right in ((0.1, 3), (0.9, 4)):
+        cell = {"task": "passkey", "documents": 4, "depth": depth, "training": TRAINED | {"name": "after"}}
+        more = {"what": "accuracy", "unit": "documents", "n": 4, "seed": 1, "samples": {}}
+        found.append(perplexity({}, 0.9, [3, 3], weights="a", value=right / 4, cell=cell, **more))
+    report_of(tmp_path, found)
+    table = (tmp_path / "out" / "table.md").read_text()
+    # 7 of 8, error at 8/10.
+    assert "### Fine-tuned: passkey, books, 32768 tokens, m\n\n8 documents a cell;" in table
+    assert "| after | 0.88 ± 0.14 |\n" in table
+
+
+def curves() -> str:
+    records = []
+    for arm, sparsity, more in (("dense", 0.0, 0.0), ("together-0.9", 0.9, 0.25), ("after", 0.0, None)):
+        for step in range(1, 61):
+            gates = None if arm == "dense" else 1 / step
+            loss = None if more is None else 3 + 1 / step + more
+            of_gates = {} if gates is None else {"gate_loss": gates}
+            told = {"loss": loss, "sparsity": sparsity, "tokens_per_second": 1.0}
+            records.append({"arm": arm, "step": step} | told | of_gates)
+    return "".join(json.dumps(record) + "\n" for record in records) + '{"arm": "dense", "st'
+
+
+def test_curves_show_running_means_and_the_difference_from_the_dense_run(tmp_path: Path, monkeypatch) -> None:
+    drawn = {}
+    monkeypatch.setattr(style, "save", lambda figure, folder, name: drawn.setdefault(name, figure) and [])
+    report_of(tmp_path, rows(), curves())
+    losses, difference, gates = ({line.get_label(): line for line in axes.lines} for axes in drawn["curves"].axes)
+    assert list(losses) == list(difference) == ["dense", "together-0.9"] and list(gates) == ["together-0.9", "after"]
+    # 5 % of 60 records are 3.
+    expected = [3 + sum(1 / s for s in range(max(1, step - 2), step + 1)) / min(step, 3) for step in range(1, 61)]
+    assert losses["dense"].get_xdata() == pytest.approx(range(1, 61))
+    assert losses["dense"].get_ydata() == pytest.approx(expected)
+    assert difference["together-0.9"].get_ydata() == pytest.approx([0.25] * 60)
+    assert len({str(line.get_color()) for line in losses.values()}) == 2
+
+
+def test_page_holds_curves_and_tables_of_finetuned_models(tmp_path: Path) -> None:
+    names = [path.name for path in report_of(tmp_path, rows(), curves())]
+    assert names == ["report.html", "table.md", "curves.png", "curves.svg"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    section = page[page.index('<section id="finetuned"') :]
+    assert "<svg" in section and "+10.52 ± 0.00 %" in section and '<section id="perplexity"' not in page
+
+
+def test_running_mean_matches_numpy() -> None:
+    values = np.random.default_rng(0).normal(size=41)
+    expected = [values[max(0, i - 6) : i + 1].mean() for i in range(41)]
+    assert smoothed(values, 7) == pytest.approx(expected)
+
+
+def test_report_reads_the_log_of_one_run_and_rejects_a_broken_one(tmp_path: Path) -> None:
+    log = tmp_path / "run" / "training.jsonl"
+    log.parent.mkdir()
+    line = json.dumps({"step": 1, "loss": 3.0, "gate_loss": 0.5, "sparsity": 0.9, "tokens_per_second": 1.0}) + "\n"
+    log.write_text(line)
+    assert [p.name for p in write_report([log], tmp_path / "out")] == ["report.html", "curves.png", "curves.svg"]
+    log.write_text(line + "{}\n")
+    with pytest.raises(ValueError, match="line 2 is none"):
+        write_report([log], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
