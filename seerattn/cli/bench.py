@@ -42,6 +42,7 @@ VariantsOption = Annotated[
 ]
 BlocksOption = Annotated[str, typer.Option(help="Block sizes, QUERIESxKEYS in tokens.")]
 SharesOption = Annotated[str, typer.Option(help="Lists for every query head or for every KV group: head, group.")]
+TargetSharesOption = Annotated[str, typer.Option(help="Shares of the query blocks that gates learn from, in (0, 1].")]
 AlikeOption = Annotated[str, typer.Option(help="Neighbouring query blocks that draw the same key blocks.")]
 BackwardOption = Annotated[bool, typer.Option("--backward", help="Time forward and backward together, as in training.")]
 FormsOption = Annotated[str, typer.Option(help=f"Gates: {FORMS}.")]
@@ -248,6 +249,43 @@ def distill(
     _finish(session, rows, output)
 
 
+@app.command()
+def finetune(
+    lengths: LengthsOption = "32768",
+    sparsities: SparsitiesOption = "0.9,0.5",
+    target_shares: TargetSharesOption = "0.1,1",
+    baselines: BackendsOption = "",
+    gates: FormsOption = "paper",
+    impl: ImplOption = "",
+    layers: LayersOption = 4,
+    tiny: TinyOption = False,
+    repeats: RepeatsOption = 3,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "",
+    time_limit: TimeLimitOption = 0.0,
+    output: OutputOption = None,
+) -> None:
+    """Time fine-tuning with sparse attention beside dense: one layer, and whole steps without the optimizer."""
+    from seerattn.bench.finetune import bench_finetune
+
+    session = _session(device, output, time_limit)
+    shares = numbers("target-shares", target_shares, float, 0)
+    if min(shares) == 0 or max(shares) > 1:
+        raise ValueError(f"target-shares must be in (0, 1], got {target_shares!r}")
+    rows = bench_finetune(
+        session,
+        _size(tiny, layers, _dtype(dtype, session.device)),
+        lengths=numbers("lengths", lengths, int, 128),
+        sparsities=_sparsities(sparsities),
+        target_shares=shares,
+        baselines=words(baselines) or _backends(session.device)[::-1],
+        forms=words(gates),
+        impl=impl or preferred("block_sparse_attention", "auto", session.device),
+        repeats=repeats,
+    )
+    _finish(session, rows, output)
+
+
 def _session(device: str, output: Path | None, time_limit: float) -> Session:
     where = choose_device(device or None)
     return Session(where, ResultsFile(output, where), _say, time_limit=time_limit or None)
@@ -327,10 +365,11 @@ def _print_results(rows: Iterable[Result]) -> None:
         name = {"dense": "dense", "random": "sparse, random blocks"}.get(row.selector, f"gate {row.gates}")
         if row.cell.get("map"):
             name = "dense with the map"
+        targets = [f"{row.cell['target_share']:.0%} of the targets"] if "target_share" in row.cell else []
         blocks = f"{row.cell['block_q']}x{row.cell['block_k']}" if "block_q" in row.cell else ""
         table.add_row(
             f"{row.context:,}",
-            ", ".join([name, *([row.cell["work"]] if "work" in row.cell else [])]),
+            ", ".join([name, *([row.cell["work"]] if "work" in row.cell else []), *targets]),
             row.cell["impl"],
             blocks,
             f"per {row.cell['share']}" if "share" in row.cell else "",

@@ -215,14 +215,15 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 def _machine(device: torch.device | str) -> dict[str, Any]:
     """What stays the same for the life of the process."""
     return {
-        "versions": {name: _version(name) for name in ("seerattn", "torch", "transformers")}
+        "versions": {name: package_version(name) for name in ("seerattn", "torch", "transformers")}
         | {"python": platform.python_version()},
         "device": _device_name(torch.device(device)),
         "git": _git_commit(),
     }
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Version of an installed package; "source" for one that runs from its checkout."""
     try:
         return version(package)
     except PackageNotFoundError:

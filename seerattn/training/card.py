@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from seerattn.eval.results import package_version
 
 
 def model_card(facts: dict[str, Any], parameters: int, records: list[dict[str, Any]]) -> str:
@@ -115,4 +116,5 @@ tags:
 
 
 def _versions() -> str:
-    return ", ".join(f"{package} {version(package)}" for package in ("seerattn", "torch", "transformers", "peft"))
+    packages = ("seerattn", "torch", "transformers", "peft")
+    return ", ".join(f"{package} {package_version(package)}" for package in packages)

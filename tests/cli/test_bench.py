@@ -16,6 +16,7 @@ COMMANDS = {
     "crossover": (*TINY, "--lengths", "130", "--densities", "0.5,1", "--table", "@table.json"),
     "ttft": ("--tiny", "--device", "cpu", "--lengths", "130", "--sparsities", "0.5,0.3", "--repeats", "2"),
     "distill": ("--tiny", "--device", "cpu", "--lengths", "130", "--repeats", "2"),
+    "finetune": ("--tiny", "--device", "cpu", "--lengths", "130", "--sparsities", "0.5", "--repeats", "2"),
 }
 # Quantity, selector and what was asked for of every row, in order.
 ROWS = {
@@ -37,6 +38,11 @@ ROWS = {
         *[("ttft_s", "gate", "reference"), ("attention_share", "gate", "reference")] * 2,
     ],
     "distill": [("tokens_per_second", "dense", "sdpa"), ("tokens_per_second", "gate", "reference")],
+    "finetune": [
+        (what, *of)
+        for of in (("dense", "sdpa"), *[("gate", "reference")] * 2)
+        for what in ("finetune_layer_ms", "finetune_step_ms", "tokens_per_second")
+    ],
 }
 
 
@@ -138,6 +144,10 @@ BAD = {
     "heads": (("pooled", "--heads", "6", "--kv-heads", "4", "--device", "cpu"), "heads must be a multiple"),
     "variant": (("pooled", *TINY, "--lengths", "64", "--variants", "fast"), "nothing could be measured"),
     "baseline": (("ttft", "--tiny", "--device", "cpu", "--gates", "paper", "--lengths", "1"), "lengths must be"),
+    "target share": (
+        ("finetune", "--tiny", "--device", "cpu", "--target-shares", "0"),
+        "target-shares must be in (0, 1]",
+    ),
     "table": (("crossover", *TINY), "table must be given on a CPU"),
     "device": (("ttft", "--tiny", "--device", "abacus"), "device must be"),
     "output": (("pooled", *TINY, "--lengths", "64", "--output", "."), "results must be files"),

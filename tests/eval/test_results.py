@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seerattn.eval.results import Result, ResultsFile, fingerprint, read_results
+from seerattn.eval.results import Result, ResultsFile, fingerprint, package_version, read_results
 
 BLANK = Result(
     what="perplexity", value=None, n=0, unit="tokens", model="m", selector="gate", context=64, text="t", gates="g"
@@ -116,3 +116,8 @@ def test_each_file_has_the_command_of_its_own_time(tmp_path, monkeypatch) -> Non
         monkeypatch.setattr("sys.argv", ["/usr/bin/seerattn", word, "a b"])
         commands.append(ResultsFile(None).append(BLANK).command)
     assert commands == ["seerattn first 'a b'", "seerattn second 'a b'"]
+
+
+def test_a_package_that_runs_from_its_checkout_has_the_version_source() -> None:
+    assert package_version("torch") == torch.__version__
+    assert package_version("no-such-package") == "source"

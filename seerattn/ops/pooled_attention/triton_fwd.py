@@ -46,7 +46,7 @@ class Launch:
     max_registers: int | None = None
 
 
-def choose_launch(*, block_q: int, head_dim: int, element_size: int, target_only: bool) -> Launch:
+def choose_launch(*, block_q: int, head_dim: int, element_size: int, tokens: int, target_only: bool) -> Launch:
     """Picks a launch from the shapes of a call.
 
     One H100, bf16, 32/8 heads, head dim 128, 64 x 64 blocks, ms at 8k / 32k / 64k by (rows, keys, warps, stages,
@@ -55,8 +55,9 @@ def choose_launch(*, block_q: int, head_dim: int, element_size: int, target_only
     and fp32 were not measured.
 
     The target alone needs no accumulator, so two programs fit on a multiprocessor and one can multiply while the other
-    exponentiates. Predicted, not measured yet: 1.0 ms for a tenth of the query blocks at 32k, 1.3 ms with the launch
-    of the whole op.
+    exponentiates; ms for a tenth of the query blocks at 32k / 128k: (128, 128, 8, 2, 2) 1.05 / 23.0, (64, 64, 4, 3, 3)
+    1.12 / 17.1, (64, 128, 4, 2, 2) 1.20 / 17.9, (128, 128, 8, 3, 1) 1.27 / 18.0. At 128k the bound on scratch leaves
+    programs out, so the smaller ones win.
     """
     width = triton.next_power_of_2(head_dim)
     if element_size == 4:
@@ -64,6 +65,8 @@ def choose_launch(*, block_q: int, head_dim: int, element_size: int, target_only
         return Launch(rows=max(64, block_q), keys=32, num_warps=16, num_stages=1)
     if width == 256:
         return Launch(rows=128, keys=64, num_warps=8, num_stages=2)
+    if target_only and tokens > 1 << 16 and block_q <= 64:
+        return Launch(rows=64, keys=64, num_warps=4, num_stages=3, programs_per_sm=3, max_registers=168)
     if target_only:
         return Launch(rows=128, keys=128, num_warps=8, num_stages=2, programs_per_sm=2, max_registers=128)
     return Launch(rows=128, keys=128, num_warps=8, num_stages=3)
@@ -112,7 +115,7 @@ def attention_maps(
     kv_heads, k_tokens = k.shape[1:3]
     target_only = v is None and not mass
     launch = launch or choose_launch(
-        block_q=block_q, head_dim=dim, element_size=q.element_size(), target_only=target_only
+        block_q=block_q, head_dim=dim, element_size=q.element_size(), tokens=k_tokens, target_only=target_only
     )
     device = q.device
 

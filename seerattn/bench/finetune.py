@@ -1,0 +1,317 @@
+"""Speed of fine-tuning with sparse attention: what one layer adds to a training step, and whole steps beside dense
+ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import product
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from seerattn.bench.attention import Sparse, require_dense, require_selection, require_sparse, share_of
+from seerattn.bench.backward import forward_and_backward
+from seerattn.bench.check import BLOCK, TOKENS, check_pooled
+from seerattn.bench.dense import dense_attention, sdpa_backend
+from seerattn.bench.inputs import Shape, random_qkv
+from seerattn.bench.model import BenchModel, Size, gate_form, rotary_tables
+from seerattn.bench.session import UNITS, Session
+from seerattn.bench.timing import device_time, long_runs, peak_gib, reset_peak
+from seerattn.eval.results import Result
+from seerattn.hf.attention import LayerCall, layer_states, seer_attention
+from seerattn.hf.finetuning import SparseTraining
+from seerattn.hf.mask import make_mask
+from seerattn.ops.pooled_attention import pooled_targets
+from seerattn.selection.block_indices import num_query_blocks
+from seerattn.selection.policies import TopK
+from seerattn.training.finetune import FinetuneConfig
+from seerattn.training.layer_loss import LayerLoss
+from seerattn.training.objective import Objective, is_gate
+
+LAYER = "finetune_layer_ms"
+STEP = ("finetune_step_ms", "tokens_per_second", "peak_memory_gib")
+UNITS |= {LAYER: "ms with backward", "finetune_step_ms": "ms a step"}
+# As near to 1 as keeps every block, yet by the sparse path: at 1 the model's own dense attention runs.
+ALL_BLOCKS = 1 - 1e-9
+
+
+def bench_finetune(
+    session: Session,
+    size: Size,
+    *,
+    lengths: Sequence[int],
+    sparsities: Sequence[float],
+    target_shares: Sequence[float],
+    baselines: Sequence[str],
+    forms: Sequence[str],
+    impl: str,
+    repeats: int = 3,
+) -> list[Result]:
+    """One layer's attention and whole steps, dense and with `SparseTraining`, at every length.
+
+    "finetune_layer_ms" is forward and backward of attention alone; with gates that is selection, block-sparse
+    attention, the targets of a share of the query blocks and the gate's loss and gradient on them.
+    "finetune_step_ms", "tokens_per_second" and "peak_memory_gib" are of the forward and backward of the whole model
+    with gradient checkpointing and the language-model loss in pieces, for one sample and without an optimizer.
+
+    Args:
+        session: what runs the measurements.
+        size: of the model.
+        lengths: tokens of a sample.
+        sparsities: shares of the causal block area that are not computed; 0 is dense attention while gates learn.
+        target_shares: shares of the query blocks whose targets are computed.
+        baselines: SDPA backends.
+        forms: names of gates.
+        impl: of the sparse attention.
+        repeats: timed steps of a cell, 2 at least; long ones are repeated twice.
+
+    Returns:
+        The results that there are.
+    """
+    bench = _Finetuning(session, size, impl, max(2, repeats))
+    lengths = sorted(lengths)
+    rows: list[Result | None] = []
+    for name, tokens in product(baselines, lengths):
+        rows += [bench.dense_layer(tokens, name), *bench.dense_step(tokens, name)]
+    # Gates are attached once for all lengths.
+    for form, tokens, sparsity, share in product(forms, lengths, sorted(sparsities, reverse=True), target_shares):
+        density = round(1 - sparsity, 6)
+        rows += [bench.sparse_layer(tokens, form, density, share), *bench.sparse_step(tokens, form, density, share)]
+    return [row for row in rows if row is not None]
+
+
+class _Finetuning:
+    """Layers and steps of one model."""
+
+    def __init__(self, session: Session, size: Size, impl: str, repeats: int) -> None:
+        self.session, self.size, self.impl, self.repeats = session, size, impl, repeats
+        self.shape, self.device = size.shape, session.device
+        self.model = BenchModel(size, session.device, impl)
+
+    def dense_layer(self, tokens: int, name: str) -> Result | None:
+        """Dense attention, as `seerattn bench attention --backward` times it."""
+
+        def run() -> dict[str, Any]:
+            require_dense(self.session, self.shape, name, backward=True)
+            qkv = random_qkv(self.shape, tokens, self.device)
+            attend = forward_and_backward(lambda *x: dense_attention(name, *x)(), *qkv)
+            return device_time(attend, self.device).fields()
+
+        values = {"realised_density": 1.0}
+        blank = self._blank(LAYER, str(self.shape), tokens, name, {"work": "fine-tuning layer"}, values)
+        return self.session.measured(blank, run, label=f"{tokens:>7,} tokens, layer, dense {name}")
+
+    def dense_step(self, tokens: int, name: str) -> list[Result | None]:
+        """The unpatched model with one SDPA backend."""
+
+        def run() -> dict[str, dict[str, Any]]:
+            require_dense(self.session, self.shape, name, backward=True)
+            # The forward that the backward pass repeats needs the backend as well.
+            with sdpa_backend(name, self.device):
+                return self._time_steps(self.model.plain(), tokens, lambda: None)
+
+        return self._steps(tokens, name, run, f"dense {name}", {}, {"realised_density": 1.0})
+
+    def sparse_layer(self, tokens: int, form: str, density: float, share: float) -> Result | None:
+        """The attention of a layer of the model with gates, called as the model calls it."""
+
+        def run() -> dict[str, Any]:
+            self._require(form)
+            layer = layer_step(self.model.gated(form), self.shape, tokens, self.device)
+            training = sparse_training(density, share)
+            layer(training)
+            realised = _realised(training)
+            timing = device_time(lambda: layer(sparse_training(density, share)), self.device)
+            return timing.fields() | {"realised_density": realised}
+
+        cell, values, label = self._sparse(form, density, share, "layer")
+        blank = self._blank(LAYER, str(self.shape), tokens, self.impl, cell, values)
+        return self.session.measured(blank, run, label=f"{tokens:>7,} tokens, layer, {label}")
+
+    def sparse_step(self, tokens: int, form: str, density: float, share: float) -> list[Result | None]:
+        """The model with fresh gates."""
+
+        def run() -> dict[str, dict[str, Any]]:
+            self._require(form)
+            return self._time_steps(self.model.gated(form), tokens, lambda: sparse_training(density, share))
+
+        cell, values, label = self._sparse(form, density, share, "step")
+        return self._steps(tokens, self.impl, run, label, cell, values)
+
+    def _require(self, form: str) -> None:
+        """Checks every part of sparse training and a whole step, once a session."""
+        session, shape, device, c = self.session, self.shape, self.device, gate_form(form)
+        kind = Sparse(self.impl, c.block_q, c.block_k, share_of(c))
+        require_sparse(session, shape, kind, backward=True)
+        require_selection(session, shape, form, c.block_q, c.block_k, "auto")
+        session.check("targets of query blocks", lambda: check_pooled(_attention_and_targets, shape, device))
+        title = f"training step of gates {form} with all blocks, {self.impl}"
+        session.check(title, lambda: check_step(shape, device, form=form, impl=self.impl))
+
+    def _sparse(self, form: str, density: float, share: float, work: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+        """Cell, values and label of a measurement with gates."""
+        c, policy = gate_form(form), TopK(density=density)
+        cell = Sparse(self.impl, c.block_q, c.block_k, share_of(c)).cell(self.shape)
+        cell |= {"work": f"fine-tuning {work}", "target_share": share}
+        values = {"selector": "gate", "gates": form, "policy": policy.to_dict(), "density": density, "seed": 0}
+        return cell, values, f"gates {form}, sparsity {1 - density:.3g}, targets of {share:.0%} of the query blocks"
+
+    def _steps(
+        self,
+        tokens: int,
+        impl: str,
+        run: Callable[[], dict[str, dict[str, Any]]],
+        label: str,
+        cell: dict[str, Any],
+        values: dict[str, Any],
+    ) -> list[Result | None]:
+        cell = {"work": "fine-tuning step", "layers": self.size.layers} | cell
+        whats = [what for what in STEP if what != "peak_memory_gib" or self.device.type == "cuda"]
+        blanks = [self._blank(what, self.size.name, tokens, impl, cell, values) for what in whats]
+        label = f"{tokens:>7,} tokens, step of {self.size.layers} layers, {label}"
+        return self.session.measured_together(blanks, run, label=label)
+
+    def _blank(
+        self, what: str, model: str, tokens: int, impl: str, cell: dict[str, Any], values: dict[str, Any]
+    ) -> Result:
+        cell = {"dtype": self.shape.dtype_name} | cell
+        return self.session.blank(what, model=model, context=tokens, impl=impl, cell=cell, **values)
+
+    def _time_steps(
+        self, model: PreTrainedModel | PeftModel, tokens: int, training: Callable[[], SparseTraining | None]
+    ) -> dict[str, dict[str, Any]]:
+        objective, batch = trainable(model), random_batch(self.size, tokens, self.device)
+
+        def step() -> SparseTraining | None:
+            used = training()
+            losses(objective, batch, used)[0].backward()
+            objective.zero_grad(set_to_none=True)
+            return used
+
+        self.session.release()
+        # It compiles what there is to compile; every step computes the same number of blocks.
+        realised = _realised(step())
+        reset_peak(self.device)
+        seconds, _ = long_runs(step, self.device, repeats=self.repeats)
+        fields = {"n": len(seconds), "samples": {"seconds": [round(s, 5) for s in seconds]}}
+        fields |= {"realised_density": realised}
+        found = {"finetune_step_ms": 1e3 * median(seconds), "tokens_per_second": tokens / median(seconds)}
+        return {what: fields | {"value": round(value, 3)} for what, value in (found | peak_gib(self.device)).items()}
+
+
+def sparse_training(density: float, target_share: float) -> SparseTraining:
+    """What attends in one training step; it always draws the same query blocks."""
+    return SparseTraining(density=density, loss_fn=LayerLoss(), target_share=target_share)
+
+
+def trainable(model: PreTrainedModel | PeftModel) -> Objective:
+    """A model whose every weight learns, with gradient checkpointing."""
+    objective = Objective(model.requires_grad_(True)).train()
+    objective.set_checkpointing(True)
+    return objective
+
+
+def random_batch(size: Size, tokens: int, device: torch.device) -> dict[str, Tensor]:
+    """One sample of random tokens."""
+    input_ids = torch.randint(3, size.vocab, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+    return {"input_ids": input_ids.to(device), "position_ids": torch.arange(tokens, device=device)[None]}
+
+
+def losses(objective: Objective, batch: dict[str, Tensor], training: SparseTraining | None) -> tuple[Tensor, Tensor]:
+    """What a step of `seerattn finetune` minimises, and the language-model loss in it."""
+    loss, gate_loss = objective(**batch, sparse=training)
+    return loss if gate_loss is None else loss + FinetuneConfig.gate_weight * gate_loss, loss.detach()
+
+
+def layer_step(
+    model: PeftModel, shape: Shape, tokens: int, device: torch.device
+) -> Callable[[SparseTraining], tuple[Tensor, ...]]:
+    """The first layer's attention in a training step, and the gradients of q, k, v and of the layer's gate.
+
+    Args:
+        model: with gates.
+        shape: of its heads.
+        tokens: of the sample.
+        device: of the model.
+    """
+    state = layer_states(model)[0]
+    module = next(m for m in model.modules() if isinstance(m, LlamaAttention))
+    parameters = list(state.gate.requires_grad_(True).parameters())
+    tables, positions = rotary_tables(shape, tokens, device), torch.arange(tokens, device=device)[None]
+    mask = make_mask(dense="sdpa", batch_size=1, q_length=tokens, kv_length=tokens, allow_is_causal_skip=True)
+    inputs = [x.requires_grad_() for x in random_qkv(shape, tokens, device)]
+    dout = torch.randn_like(inputs[0]).transpose(1, 2).contiguous()
+
+    def step(training: SparseTraining) -> tuple[Tensor, ...]:
+        call = LayerCall(state, tables, positions, training)
+        out, _ = seer_attention(module, *inputs, mask, dense="sdpa", seer=call, scaling=module.scaling)
+        gate_loss = training.total()
+        return torch.autograd.grad([out, gate_loss], [*inputs, *parameters], [dout, torch.ones_like(gate_loss)])
+
+    return step
+
+
+def check_step(
+    shape: Shape, device: torch.device, *, form: str, impl: str, tokens: int = TOKENS, density: float = ALL_BLOCKS
+) -> tuple[float, float]:
+    """The worst error over its bound, and 1, of the loss and all gradients of a step that keeps every block.
+
+    The model is narrow but has the heads that are measured. Its unpatched copy in fp64 is the oracle; a bound is twice
+    the error of the unpatched model in its own dtype and one rounding of the value. Gradients are compared by norm.
+
+    Args:
+        shape: heads and dtype.
+        device: where it runs.
+        form: name of the gates.
+        impl: of the sparse attention.
+        tokens: of the sample.
+        density: that the gates select.
+    """
+    size = Size(layers=2, hidden=128, intermediate=128, vocab=256, shape=shape)
+    bench, batch = BenchModel(size, device, impl), random_batch(size, tokens, device)
+    for name, parameter in bench.base.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            # Heads that look somewhere: maps of fresh models are flat, and their gradients all rounding.
+            parameter.mul_(8.0)
+    exact = _loss_and_gradients(copy.deepcopy(bench.base).double(), batch, None)
+    plain = _loss_and_gradients(bench.plain(), batch, None)
+    # All targets: a step that learns from some only computes less of the same.
+    found = _loss_and_gradients(bench.gated(form), batch, sparse_training(density, 1.0))
+    unit = torch.finfo(shape.dtype).eps + 16 * torch.finfo(torch.float32).eps
+    ratios = []
+    for name, value in exact.items():
+        own, error = (float((x[name].double() - value).norm()) for x in (plain, found))
+        ratios.append(error / (2 * own + unit * float(value.norm())))
+    # NaN is the largest of all, wherever it stands.
+    return float(torch.tensor(ratios).max()), 1.0
+
+
+def _loss_and_gradients(
+    model: PreTrainedModel | PeftModel, batch: dict[str, Tensor], training: SparseTraining | None
+) -> dict[str, Tensor]:
+    """The language-model loss, and the gradients of the model's own weights under their names without gates."""
+    objective = trainable(model)
+    total, loss = losses(objective, batch, training)
+    total.backward()
+    named = {name: p for name, p in objective.named_parameters() if not is_gate(name)}
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+    objective.zero_grad(set_to_none=True)
+    return {"loss": loss} | objective.base_state(gradients)
+
+
+def _attention_and_targets(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(num_query_blocks(0, q.shape[2], BLOCK))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out, pooled_targets(q, k, rows, block_q=BLOCK, block_k=BLOCK)
+
+
+def _realised(training: SparseTraining | None) -> float:
+    """Density of what was computed; dense attention counts nothing."""
+    return training.meter.mean() if training is not None and training.meter.layers else 1.0
