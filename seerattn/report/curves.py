@@ -9,13 +9,12 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from seerattn.report import style
 
-# A curve is smoothed over so much of its run.
+# Curves are smoothed over so much of the longest run.
 SMOOTHED_SHARE = 0.05
 # Further runs of the same sparsity.
 _OTHERS = (("#e69f00", (0, (5, 1.5))), ("#cc79a7", (0, (1.5, 1.2))), ("#d55e00", (0, (6, 1.5, 1.5, 1.5))))
@@ -106,19 +105,22 @@ def draw_curves(curves: Sequence[Curve], folder: Path) -> list[Path]:
         looks = _looks(curves)
         figure = Figure(figsize=(4.4 * len(panels) + 1.6, 3.6), layout="constrained")
         for axes, (shown, field, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+            # The same for all, so that a run that ended early is as smooth as the others.
+            window = max(1, round(SMOOTHED_SHARE * max(len(curve.records) for curve in curves)))
             for curve in shown:
                 values = curve.values("loss" if field == "difference" else field)
                 if field == "difference":
                     base = dense.values("loss")
                     values = {step: value - base[step] for step, value in values.items() if step in base}
-                _line(axes, curve, values, looks)
+                line = smoothed(list(values.values()), window)
+                axes.plot(list(values), line, label=curve.name, linewidth=1.3, **looks[curve.name])
             axes.set_xlabel("step")
             axes.set_ylabel(label)
         handles = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels())}
         order = [curve.name for curve in curves if curve.name in handles]
         figure.legend([handles[name] for name in order], order, loc="outside right center", fontsize=8, frameon=False)
         share = PercentFormatter(1.0, decimals=0).format_pct(SMOOTHED_SHARE, 1.0)
-        figure.suptitle(f"running mean over {share} of a run", fontsize=8, x=0.01, ha="left")
+        figure.suptitle(f"running mean over {share} of the longest run", fontsize=8, x=0.01, ha="left")
         return style.save(figure, folder, "curves")
 
 
@@ -128,13 +130,6 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
     ends = np.arange(1, len(total))
     starts = np.maximum(ends - window, 0)
     return (total[ends] - total[starts]) / (ends - starts)
-
-
-def _line(axes: Axes, curve: Curve, values: dict[int, float], looks: dict[str, dict]) -> None:
-    window = max(1, round(SMOOTHED_SHARE * len(values)))
-    axes.plot(
-        list(values), smoothed(list(values.values()), window), label=curve.name, linewidth=1.3, **looks[curve.name]
-    )
 
 
 def _looks(curves: Sequence[Curve]) -> dict[str, dict]:
