@@ -22,7 +22,7 @@ from seerattn.bench.check import BLOCK, TOKENS, check_pooled
 from seerattn.bench.dense import dense_attention, sdpa_backend
 from seerattn.bench.inputs import Shape, random_qkv
 from seerattn.bench.model import BenchModel, Size, gate_form, rotary_tables
-from seerattn.bench.session import UNITS, Session
+from seerattn.bench.session import Session
 from seerattn.bench.timing import device_time, long_runs, peak_gib, reset_peak
 from seerattn.eval.results import Result
 from seerattn.hf.attention import LayerCall, layer_states, seer_attention
@@ -37,7 +37,6 @@ from seerattn.training.objective import Objective, is_gate
 
 LAYER = "finetune_layer_ms"
 STEP = ("finetune_step_ms", "tokens_per_second", "peak_memory_gib")
-UNITS |= {LAYER: "ms with backward", "finetune_step_ms": "ms a step"}
 # As near to 1 as keeps every block, yet by the sparse path: at 1 the model's own dense attention runs.
 ALL_BLOCKS = 1 - 1e-9
 

@@ -151,6 +151,8 @@ UNITS = {
     "pooled_ms": "ms",
     "extra_memory_mib": "MiB beyond the results",
     "ttft_s": "s",
+    "finetune_layer_ms": "ms with backward",
+    "finetune_step_ms": "ms a step",
     "attention_share": "of it attention",
     "peak_memory_gib": "GiB at the peak",
     "tokens_per_second": "tokens/s",

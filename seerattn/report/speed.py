@@ -8,17 +8,6 @@ from matplotlib.figure import Figure
 
 from seerattn.eval.results import Result
 
-QUANTITIES = (
-    "attention_ms",
-    "selection_ms",
-    "pooled_ms",
-    "extra_memory_mib",
-    "ttft_s",
-    "attention_share",
-    "peak_memory_gib",
-    "tokens_per_second",
-    "distill_hours",
-)
 DENSE_NAMES = {
     "flash": "FlashAttention-2",
     "cudnn": "cuDNN",

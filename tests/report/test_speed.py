@@ -61,6 +61,39 @@ def models() -> list[Result]:
     return rows
 
 
+def training() -> list[Result]:
+    """Attention with its backward, and fine-tuning of models of 4 and of 8 layers; cuDNN has no memory for 32k."""
+    rows = []
+    for tokens, dense in ((8192, 8.0), (32768, 96.0)):
+        cell = {"clock": "device"}
+        rows.append(result("attention_training_ms", dense, tokens, "flash", cell))
+        rows.append(result("attention_training_ms", dense / 2, tokens, "cudnn", cell))
+        sparse = {"density": 0.1, "realised_density": 0.102, "seed": 0}
+        cell = cell | PER_HEAD | {"rows_alike": 1}
+        rows.append(result("attention_training_ms", dense / 8, tokens, "gluon", cell, selector="random", **sparse))
+
+        layer = {"work": "fine-tuning layer"}
+        rows.append(result("finetune_layer_ms", dense, tokens, "flash", layer))
+        gate = sparse | {"selector": "gate", "gates": "paper"}
+        for share, cost in ((0.1, 0.25), (1.0, 0.5)):
+            cell = layer | PER_HEAD | {"target_share": share}
+            rows.append(result("finetune_layer_ms", dense * cost, tokens, "gluon", cell, **gate))
+
+        for layers in (4, 8):
+            step = {"work": "fine-tuning step", "layers": layers}
+            rows += steps(dense * layers, tokens, "flash", step)
+            rows += steps(None if tokens > 8192 else dense * layers / 2, tokens, "cudnn", step)
+            rows += steps(dense * layers / 4, tokens, "gluon", step | PER_HEAD | {"target_share": 0.1}, **gate)
+    return rows
+
+
+def steps(ms: float | None, tokens: int, impl: str, cell: dict, **more) -> list[Result]:
+    """The three results of one kind of step."""
+    values = {"finetune_step_ms": ms, "tokens_per_second": ms and 1e3 * tokens / ms, "peak_memory_gib": ms and 20.5}
+    failed = {"samples": {"error": ["out of memory"]}} if ms is None else {}
+    return [result(what, value, tokens, impl, cell, **failed, **more) for what, value in values.items()]
+
+
 def report(tmp_path, rows):
     path = tmp_path / "r.jsonl"
     file = ResultsFile(path)
@@ -164,6 +197,61 @@ def test_speed_tables_match_written_out_ones(tmp_path) -> None:
     assert "| plain PyTorch, with the map |  | 30 (0.07x) | out of memory |\n" in table
     assert "| FlashAttention-2, plain forward, 32 layers |  | 32,768 | 16,384 |\n" in table
     assert "| gates paper, triton, 64x64 per head, 32 layers | 0.9 | 0.0625 (4.00x) | 0.5 (4.00x) |\n" in table
+
+
+def test_tables_of_training_match_written_out_ones(tmp_path) -> None:
+    report(tmp_path, training() + models())
+    table = (tmp_path / "out" / "table.md").read_text()
+    head = "|  | sparsity | 8k | 32k |\n| --- | ---: | ---: | ---: |\n"
+    attention = (
+        "### Attention, forward and backward, ms: m, bfloat16, some GPU\n\n"
+        f"{head}"
+        "| FlashAttention-2 |  | 8 (1.00x) | 96 (1.00x) |\n"
+        "| cuDNN |  | 4 (2.00x) | 48 (2.00x) |\n"
+        "| gluon, random blocks, 64x64 per head | 0.9 | 1 (8.00x) | 12 (8.00x) |\n"
+    )
+    layer = (
+        "### Fine-tuning, attention of one layer with backward, ms: m, bfloat16, some GPU\n\n"
+        f"{head}"
+        "| FlashAttention-2 |  | 8 (1.00x) | 96 (1.00x) |\n"
+        "| gates paper, gluon, 64x64 per head, 10% of the targets | 0.9 | 2 (4.00x) | 24 (4.00x) |\n"
+        "| gates paper, gluon, 64x64 per head, 100% of the targets | 0.9 | 4 (2.00x) | 48 (2.00x) |\n"
+    )
+    # Speed-ups are over the same number of layers.
+    step = (
+        "### Fine-tuning, a step without the optimizer, ms: m, bfloat16, some GPU\n\n"
+        f"{head}"
+        "| FlashAttention-2, 4 layers |  | 32 (1.00x) | 384 (1.00x) |\n"
+        "| cuDNN, 4 layers |  | 16 (2.00x) | out of memory |\n"
+        "| gates paper, gluon, 64x64 per head, 10% of the targets, 4 layers | 0.9 | 8 (4.00x) | 96 (4.00x) |\n"
+        "| FlashAttention-2, 8 layers |  | 64 (1.00x) | 768 (1.00x) |\n"
+        "| cuDNN, 8 layers |  | 32 (2.00x) | out of memory |\n"
+        "| gates paper, gluon, 64x64 per head, 10% of the targets, 8 layers | 0.9 | 16 (4.00x) | 192 (4.00x) |\n"
+    )
+    assert all(f"{whole}\n" in table for whole in (attention, layer, step))
+    # Tokens and memory stand in one table with prefills and distillation, so their lines name the work.
+    speed = (
+        "| FlashAttention-2, fine-tuning step, 4 layers |  | 256,000 | 85,333 |\n"
+        "| cuDNN, fine-tuning step, 4 layers |  | 512,000 | out of memory |\n"
+        "| gates paper, gluon, 64x64 per head, fine-tuning step, 10% of the targets, 4 layers | 0.9 "
+        "| 1,024,000 | 341,333 |\n"
+    )
+    memory = (
+        "| FlashAttention-2, fine-tuning step, 4 layers |  | 20.5 | 20.5 |\n"
+        "| cuDNN, fine-tuning step, 4 layers |  | 20.5 | out of memory |\n"
+        "| gates paper, gluon, 64x64 per head, fine-tuning step, 10% of the targets, 4 layers | 0.9 | 20.5 | 20.5 |\n"
+    )
+    assert f"### Tokens a second: m, bfloat16, some GPU\n\n{head}{speed}" in table
+    assert f"### Peak memory, GiB: m, bfloat16, some GPU\n\n{head}{memory}" in table
+    assert "| FlashAttention-2, plain forward, 32 layers |  | 33 | 33 |\n" in table
+
+
+def test_training_draws_no_figure_of_prefills_or_attention_alone(tmp_path, drawn) -> None:
+    report(tmp_path, training())
+    assert drawn == {}
+    page = (tmp_path / "out" / "report.html").read_text()
+    for title in ("Attention, forward and backward, ms", "Fine-tuning, a step without the optimizer, ms"):
+        assert f"{title}: m, bfloat16, some GPU" in page
 
 
 def test_figures_of_benchmarks_are_the_same_byte_for_byte(tmp_path) -> None:
