@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from seerattn.bench.check import TOKENS
-from seerattn.bench.inputs import Shape, random_blocks, random_qkv
+from seerattn.bench.check import TOKENS, blocks_and_mask
+from seerattn.bench.inputs import Shape, random_qkv
 from seerattn.selection.block_indices import BlockIndices
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -44,11 +44,9 @@ def check_sparse_gradients(
         mask_heads: heads with lists of their own.
         tokens: length of the prompt.
     """
-    sizes = {"tokens": tokens, "block_q": block_q, "block_k": block_k}
-    blocks = random_blocks(mask_heads=mask_heads, density=0.3, device=device, seed=1, **sizes)
-    mask = blocks.to_mask().repeat_interleave(shape.heads // mask_heads, 1)
-    mask = mask.repeat_interleave(block_q, 2)[:, :, :tokens].repeat_interleave(block_k, 3)[..., :tokens]
-    return _compare(lambda *x: attend(*x, blocks), shape, device, mask.tril())
+    sizes = {"tokens": tokens, "block_q": block_q, "block_k": block_k, "mask_heads": mask_heads}
+    blocks, mask = blocks_and_mask(shape, device, **sizes)
+    return _compare(lambda *x: attend(*x, blocks), shape, device, mask)
 
 
 def check_dense_gradients(

@@ -44,11 +44,20 @@ def check_attention(
         tokens: length of the prompt.
     """
     q, k, v = random_qkv(shape, tokens, device, seed=1)
+    sizes = {"tokens": tokens, "block_q": block_q, "block_k": block_k, "mask_heads": mask_heads}
+    blocks, mask = blocks_and_mask(shape, device, **sizes)
+    return _compare(attend(q, k, v, blocks), q, k, v, mask)
+
+
+def blocks_and_mask(
+    shape: Shape, device: torch.device, *, tokens: int, block_q: int, block_k: int, mask_heads: int
+) -> tuple[BlockIndices, Tensor]:
+    """Random blocks at density 0.3, and which keys each query sees, bool ``[1, H, T, T]``."""
     sizes = {"tokens": tokens, "block_q": block_q, "block_k": block_k}
     blocks = random_blocks(mask_heads=mask_heads, density=0.3, device=device, seed=1, **sizes)
     mask = blocks.to_mask().repeat_interleave(shape.heads // mask_heads, 1)
     mask = mask.repeat_interleave(block_q, 2)[:, :, :tokens].repeat_interleave(block_k, 3)[..., :tokens]
-    return _compare(attend(q, k, v, blocks), q, k, v, mask.tril())
+    return blocks, mask.tril()
 
 
 def check_dense(

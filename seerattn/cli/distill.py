@@ -8,9 +8,26 @@ from typing import Annotated, Any, Literal
 import typer
 
 from seerattn.cli.gate_form import gate_config, parse_layers, with_gate_form
-from seerattn.cli.training import local_device, show_plan
+from seerattn.cli.training import (
+    TRAINING,
+    BatchSizeOption,
+    ContextOption,
+    DataOption,
+    DeviceOption,
+    DryRunOption,
+    KeepCheckpointsOption,
+    LoggingStepsOption,
+    MicroBatchSizeOption,
+    ReportToOption,
+    ResumeOption,
+    SaveStepsOption,
+    SeedOption,
+    StepsOption,
+    WarmupStepsOption,
+    local_device,
+    show_plan,
+)
 
-_TRAINING = "Training"
 _ABOUT = "Data and loss"
 
 
@@ -18,43 +35,26 @@ _ABOUT = "Data and loss"
 def distill(
     form: dict[str, Any],
     model: Annotated[str, typer.Option(help="Base model: a folder or Hub id.")],
-    data: Annotated[
-        list[str], typer.Option(help=".jsonl or .txt file (also .gz, .bz2, .xz), folder, or dataset; can be repeated.")
-    ],
-    context: Annotated[int, typer.Option(help="Tokens of a sample.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")],
+    data: DataOption,
+    context: ContextOption,
+    steps: StepsOption,
     output: Annotated[Path, typer.Option(help="New folder for the gates.")],
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_TRAINING)] = 1e-3,
-    batch_size: Annotated[
-        int, typer.Option(help="Samples of a step, over all processes.", rich_help_panel=_TRAINING)
-    ] = 16,
-    micro_batch_size: Annotated[
-        int, typer.Option(help="Samples that one process runs at once.", rich_help_panel=_TRAINING)
-    ] = 1,
-    warmup_steps: Annotated[
-        int | None,
-        typer.Option(help="Steps of warm-up; default 20, or 5 % of a short run.", rich_help_panel=_TRAINING),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of gates and data.", rich_help_panel=_TRAINING)] = 0,
-    logging_steps: Annotated[int, typer.Option(help="Steps between records.", rich_help_panel=_TRAINING)] = 10,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel=_TRAINING)] = 100,
-    keep_checkpoints: Annotated[int, typer.Option(help="Checkpoints to keep.", rich_help_panel=_TRAINING)] = 2,
-    report_to: Annotated[
-        str, typer.Option(help="Tracker, such as wandb or tensorboard.", rich_help_panel=_TRAINING)
-    ] = "none",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one.", rich_help_panel=_TRAINING)
-    ] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING)] = 1e-3,
+    batch_size: BatchSizeOption = 16,
+    micro_batch_size: MicroBatchSizeOption = 1,
+    warmup_steps: WarmupStepsOption = None,
+    seed: SeedOption = 0,
+    logging_steps: LoggingStepsOption = 10,
+    save_steps: SaveStepsOption = 100,
+    keep_checkpoints: KeepCheckpointsOption = 2,
+    report_to: ReportToOption = "none",
+    device: DeviceOption = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Of the base; auto: bfloat16 on an accelerator, else float32.", rich_help_panel=_TRAINING),
+        typer.Option(help="Of the base; auto: bfloat16 on an accelerator, else float32.", rich_help_panel=TRAINING),
     ] = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in the output folder.", rich_help_panel=_TRAINING)
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_TRAINING)
-    ] = False,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
     loss: Annotated[str, typer.Option(help="kl, mse or smooth_l1.", rich_help_panel=_ABOUT)] = "kl",
     row_weight: Annotated[
         str,

@@ -8,21 +8,36 @@ from typing import Annotated, Any, Literal
 import typer
 
 from seerattn.cli.gate_form import gate_config, parse_layers, with_gate_form
-from seerattn.cli.training import local_device, show_plan
+from seerattn.cli.training import (
+    TRAINING,
+    BatchSizeOption,
+    ContextOption,
+    DataOption,
+    DeviceOption,
+    DryRunOption,
+    KeepCheckpointsOption,
+    LoggingStepsOption,
+    MicroBatchSizeOption,
+    ReportToOption,
+    ResumeOption,
+    SaveStepsOption,
+    SeedOption,
+    StepsOption,
+    WarmupStepsOption,
+    local_device,
+    show_plan,
+)
 
 _SPARSITY = "Sparsity and gates"
-_TRAINING = "Training"
 
 
 @with_gate_form
 def finetune(
     form: dict[str, Any],
     model: Annotated[str, typer.Option(help="Model to train: a folder or Hub id.")],
-    data: Annotated[
-        list[str], typer.Option(help=".jsonl or .txt file (also .gz, .bz2, .xz), folder, or dataset; can be repeated.")
-    ],
-    context: Annotated[int, typer.Option(help="Tokens of a sample.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")],
+    data: DataOption,
+    context: ContextOption,
+    steps: StepsOption,
     output: Annotated[Path, typer.Option(help="New folder for the model and its gates.")],
     gates: Annotated[
         Path | None, typer.Option(help="Trained gates to start from; default: fresh ones.", rich_help_panel=_SPARSITY)
@@ -52,47 +67,32 @@ def finetune(
         str,
         typer.Option(help="uniform, or mass: rows count by what they leave to choose.", rich_help_panel=_SPARSITY),
     ] = "uniform",
-    lr: Annotated[float, typer.Option(help="Peak learning rate of the model.", rich_help_panel=_TRAINING)] = 1e-5,
-    gate_lr: Annotated[float, typer.Option(help="Peak learning rate of the gates.", rich_help_panel=_TRAINING)] = 1e-3,
-    batch_size: Annotated[
-        int, typer.Option(help="Samples of a step, over all processes.", rich_help_panel=_TRAINING)
-    ] = 8,
-    micro_batch_size: Annotated[
-        int, typer.Option(help="Samples that one process runs at once.", rich_help_panel=_TRAINING)
-    ] = 1,
-    warmup_steps: Annotated[
-        int | None,
-        typer.Option(help="Steps of warm-up; default 20, or 5 % of a short run.", rich_help_panel=_TRAINING),
-    ] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of the model.", rich_help_panel=TRAINING)] = 1e-5,
+    gate_lr: Annotated[float, typer.Option(help="Peak learning rate of the gates.", rich_help_panel=TRAINING)] = 1e-3,
+    batch_size: BatchSizeOption = 8,
+    micro_batch_size: MicroBatchSizeOption = 1,
+    warmup_steps: WarmupStepsOption = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option(help="Run layers twice in place of keeping activations.", rich_help_panel=_TRAINING)
+        bool, typer.Option(help="Run layers twice in place of keeping activations.", rich_help_panel=TRAINING)
     ] = True,
     recall_share: Annotated[
         float,
-        typer.Option(help="Share of samples that are synthetic recall documents.", rich_help_panel=_TRAINING),
+        typer.Option(help="Share of samples that are synthetic recall documents.", rich_help_panel=TRAINING),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of gates and data.", rich_help_panel=_TRAINING)] = 0,
-    logging_steps: Annotated[int, typer.Option(help="Steps between records.", rich_help_panel=_TRAINING)] = 10,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel=_TRAINING)] = 100,
-    keep_checkpoints: Annotated[int, typer.Option(help="Checkpoints to keep.", rich_help_panel=_TRAINING)] = 2,
-    report_to: Annotated[
-        str, typer.Option(help="Tracker, such as wandb or tensorboard.", rich_help_panel=_TRAINING)
-    ] = "none",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one.", rich_help_panel=_TRAINING)
-    ] = None,
+    seed: SeedOption = 0,
+    logging_steps: LoggingStepsOption = 10,
+    save_steps: SaveStepsOption = 100,
+    keep_checkpoints: KeepCheckpointsOption = 2,
+    report_to: ReportToOption = "none",
+    device: DeviceOption = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         typer.Option(
-            help="Of the weights; auto: float32 that compute in bfloat16 on an accelerator.", rich_help_panel=_TRAINING
+            help="Of the weights; auto: float32 that compute in bfloat16 on an accelerator.", rich_help_panel=TRAINING
         ),
     ] = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in the output folder.", rich_help_panel=_TRAINING)
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_TRAINING)
-    ] = False,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Train a model and its gates together while attention is sparse.
 
