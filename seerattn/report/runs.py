@@ -68,7 +68,9 @@ def failures(results: Iterable[Result]) -> list[Result]:
 def _cell(result: Result) -> tuple:
     task = result.cell.get("task", "recall" if result.what.endswith("_recall") else result.what)
     how = (result.gates or result.selector, asked(result), budget(result), last_rows_dense(result))
-    return result.model, result.text, result.context, task, result.cell.get("impl"), *how
+    # What else tells cells of benchmarks apart.
+    bench = [result.cell.get(name) for name in ("impl", "work", "layers", "target_share")]
+    return result.model, result.text, result.context, task, *bench, *how
 
 
 def failure_section(results: Iterable[Result]) -> Section | None:

@@ -327,6 +327,18 @@ def test_failures_are_listed_with_their_reason_until_the_cell_is_measured(tmp_pa
     ]
 
 
+def test_a_benchmark_that_failed_is_not_hidden_by_another_share_of_targets(tmp_path, drawn) -> None:
+    step = replace(perplexity("gate", 0.1, 800.0), what="finetune_step_ms")
+    done = replace(step, cell={"work": "fine-tuning step", "layers": 4, "target_share": 0.1})
+    failed = replace(done, value=None, cell=done.cell | {"target_share": 1.0}, samples={"error": ["out of memory"]})
+    page = report(tmp_path, [done, failed])
+    (table,) = [t for t in page.tables if t[0][-1][0] == "reason"]
+    assert [line[-1][0] for line in table[1:]] == ["out of memory"]
+    assert not [
+        t for t in report(tmp_path / "tried", [failed, replace(failed, value=900.0)]).tables if t[0][-1][0] == "reason"
+    ]
+
+
 def test_what_was_run_counts_results_and_names_software_and_commands(tmp_path, drawn) -> None:
     page = report(tmp_path, comparison())
     measured, machines = page.tables[:2]
