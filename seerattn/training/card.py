@@ -24,7 +24,7 @@ def model_card(facts: dict[str, Any], parameters: int, records: list[dict[str, A
         before, after, best = (f"{x:.4f}" for x in (records[0][key], last[key], last[f"oracle_{key}"]))
         rows.append(f"| target recall at density {key.partition('@')[2]} | {before} | {after} | {best} |")
     layers = "all full-attention layers" if facts["layers"] is None else f"layers {facts['layers']}"
-    documents = ", ".join(Path(source).name for source in facts["data"])
+    documents = _documents(facts)
     table = "\n".join(rows)
     return f"""{_metadata(facts["model"])}
 # Attention gates for {name}
@@ -69,7 +69,7 @@ def finetuned_card(facts: dict[str, Any], model: str, records: list[dict[str, An
     config, first, last = facts["config"], records[0], records[-1]
     learned = [record for record in records if "gate_loss" in record]
     name = Path(facts["model"]).name or facts["base_model"]["architecture"]
-    documents = ", ".join(Path(source).name for source in facts["data"])
+    documents = _documents(facts)
     rising = f", rising from 0 over the first {config['anneal']:.0%} of the steps" if config["anneal"] else ""
     start = "fresh gates" if facts["gates"] is None else f"the gates in {facts['gates'][0]}"
     return f"""{_metadata(model)}
@@ -113,6 +113,10 @@ tags:
 - sparse-attention
 ---
 """
+
+
+def _documents(facts: dict[str, Any]) -> str:
+    return ", ".join(Path(source).name for source in facts["data"]) or "tokenised text"
 
 
 def _versions() -> str:
