@@ -173,7 +173,7 @@ def _speed(results: Sequence[Result], drawn: dict[str, Path]) -> Section | None:
     figures = _named(drawn, _SPEED, lambda path, name: Figure(path, _SPEED[name]))
     tables = [Table(title, *grid) for title, grid in speed_grids(results)]
     read = (
-        "Times of attention over random blocks of given sizes, of gate and selection by themselves, and of whole models "
-        "and training steps; brackets are speed-ups over the first dense line."
+        "Times of attention over random blocks of given sizes, of gate and selection by themselves, and of whole "
+        "models and training steps; brackets are speed-ups over the first dense line."
     )
     return Section("speed", "Speed and memory", read, [*figures, *tables]) if figures or tables else None
