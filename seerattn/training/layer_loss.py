@@ -82,7 +82,8 @@ class LayerLoss:
         wanted = wanted.masked_fill((numbers < first[:, None])[:, None, :, None], 0.0)
         ignore = None
         if config.exclude_forced:
-            grid = (int(blocks.max()), target.shape[3], config.block_q, config.block_k)
+            # Of the host's numbers: reading them from the device would wait for it in every layer.
+            grid = (num_query_blocks(0, max(lengths), config.block_q), target.shape[3], config.block_q, config.block_k)
             forced = forced_block_mask(torch.zeros_like(tokens), tokens, *grid)
             ignore = forced[torch.arange(len(tokens), device=target.device)[:, None], numbers][:, None]
         loss = gate_loss(scores, wanted, ignore=ignore, kind=self.loss, row_weight=self.row_weight)
