@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from seerattn.gate import AttnGateConfig
@@ -58,6 +60,14 @@ def write_model(folder: Path) -> Path:
     topical_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def run_card(gates: Path) -> nn.Module:
+    """The model that the code on the card of saved gates makes, with their folder where it says to put it."""
+    code = (gates / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    made: dict[str, Any] = {}
+    exec(code.replace("path/to/these/gates", str(gates)), made)
+    return made["model"]
 
 
 def write_models_and_gates(folder: Path) -> None:

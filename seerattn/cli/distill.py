@@ -39,6 +39,7 @@ def distill(
     context: ContextOption,
     steps: StepsOption,
     output: Annotated[Path, typer.Option(help="New folder for the gates.")],
+    gates: Annotated[Path | None, typer.Option(help="Gates to start from; default: fresh ones.")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING)] = 1e-3,
     batch_size: BatchSizeOption = 16,
     micro_batch_size: MicroBatchSizeOption = 1,
@@ -103,7 +104,7 @@ def distill(
     gate, indices = gate_config(form), parse_layers(form.get("layers"))
     check_output(output, resume=resume)
     base = load_subject(model, device=local_device(device), dtype=dtype, context=context)
-    prepared = plan(base.model, base.tokenizer, data, config, gate=gate, layers=indices)
+    prepared = plan(base.model, base.tokenizer, data, config, gates=gates, gate=gate, layers=indices)
     if is_main():
         show_plan(prepared.describe())
     if dry_run:

@@ -24,6 +24,7 @@ def model_card(facts: dict[str, Any], parameters: int, records: list[dict[str, A
         before, after, best = (f"{x:.4f}" for x in (records[0][key], last[key], last[f"oracle_{key}"]))
         rows.append(f"| target recall at density {key.partition('@')[2]} | {before} | {after} | {best} |")
     layers = "all full-attention layers" if facts["layers"] is None else f"layers {facts['layers']}"
+    layers += f", starting from the gates in {facts['gates'][0]}" if "gates" in facts else ""
     documents = _documents(facts)
     table = "\n".join(rows)
     return f"""{_metadata(facts["model"])}
@@ -37,7 +38,8 @@ are not changed.
 import seerattn
 from transformers import AutoModelForCausalLM
 
-model = seerattn.attach(AutoModelForCausalLM.from_pretrained({facts["model"]!r}), "path/to/these/gates")
+model = AutoModelForCausalLM.from_pretrained({json.dumps(facts["model"])})
+model = seerattn.attach(model, "path/to/these/gates")
 seerattn.set_policy(model, seerattn.TopK(density=0.1))  # or keep {config["density"]}, which is saved with the gates
 ```
 
@@ -83,7 +85,8 @@ weights, which the run saved beside them as `model`.
 import seerattn
 from transformers import AutoModelForCausalLM
 
-model = seerattn.attach(AutoModelForCausalLM.from_pretrained({model!r}), "path/to/these/gates")
+model = AutoModelForCausalLM.from_pretrained({json.dumps(model)})
+model = seerattn.attach(model, "path/to/these/gates")
 seerattn.set_policy(model, seerattn.TopK(density=0.1))  # or keep {1 - config["sparsity"]:.4g}, saved with the gates
 ```
 

@@ -118,11 +118,13 @@ class Corpus:
         tokens: int32, all documents, without special tokens.
         offsets: int64 ``[documents + 1]``, where each begins.
         dropped: documents that were too short.
+        sources: what they were read from, where that is known.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     dropped: int
+    sources: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> list[int]:

@@ -12,8 +12,7 @@ import torch
 
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.saving import staged
-from seerattn.selection.policies import TopK
-from seerattn.training.data import Samples, collate
+from seerattn.training.data import Corpus, Samples, collate
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.memory import estimate_memory
 from seerattn.training.runs import (
@@ -21,10 +20,12 @@ from seerattn.training.runs import (
     LOG_NAME,
     RunConfig,
     as_bytes,
+    attach_gates,
     begin,
     check_output,
     check_same_run,
     describe_samples,
+    gate_form,
     is_main,
     make_samples,
     records,
@@ -66,16 +67,16 @@ class Plan:
     """A run that was checked and is ready; nothing has been written.
 
     Attributes:
-        model: the base model with fresh gates.
+        model: the base model with gates.
         samples: the data.
         config: how the gates are trained.
-        data: the sources.
+        start: folder of the gates to start from, with the hash of their weights; None are fresh ones.
     """
 
     model: PeftModel
     samples: Samples
     config: DistillConfig
-    data: tuple[str, ...]
+    start: tuple[str, str] | None
 
     @property
     def gates(self) -> list[AttnGate]:
@@ -90,15 +91,16 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """What decides the run, in plain JSON types."""
         adapter = self.model.active_peft_config
-        return {
+        facts = {
             "model": adapter.base_model_name_or_path,
             "base_model": adapter.base_model,
             "gate": adapter.gate,
             "layers": adapter.layers,
             "config": asdict(self.config),
-            "data": list(self.data),
+            "data": list(self.samples.corpus.sources),
             "data_hash": self.samples.corpus.fingerprint(),
         }
+        return facts if self.start is None else facts | {"gates": list(self.start)}
 
     def describe(self) -> dict[str, str]:
         """What will be done, for people."""
@@ -108,7 +110,8 @@ class Plan:
         )
         return {
             "model": self.facts()["model"] or type(self.model.get_base_model()).__name__,
-            "gates": f"{self.parameters:,} parameters in {len(self.gates)} layers",
+            "gates": f"{self.parameters:,} parameters in {len(self.gates)} layers, "
+            + (f"from {self.start[0]}" if self.start else "fresh"),
             "form": ", ".join(f"{name} {value}" for name, value in self.gates[0].config.to_dict().items()),
             **describe_samples(self.samples),
             "steps": config.describe_steps(),
@@ -122,37 +125,39 @@ class Plan:
 def plan(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] | Corpus,
     config: DistillConfig,
     *,
+    gates: str | Path | None = None,
     gate: AttnGateConfig | None = None,
     layers: Sequence[int] | None = None,
 ) -> Plan:
-    """Checks everything, reads the data, and attaches fresh gates. See `distill` for the arguments.
+    """Checks everything, reads the data, and attaches gates. See `distill` for the arguments.
 
     Raises:
-        ValueError: the model, the data, the gate and the config do not fit each other.
+        ValueError: the model, the data, the gates and the config do not fit each other.
     """
-    from seerattn.hf.attach import attach
+    from seerattn.eval.results import fingerprint
 
-    gate = gate or AttnGateConfig()
-    block = max(gate.block_q, gate.block_k)
+    form = gate_form(gates, gate, layers)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.context > longest:
         raise ValueError(f"context must be at most {longest}, the model's own, got {config.context}")
-    samples = make_samples(tokenizer, data, config, block=block)
+    samples = make_samples(tokenizer, data, config, block=max(form.block_q, form.block_k))
     torch.manual_seed(config.seed)
-    gated = attach(model, gate, policy=TopK(density=config.density), layers=None if layers is None else list(layers))
-    return Plan(gated, samples, config, tuple(map(str, data)))
+    gated = attach_gates(model, gates, form, density=config.density, layers=layers)
+    start = None if gates is None else (str(gates), fingerprint(gates))
+    return Plan(gated, samples, config, start)
 
 
 def distill(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] | Corpus,
     config: DistillConfig,
     *,
     output: str | Path,
+    gates: str | Path | None = None,
     gate: AttnGateConfig | None = None,
     layers: Sequence[int] | None = None,
     resume: bool = False,
@@ -166,11 +171,13 @@ def distill(
     Args:
         model: a causal language model from transformers, on the device to train on.
         tokenizer: its tokenizer.
-        data: files, folders or names of datasets, see `seerattn.training.data.read_documents`.
+        data: files, folders or names of datasets, see `seerattn.training.data.read_documents`, or tokenised text,
+            of which no document is shorter than two blocks.
         config: how to train.
         output: folder of the result, to be made; with ``resume`` that of an unfinished run.
-        gate: form of the gates, by default the one that measures best.
-        layers: indices of the decoder layers that get a gate, by default every full-attention layer.
+        gates: folder of gates to start from; by default fresh ones.
+        gate: form of fresh gates, by default the one that measures best.
+        layers: indices of the decoder layers that get a fresh gate, by default every full-attention layer.
         resume: continue from the last checkpoint, or start if there is none.
 
     Returns:
@@ -182,7 +189,7 @@ def distill(
     """
     output = Path(output)
     check_output(output, resume=resume)
-    return run(plan(model, tokenizer, data, config, gate=gate, layers=layers), output, resume=resume)
+    return run(plan(model, tokenizer, data, config, gates=gates, gate=gate, layers=layers), output, resume=resume)
 
 
 def run(prepared: Plan, output: Path, *, resume: bool = False) -> PeftModel:

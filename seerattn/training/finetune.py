@@ -17,19 +17,20 @@ from torch import nn
 
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.saving import staged
-from seerattn.selection.policies import TopK
-from seerattn.training.data import Samples, collate
+from seerattn.training.data import Corpus, Samples, collate
 from seerattn.training.memory import estimate_finetuning
 from seerattn.training.runs import (
     CHECKPOINTS_NAME,
     LOG_NAME,
     RunConfig,
     as_bytes,
+    attach_gates,
     begin,
     check_output,
     check_positive,
     check_same_run,
     describe_samples,
+    gate_form,
     is_main,
     make_samples,
     processes,
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
 MODEL_NAME = "model"
 GATES_NAME = "gates"
-# Blocks that the data of a dense run is cut to, so that it is that of a run with the default gates.
-_DENSE_BLOCK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +109,6 @@ class Plan:
         tokenizer: its tokenizer.
         samples: the data.
         config: how to train.
-        data: the sources.
         start: folder of the gates to start from, with the hash of their weights; None are fresh ones.
     """
 
@@ -118,7 +116,6 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase
     samples: Samples
     config: FinetuneConfig
-    data: tuple[str, ...]
     start: tuple[str, str] | None
 
     @property
@@ -132,7 +129,7 @@ class Plan:
             "kind": "finetune",
             "model": self.model.config.name_or_path,
             "config": asdict(self.config),
-            "data": list(self.data),
+            "data": list(self.samples.corpus.sources),
             "data_hash": self.samples.corpus.fingerprint(),
         }
         if not self.config.dense:
@@ -191,7 +188,7 @@ class Plan:
 def plan(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] | Corpus,
     config: FinetuneConfig,
     *,
     gates: str | Path | None = None,
@@ -204,16 +201,11 @@ def plan(
         ValueError: the model, the data, the gates and the config do not fit each other.
     """
     from seerattn.eval.results import fingerprint
-    from seerattn.hf.attach import attach, set_policy
     from seerattn.hf.context import extend_context
 
     if config.dense and (gates is not None or gate is not None or layers is not None):
         raise ValueError("gates must not be given for a dense run, which has none; leave gates, gate and layers out")
-    if gates is not None and (gate is not None or layers is not None):
-        raise ValueError(
-            f"gates must be a folder, which holds their form, or fresh ones of a form, got {gates} and a form; "
-            "leave one of them out"
-        )
+    form = gate_form(gates, gate, layers)
     text = model.config.get_text_config()
     dropout = getattr(text, "attention_dropout", 0)
     if dropout:
@@ -226,22 +218,16 @@ def plan(
             f"got {config.context}; raise context_factor"
         )
     torch.manual_seed(config.seed)
-    block = _DENSE_BLOCK
     if not config.dense:
-        model = attach(
-            model, str(gates) if gates is not None else gate or AttnGateConfig(), layers=layers and [*layers]
-        )
-        set_policy(model, TopK(density=1 - config.sparsity))
-        form = AttnGateConfig.from_dict(model.active_peft_config.gate)
-        block = max(form.block_q, form.block_k)
-        # Saved gates come frozen and marked as such.
-        model.active_peft_config.inference_mode = False
-    samples = make_samples(tokenizer, data, config, block=block)
+        # Rounded for people who read it in the saved gates; each step sets its own.
+        model = attach_gates(model, gates, form, density=round(1 - config.sparsity, 6), layers=layers)
+    # A dense run has the data of one with the default gates.
+    samples = make_samples(tokenizer, data, config, block=max(form.block_q, form.block_k))
     _check_filled(samples, config)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     start = None if gates is None else (str(gates), fingerprint(gates))
-    return Plan(model, tokenizer, samples, config, tuple(map(str, data)), start)
+    return Plan(model, tokenizer, samples, config, start)
 
 
 def _check_filled(samples: Samples, config: FinetuneConfig) -> None:
@@ -264,7 +250,7 @@ def _check_filled(samples: Samples, config: FinetuneConfig) -> None:
 def finetune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] | Corpus,
     config: FinetuneConfig,
     *,
     output: str | Path,
@@ -283,7 +269,8 @@ def finetune(
     Args:
         model: a causal language model from transformers, on the device to train on. It is changed.
         tokenizer: its tokenizer.
-        data: files, folders or names of datasets, see `seerattn.training.data.read_documents`.
+        data: files, folders or names of datasets, see `seerattn.training.data.read_documents`, or tokenised text,
+            of which no document is shorter than two blocks.
         config: how to train.
         output: folder of the result, to be made; with ``resume`` that of an unfinished run.
         gates: folder of trained gates to start from; by default fresh ones.

@@ -6,16 +6,19 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.saving import write_whole
-from seerattn.training.data import Samples, read_documents, tokenize
+from seerattn.selection.policies import TopK
+from seerattn.training.data import Corpus, Samples, read_documents, tokenize
 from seerattn.training.losses import LossKind, RowWeight
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 LOG_NAME = "training.jsonl"
 RUN_NAME = "run.json"
@@ -114,8 +117,49 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a positive number, got {value}")
 
 
+def gate_form(gates: str | Path | None, gate: AttnGateConfig | None, layers: Sequence[int] | None) -> AttnGateConfig:
+    """Form of the gates that a run starts from: that of saved ones, or of fresh ones.
+
+    Raises:
+        ValueError: saved gates that are not whole, or saved gates and a form.
+    """
+    from seerattn.hf.adapter import SeerConfig
+
+    if gates is None:
+        return gate or AttnGateConfig()
+    if gate is not None or layers is not None:
+        raise ValueError(
+            f"gates must be a folder, which holds their form, or fresh ones of a form, got {gates} and a form; "
+            "leave one of them out"
+        )
+    return AttnGateConfig.from_dict(SeerConfig.from_pretrained(str(gates)).gate)
+
+
+def attach_gates(
+    model: PreTrainedModel,
+    gates: str | Path | None,
+    form: AttnGateConfig,
+    *,
+    density: float,
+    layers: Sequence[int] | None,
+) -> PeftModel:
+    """The model with gates to be trained, saved ones or fresh ones of a form, that run at a density when loaded."""
+    from seerattn.hf.attach import attach
+
+    start = form if gates is None else str(gates)
+    gated = attach(model, start, policy=TopK(density=density), layers=None if layers is None else list(layers))
+    if gates is not None:
+        # They come frozen and marked as such, with the name of the model that they were made for.
+        gated.active_peft_config.inference_mode = False
+        gated.active_peft_config.base_model_name_or_path = model.config.name_or_path
+        for module in gated.modules():
+            if isinstance(module, AttnGate):
+                module.requires_grad_(True)
+    return gated
+
+
 def make_samples(
-    tokenizer: PreTrainedTokenizerBase, data: Sequence[str | Path], config: RunConfig, *, block: int
+    tokenizer: PreTrainedTokenizerBase, data: Sequence[str | Path] | Corpus, config: RunConfig, *, block: int
 ) -> Samples:
     """The samples of a whole run, their documents cut to blocks of ``block`` tokens where they are packed.
 
@@ -129,14 +173,24 @@ def make_samples(
     config.accumulation(processes())
     head = 0 if tokenizer.bos_token_id is None else 1
     count = config.steps * config.batch_size
-    corpus = tokenize(
-        read_documents(data),
-        tokenizer,
-        min_tokens=2 * block - head,
-        enough_tokens=count * config.context,
-        seed=config.seed,
-        progress=is_main(),
-    )
+    min_tokens = 2 * block - head
+    if isinstance(data, Corpus):
+        corpus, shortest = data, min(data.lengths, default=0)
+        if shortest < min_tokens:
+            raise ValueError(
+                f"tokenised data must hold documents of at least two blocks, {min_tokens} tokens, got one of "
+                f"{shortest}; leave shorter ones out"
+            )
+    else:
+        corpus = tokenize(
+            read_documents(data),
+            tokenizer,
+            min_tokens=min_tokens,
+            enough_tokens=count * config.context,
+            seed=config.seed,
+            progress=is_main(),
+        )
+        corpus = replace(corpus, sources=tuple(map(str, data)))
     return Samples(
         corpus,
         tokenizer,
@@ -224,9 +278,10 @@ def check_same_run(facts: dict[str, Any], output: Path) -> None:
         return
     before = json.loads((output / RUN_NAME).read_text())
     now, then = (dict(f, **f["config"]) for f in (json.loads(json.dumps(facts)), before))
-    changed = [name for name in now if name not in ("config", "data", *_FREE_TO_CHANGE) and now[name] != then.get(name)]
+    names = [name for name in now | then if name not in ("config", "data", *_FREE_TO_CHANGE)]
+    changed = [name for name in names if now.get(name) != then.get(name)]
     if changed:
-        told = ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in changed)
+        told = ", ".join(f"{name} was {then.get(name)} and is {now.get(name)}" for name in changed)
         raise ValueError(f"a resumed run must be the one that was begun, got another: {told}")
 
 

@@ -12,6 +12,7 @@ import pytest
 from tiny_corpus import tiny_tokenizer, write_documents, write_model
 from tiny_models import tiny_model
 
+import seerattn
 from seerattn.cli import main
 from seerattn.gate import AttnGateConfig
 from seerattn.gate.attn_gate import parameter_count
@@ -28,6 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text"')
     tiny_model("gpt-neox").save_pretrained(folder / "neox")
     tiny_tokenizer().save_pretrained(folder / "neox")
+    gated = seerattn.attach(tiny_model("llama"), AttnGateConfig(block_q=32))
+    gated.save_pretrained(folder / "gates", save_embedding_layers=False)
     return folder
 
 
@@ -103,12 +106,20 @@ def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
     assert saved["policy"]["policy"] == "TopK" and saved["policy"]["density"] == 0.3
 
 
+def test_gates_of_a_folder_reach_the_run(folder: Path, tmp_path: Path) -> None:
+    assert call(folder, "--gates", folder / "gates", output=tmp_path / "out") == 0
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["gates"][0] == str(folder / "gates") and run["gate"]["block_q"] == 32
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(folder / "model")
+
+
 def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert call(folder, "--dry-run", "--paper", output=tmp_path / "out", steps=3, batch_size=2) == 0
     shown = " ".join(capsys.readouterr().out.split())
     count = parameter_count(AttnGateConfig.paper(), layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
     assert count == 2 * 4 * 96 * 32
-    assert f"{count:,} parameters in 2 layers" in shown
+    assert f"{count:,} parameters in 2 layers, fresh" in shown
     assert "2 with 900 tokens, 0 too short" in shown and "768 tokens" in shown and "on each process" in shown
     assert list(tmp_path.iterdir()) == []
 
@@ -133,6 +144,8 @@ ERRORS = {
     "no pooling": ({}, ["--k-pooling", ""], "k_pooling must be a non-empty subset"),
     "gate dim": ({}, ["--paper", "--gate-dim", "16"], "gate_dim must be the head dim 32"),
     "share": ({}, ["--share", "layer"], "share must be one of"),
+    "two gates": ({}, ["--gates", "{folder}/gates", "--paper"], "gates must be a folder, which holds their form"),
+    "missing gates": ({}, ["--gates", "{folder}/model"], "gates must be a folder with adapter_config.json"),
     "loss": ({}, ["--loss", "hinge"], "loss must be one of"),
     "layers": ({}, ["--layers", "0,x"], "layers must be numbers and ranges"),
     "missing layers": ({}, ["--layers", "0-5"], "layers must be"),
@@ -150,7 +163,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     options, arguments, message = ERRORS[name]
     options = {key: value.format(folder=folder) if isinstance(value, str) else value for key, value in options.items()}
     monkeypatch.chdir(tmp_path)
-    assert call(folder, *arguments, output="out", **options) == 2
+    assert call(folder, *(word.format(folder=folder) for word in arguments), output="out", **options) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seerattn: ")]
     assert len(errors) == 1 and message in errors[0]
     assert list(tmp_path.iterdir()) == []

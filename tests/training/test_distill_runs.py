@@ -14,15 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_corpus import tiny_tokenizer, write_documents, write_model
+from tiny_corpus import run_card, tiny_tokenizer, write_documents, write_model
 
 import seerattn
 from seerattn.gate import AttnGateConfig
+from seerattn.hf.distillation import GateLosses
+from seerattn.training.data import Corpus, collate
 from seerattn.training.distill import DistillConfig, distill, plan
+from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.trainer import DistillTrainer, trim_log
 
 FORM = AttnGateConfig(block_q=32, block_k=32, query_subblocks=4, key_subblocks=2, init="normal")
@@ -131,9 +135,74 @@ def test_saved_gates_match_the_trained_ones_and_load_like_any_adapter(folder: Pa
     fresh = plan(seerattn_model(folder), tiny_tokenizer(), [folder / "data.jsonl"], RUN, gate=FORM).model
     untrained = {n.replace(".default", ""): p for n, p in fresh.named_parameters() if "seer_gate" in n}
     assert all(not torch.equal(untrained[name], weights[name]) for name in weights)
+    carded = {n.replace(".default", ""): p for n, p in run_card(uninterrupted).named_parameters() if "seer_gate" in n}
+    assert carded.keys() == weights.keys() and all(torch.equal(carded[name], weights[name]) for name in weights)
     card = (uninterrupted / "README.md").read_text()
     assert "12 steps of 2 samples" in card and f"{sum(w.numel() for w in weights.values()):,} parameters" in card
     assert f"{records(uninterrupted)[-1]['loss']:.4f}" in card
+
+
+def test_training_from_saved_gates_starts_at_their_loss(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    output, text = tmp_path / "out", [folder / "data.jsonl"]
+    config = replace(RUN, steps=4, save_steps=4)
+    options = {"gates": uninterrupted, "output": output}
+    trained = distill(seerattn_model(folder), tiny_tokenizer(), text, config, **options)
+    samples = plan(seerattn_model(folder), tiny_tokenizer(), text, config, gate=FORM).samples
+    losses, gated = GateLosses(LayerLoss()), seerattn.attach(seerattn_model(folder), uninterrupted)
+    gated.requires_grad_(True)(**collate([samples[0], samples[1]]), gate_losses=losses, use_cache=False)
+    expected = torch.stack([metrics["loss"] for metrics in losses.metrics().values()]).mean()
+    first = records(output)[0]
+    # Samples run one by one in training.
+    assert first["step"] == 1 and first["loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert first["loss"] < 0.7 * records(uninterrupted)[0]["loss"]
+    before, after = (load_file(at / "adapter_model.safetensors") for at in (uninterrupted, output))
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+    base, untouched = seerattn.detach(trained).state_dict(), seerattn_model(folder).state_dict()
+    assert all(torch.equal(base[name], untouched[name]) for name in untouched)
+    assert f"starting from the gates in {uninterrupted}" in (output / "README.md").read_text()
+    assert "starting from" not in (uninterrupted / "README.md").read_text()
+
+
+def test_run_from_saved_gates_belongs_to_its_own_model_and_is_resumed_from_the_same_gates(
+    folder: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output, config = tmp_path / "out", replace(RUN, steps=2, save_steps=2)
+    seerattn_model(folder).save_pretrained(tmp_path / "copy")
+
+    def from_gates(gates: Path | None, **options: Any) -> PeftModel:
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+        text = [folder / "data.jsonl"]
+        return distill(base, tiny_tokenizer(), text, config, gates=gates, output=output, **options)
+
+    from_gates(uninterrupted)
+    saved = json.loads((output / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "copy") and saved["inference_mode"]
+    run = json.loads((output / "run.json").read_text())
+    assert run["gates"][0] == str(uninterrupted) and run["gate"] == json.loads(json.dumps(FORM.to_dict()))
+    from_gates(uninterrupted, resume=True)
+    for other in (output, None):
+        with pytest.raises(ValueError, match="gates was"):
+            from_gates(other, resume=True)
+
+
+def test_tokenised_text_trains_as_the_files_that_it_is_of(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    corpus = plan(seerattn_model(folder), tiny_tokenizer(), [folder / "data.jsonl"], RUN, gate=FORM).samples.corpus
+    distill(seerattn_model(folder), tiny_tokenizer(), corpus, RUN, gate=FORM, output=tmp_path / "out")
+    assert_same_result(tmp_path / "out", uninterrupted)
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run == json.loads((uninterrupted / "run.json").read_text())
+    # Nobody needs to know where it is from.
+    unnamed = plan(seerattn_model(folder), tiny_tokenizer(), replace(corpus, sources=()), RUN, gate=FORM)
+    assert unnamed.facts() == run | {"data": []}
+
+
+def test_tokenised_text_rejects_documents_of_less_than_two_blocks(folder: Path) -> None:
+    for lengths, shortest in (([300, 62], 62), ([], 0)):
+        corpus = Corpus(np.zeros(sum(lengths), dtype=np.int32), np.cumsum([0, *lengths], dtype=np.int64), 0)
+        with pytest.raises(ValueError, match=f"at least two blocks, 63 tokens, got one of {shortest}"):
+            plan(seerattn_model(folder), tiny_tokenizer(), corpus, replace(RUN, recall_share=0.0), gate=FORM)
 
 
 def test_run_that_is_killed_twice_and_resumed_matches_an_uninterrupted_one(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_corpus import tiny_tokenizer, write_documents, write_model
+from tiny_corpus import run_card, tiny_tokenizer, write_documents, write_model
 from tiny_models import tiny_model, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -108,8 +108,19 @@ def test_saved_model_and_gates_give_the_logits_of_the_trained_model(folder: Path
     # The adapter names the weights that it belongs to.
     by_name = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "gates")
     assert torch.equal(by_name.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    by_card = run_card(tmp_path / "out" / "gates")
+    seerattn.set_policy(by_card, seerattn.TopK(density=0.5), impl="sparse")
+    with torch.no_grad():
+        assert torch.equal(by_card(ids).logits, trained(ids).logits)
     card = (tmp_path / "out" / "gates" / "README.md").read_text()
     assert "2 steps of 2 samples of 1536 tokens" in card and "extended 2" in card
+
+
+def test_tokenised_text_trains_as_the_files_that_it_is_of(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    corpus = plan(model_of(folder), tiny_tokenizer(), [folder / "data.jsonl"], RUN, gate=FORM).samples.corpus
+    finetune(model_of(folder), tiny_tokenizer(), corpus, RUN, gate=FORM, output=tmp_path / "out")
+    assert_same_result(tmp_path / "out", uninterrupted)
+    assert (tmp_path / "out" / "run.json").read_text() == (uninterrupted / "run.json").read_text()
 
 
 def test_training_lowers_both_losses_and_follows_the_schedule(folder: Path, tmp_path: Path) -> None:
