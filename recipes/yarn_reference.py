@@ -25,37 +25,31 @@ works, in a minute or two on a CPU.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.process import BaseProcess
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import typer
-from peft import PeftModel
+from crew import Crew, Job
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from seerattn.eval.arms import Gates, Subject, choose_device, make_arms
 from seerattn.eval.data import cut_windows, digest, token_documents
 from seerattn.eval.needle import Needle, evaluate_needle
 from seerattn.eval.perplexity import evaluate_perplexity
-from seerattn.eval.results import ResultsFile, fingerprint
-from seerattn.gate import AttnGate, AttnGateConfig
-from seerattn.hf.attach import attach
+from seerattn.eval.results import ResultsFile
 from seerattn.hf.context import extend_context
 from seerattn.saving import write_whole
-from seerattn.selection import TopK
-from seerattn.training.data import Corpus, Samples, read_documents, tokenize
+from seerattn.training.data import Corpus, read_documents, tokenize
 from seerattn.training.distill import DistillConfig
-from seerattn.training.distill import Plan as DistillPlan
+from seerattn.training.distill import plan as plan_distillation
 from seerattn.training.distill import run as run_distillation
 from seerattn.training.finetune import FinetuneConfig
-from seerattn.training.finetune import Plan as FinetunePlan
+from seerattn.training.finetune import plan as plan_finetuning
 from seerattn.training.finetune import run as run_finetuning
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -255,16 +249,7 @@ def carry_out(options: Options, run: Run) -> None:
 def train(options: Options, run: Run, device: torch.device) -> None:
     """Trains one run, or continues it; all runs see the same samples."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    form = AttnGateConfig.from_dict(json.loads((options.gates / "adapter_config.json").read_text())["gate"])
-    samples = Samples(
-        load_corpus(options.output, "train"),
-        tokenizer,
-        count=options.steps * options.batch,
-        context=options.context,
-        block=max(form.block_q, form.block_k),
-        recall_share=options.recall_share,
-        seed=options.seed,
-    )
+    corpus = replace(load_corpus(options.output, "train"), sources=options.train)
     shared = {
         "context": options.context,
         "steps": options.steps,
@@ -279,8 +264,7 @@ def train(options: Options, run: Run, device: torch.device) -> None:
     if run.kind == "after":
         base = load_model(Places(options.output, "dense").trained / "model", device)
         config = DistillConfig(lr=options.gate_lr, density=round(1 - max(run.measured), 6), **shared)
-        model = with_gates(base, options.gates, config.density)
-        run_distillation(DistillPlan(model, samples, config, options.train), output, resume=True)
+        run_distillation(plan_distillation(base, tokenizer, corpus, config, gates=options.gates), output, resume=True)
         return
     config = FinetuneConfig(
         lr=options.lr,
@@ -294,19 +278,9 @@ def train(options: Options, run: Run, device: torch.device) -> None:
         gradient_checkpointing=options.gradient_checkpointing,
         **shared,
     )
-    model, start = stretched(options, device, torch.float32), None
-    if not config.dense:
-        model = with_gates(model, options.gates, round(1 - config.sparsity, 6))
-        start = str(options.gates), fingerprint(options.gates)
-    model.requires_grad_(True)
-    run_finetuning(FinetunePlan(model, tokenizer, samples, config, options.train, start), output, resume=True)
-
-
-def stretched(options: Options, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The base model with YaRN."""
-    model = load_model(options.model, device, dtype)
-    extend_context(model, options.factor)
-    return model
+    model = load_model(options.model, device, torch.float32)
+    gates = None if config.dense else options.gates
+    run_finetuning(plan_finetuning(model, tokenizer, corpus, config, gates=gates), output, resume=True)
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -315,24 +289,13 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = N
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
 
 
-def with_gates(model: PreTrainedModel, gates: Path, density: float) -> PeftModel:
-    """The model with saved gates, ready to be trained on."""
-    gated = attach(model, gates, policy=TopK(density=density))
-    # Saved gates come frozen and marked as such, with the name of the model that they were made for.
-    gated.active_peft_config.inference_mode = False
-    gated.active_peft_config.base_model_name_or_path = model.config.name_or_path
-    for module in gated.modules():
-        if isinstance(module, AttnGate):
-            module.requires_grad_(True)
-    return gated
-
-
 def measure(options: Options, run: Run, device: torch.device) -> None:
     """Measures one run, dense and at its sparsities; cells that are there already are not measured again."""
     places = Places(options.output, run.name)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if run.kind == "stretched":
-        model = stretched(options, device)
+        model = load_model(options.model, device)
+        extend_context(model, options.factor)
     else:
         trained = Places(options.output, "dense").trained if run.kind == "after" else places.trained
         model = load_model(trained / "model", device)
@@ -385,69 +348,12 @@ def lines(path: Path) -> list[str]:
     return [line for line in found if line.endswith("\n")]
 
 
-def in_a_process(options: Options, run: Run, gpu: int | None, threads: int) -> None:
-    """Carries a run out in a process of its own, which writes to its log and sees one GPU."""
-    torch.set_num_threads(threads)
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+def job_of(options: Options, run: Run) -> Job:
+    """A run for a crew."""
     places = Places(options.output, run.name)
-    log = os.open(places.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, sys.stdout.fileno())
-    os.dup2(log, sys.stderr.fileno())
-    carry_out(options, run)
-
-
-class Crew:
-    """Runs in processes, so many at a time, each as soon as what it needs is trained."""
-
-    def __init__(self, options: Options, runs: list[Run], jobs: int, gpus: int) -> None:
-        self.options, self.waiting, self.jobs, self.gpus = options, list(runs), jobs, gpus
-        self.working: dict[str, tuple[BaseProcess, float, int | None]] = {}
-        self.failed: list[str] = []
-
-    def work(self, deadline: float) -> None:
-        """Returns when nothing is left to do, or at the deadline, with every process ended."""
-        Places(self.options.output, "").log.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            while (self.waiting or self.working) and time.monotonic() < deadline:
-                self._start()
-                self._look()
-                if not self.working and not any(map(self._ready, self.waiting)):
-                    break
-                time.sleep(0.2)
-        finally:
-            for process, _, _ in self.working.values():
-                process.terminate()
-            for process, _, _ in self.working.values():
-                process.join(10)
-                process.kill()
-
-    def _ready(self, run: Run) -> bool:
-        needed = Places(self.options.output, "dense").trained / "model" / "config.json"
-        return run.kind != "after" or needed.exists()
-
-    def _start(self) -> None:
-        for run in [run for run in self.waiting if self._ready(run)][: self.jobs - len(self.working)]:
-            self.waiting.remove(run)
-            busy = [gpu for _, _, gpu in self.working.values()]
-            gpu = min(range(self.gpus), key=busy.count) if self.gpus > 1 else None
-            threads = max(1, (os.cpu_count() or 1) // self.jobs)
-            context = multiprocessing.get_context("spawn")
-            process = context.Process(target=in_a_process, args=(self.options, run, gpu, threads))
-            process.start()
-            self.working[run.name] = process, time.monotonic(), gpu
-
-    def _look(self) -> None:
-        for name, (process, begin, _) in list(self.working.items()):
-            if process.exitcode is None:
-                continue
-            del self.working[name]
-            seconds = time.monotonic() - begin
-            print(f"{name}: {'finished' if process.exitcode == 0 else 'failed'} after {seconds:.0f} s", flush=True)
-            if process.exitcode:
-                self.failed.append(name)
-                tail = Places(self.options.output, name).log.read_text().splitlines()[-12:]
-                print("\n".join(f"  {line}" for line in tail), flush=True)
+    dense = Places(options.output, "dense").trained / "model" / "config.json"
+    needs = dense if run.kind == "after" else None
+    return Job(run.name, partial(carry_out, options, run), places.log, needs)
 
 
 def main(
@@ -514,8 +420,8 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     left = [run for run in chosen if not Places(output, run.name).finished.exists()]
-    crew = Crew(options, left, jobs, torch.cuda.device_count())
     if jobs:
+        crew = Crew([job_of(options, run) for run in left], at_once=jobs, gpus=torch.cuda.device_count())
         crew.work(begin + time_limit if time_limit else float("inf"))
     else:
         for run in left:

@@ -2,8 +2,8 @@
 
 import json
 import random
+import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from typer.testing import CliRunner
 
 from seerattn import AttnGateConfig, attach
-from seerattn.eval.results import read_results
+from seerattn.eval.results import fingerprint, read_results
 from seerattn.report import write_report
 from seerattn.report.finetuned import REFERENCE
 from seerattn.training.data import read_documents
@@ -182,14 +182,40 @@ def test_finished_runs_are_not_done_again(inputs: dict[str, Path], finished: Pat
     assert call(inputs, finished, "--lr", "0.5").exit_code == 2
 
 
-def test_a_run_that_fails_in_its_process_is_told_with_the_end_of_its_log(
-    inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+def test_every_run_tells_its_text_and_the_model_and_gates_that_it_began_with(
+    inputs: dict[str, Path], finished: Path
 ) -> None:
-    # There are no tokens: the first run fails, and the gates that need another one cannot begin.
+    names = ("dense", "after", "annealed")
+    facts = {name: json.loads((finished / "runs" / name / "run.json").read_text()) for name in names}
+    corpus = yarn_reference.load_corpus(finished, "train")
+    for run in facts.values():
+        assert run["data"] == [str(inputs["train"])] and run["data_hash"] == corpus.fingerprint()
+    start = [str(inputs["gates"]), fingerprint(inputs["gates"])]
+    assert "gates" not in facts["dense"] and facts["after"]["gates"] == facts["annealed"]["gates"] == start
+    assert facts["after"]["model"] == str(finished / "runs" / "dense" / "model")
+    assert facts["dense"]["model"] == facts["annealed"]["model"] == str(inputs["model"])
+
+
+def test_runs_in_processes_that_are_ended_at_the_limit_are_collected_and_continued(
+    inputs: dict[str, Path], finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "yarn"
+    shutil.copytree(finished, output)
+    (output / "finished" / "stretched").unlink()
+    for name in ("results.jsonl", "curves.jsonl"):
+        (output / name).unlink()
+    ended = call(inputs, output, "--jobs", "2", "--time-limit", "0.5")
+    assert ended.exit_code == 1 and "unfinished: stretched" in ended.output
+    for name in ("results.jsonl", "curves.jsonl"):
+        assert (output / name).read_text() == (finished / name).read_text()
+    assert call(inputs, output, "--jobs", "2").exit_code == 0
+    assert (output / "logs" / "stretched.txt").exists() and (output / "finished" / "stretched").exists()
+
+
+def test_gates_afterwards_wait_for_the_dense_model(inputs: dict[str, Path], tmp_path: Path) -> None:
     options = options_of(inputs, tmp_path)
-    runs = {run.name: run for run in yarn_reference.make_runs(options)}
-    crew = yarn_reference.Crew(options, [runs["after"], runs["stretched"]], jobs=2, gpus=0)
-    crew.work(time.monotonic() + 120)
-    said = capsys.readouterr().out
-    assert crew.failed == ["stretched"] and [run.name for run in crew.waiting] == ["after"] and not crew.working
-    assert "stretched: failed" in said and "books-test.npz" in said
+    jobs = {run.name: yarn_reference.job_of(options, run) for run in yarn_reference.make_runs(options)}
+    assert {name for name, job in jobs.items() if not job.ready} == {"after"}
+    (tmp_path / "runs" / "dense" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "dense" / "model" / "config.json").write_text("{}")
+    assert jobs["after"].ready

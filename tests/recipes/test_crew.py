@@ -1,0 +1,91 @@
+"""Crews: order, GPUs, logs, failures, and how they end."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+from crew import Crew, Job
+
+FOREVER = float("inf")
+
+
+def write(path: Path) -> None:
+    path.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+    print(f"wrote {path.name}")
+
+
+def fail() -> None:
+    raise ValueError("no such thing")
+
+
+def ignore_every_request_to_end(path: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    path.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_jobs_wait_for_what_they_need_and_spread_over_gpus(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    log = tmp_path / "logs" / "all.txt"
+    jobs = [Job("third", partial(write, third), log, needs=first)]
+    jobs += [Job(path.name, partial(write, path), log) for path in (first, second)]
+    crew = Crew(jobs, at_once=2, gpus=2)
+    crew.work(FOREVER)
+    assert not (crew.failed or crew.waiting or crew.working)
+    assert {first.read_text(), second.read_text()} == {"0", "1"}
+    assert third.stat().st_mtime_ns > first.stat().st_mtime_ns
+    # What they print is in the log alone, that of one after that of another.
+    assert sorted(log.read_text().splitlines()) == ["wrote first", "wrote second", "wrote third"]
+    out, errors = capfd.readouterr()
+    assert [line.partition(" ")[0] for line in out.splitlines()][-1] == "third:" and "wrote" not in out + errors
+
+
+def test_failed_job_is_told_with_the_end_of_its_log_and_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    jobs = [
+        Job("late", partial(write, tmp_path / "late"), tmp_path / "late.txt", needs=tmp_path / "never"),
+        Job("wrong", fail, tmp_path / "wrong.txt"),
+        Job("right", partial(write, tmp_path / "right"), tmp_path / "right.txt"),
+    ]
+    crew = Crew(jobs, at_once=1, gpus=0)
+    crew.work(FOREVER)
+    assert crew.failed == ["wrong"] and crew.waiting == jobs[:1] and not crew.working
+    said = capsys.readouterr().out
+    assert "wrong: failed" in said and "  ValueError: no such thing" in said and "right: finished" in said
+    assert (tmp_path / "right").read_text() == os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+
+
+def test_processes_that_do_not_end_when_asked_are_killed_after_two_seconds_together(tmp_path: Path) -> None:
+    begun = [tmp_path / str(number) for number in range(3)]
+    jobs = [Job(path.name, partial(ignore_every_request_to_end, path), tmp_path / "log.txt") for path in begun]
+    crew, interrupted = Crew(jobs, at_once=3, gpus=0), []
+
+    def interrupt() -> None:
+        while not all(path.exists() and path.read_text() for path in begun):
+            time.sleep(0.05)
+        interrupted.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        crew.work(time.monotonic() + 120)
+    assert time.monotonic() - interrupted[0] < 4
+    for worker in crew.working:
+        worker.process.join(10)
+        assert worker.process.exitcode == -signal.SIGKILL
+
+
+def test_deadline_ends_processes_and_leaves_the_rest_undone(tmp_path: Path) -> None:
+    jobs = [Job(str(n), partial(time.sleep, 600), tmp_path / "log.txt") for n in range(2)]
+    crew, begin = Crew(jobs, at_once=1, gpus=0), time.monotonic()
+    crew.work(begin + 0.5)
+    assert time.monotonic() - begin < 4
+    assert crew.waiting == jobs[1:] and [worker.process.exitcode for worker in crew.working] == [-signal.SIGTERM]
