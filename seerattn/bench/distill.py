@@ -12,7 +12,7 @@ from peft import PeftModel
 from seerattn.bench.attention import require_dense
 from seerattn.bench.check import BLOCK, check_pooled
 from seerattn.bench.dense import sdpa_backend
-from seerattn.bench.model import FULL, BenchModel, Size, gate_form
+from seerattn.bench.model import BenchModel, Size, gate_form
 from seerattn.bench.session import Session
 from seerattn.bench.timing import long_runs, peak_gib, reset_peak
 from seerattn.eval.results import Result
@@ -39,8 +39,8 @@ def bench_distill(
 
     A step is what `seerattn.training` does for a micro-batch of one sample: forward with `GateLosses`, backward,
     clipping and AdamW. (With accumulation the last two come once for several micro-batches.) Where the length is that
-    of the published recipe, "distill_hours" follows: what the whole recipe takes on this device. For a model of fewer
-    layers than `FULL` it is scaled to all of them; ``cell["layers"]`` says how many were run.
+    of the published recipe, "distill_hours" follows: what the whole recipe takes on this device. Where fewer
+    layers than the whole model's are measured it is scaled to all of them; ``cell["layers"]`` says how many were run.
 
     Args:
         session: what runs the measurements.
@@ -103,7 +103,7 @@ class _Steps:
             return None
 
         def run() -> dict[str, Any]:
-            seconds = steps * samples * tokens / speed.value * FULL.layers / self.size.layers
+            seconds = steps * samples * tokens / speed.value * self.size.whole / self.size.layers
             return {"value": round(seconds / 3600, 2), "n": speed.n, "realised_density": 1.0}
 
         values = {"selector": speed.selector, "gates": speed.gates, "seed": speed.seed}
@@ -111,7 +111,7 @@ class _Steps:
         blank = self.session.blank(
             "distill_hours", model=speed.model, context=tokens, impl=speed.cell["impl"], cell=cell, **values
         )
-        scaled = "" if self.size.layers == FULL.layers else f", scaled from {self.size.layers} layers"
+        scaled = "" if self.size.layers == self.size.whole else f", scaled from {self.size.layers} layers"
         return self.session.measured(
             blank, run, label=f"{label}, hours of {steps} steps x {samples} x {tokens}{scaled}"
         )

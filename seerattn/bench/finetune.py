@@ -273,7 +273,7 @@ def check_step(
         tokens: of the sample.
         density: that the gates select.
     """
-    size = Size(layers=2, hidden=128, intermediate=128, vocab=256, shape=shape)
+    size = Size("narrow", 2, 2, hidden=128, intermediate=128, vocab=256, shape=shape)
     bench, batch = BenchModel(size, device, impl), random_batch(size, tokens, device)
     for name, parameter in bench.base.named_parameters():
         if "q_proj" in name or "k_proj" in name:

@@ -51,27 +51,34 @@ class Size:
     """Sizes of a decoder; the defaults are those of Llama-3.1-8B.
 
     Attributes:
-        layers: decoder layers.
+        name: what results call it, whatever its number of layers.
+        layers: decoder layers that are measured.
+        whole: decoder layers of the whole model.
         hidden: width of the residual stream.
         intermediate: width of the MLP.
         vocab: size of the vocabulary.
+        tied: whether the head shares the weights of the embeddings.
         shape: the heads and the dtype.
     """
 
+    name: str = "Llama-3.1-8B shape"
     layers: int = 32
+    whole: int = 32
     hidden: int = 4096
     intermediate: int = 14336
     vocab: int = 128256
+    tied: bool = False
     shape: Shape = field(default_factory=Shape)
 
-    @property
-    def name(self) -> str:
-        """What results call a model of this size, whatever its number of layers."""
-        return "Llama-3.1-8B shape" if replace(self, layers=32) == Size() else f"Llama of width {self.hidden}"
 
-
-FULL = Size()
-TINY = Size(layers=2, hidden=64, intermediate=64, vocab=97, shape=Shape(4, 2, 32, torch.float32))
+TINY = Size("Llama of width 64", 2, 2, hidden=64, intermediate=64, vocab=97, shape=Shape(4, 2, 32, torch.float32))
+# By the names that commands give them. A GPU of 80 GB trains all weights of the two of Llama 3.2 by itself.
+SIZES = {
+    "llama-3.1-8b": Size(),
+    "llama-3.2-3b": Size("Llama-3.2-3B shape", 28, 28, 3072, 8192, tied=True, shape=Shape(24, 8, 128)),
+    "llama-3.2-1b": Size("Llama-3.2-1B shape", 16, 16, 2048, 8192, tied=True, shape=Shape(32, 8, 64)),
+    "tiny": TINY,
+}
 
 
 def gate_form(name: str, block_q: int | None = None, block_k: int | None = None) -> AttnGateConfig:
@@ -97,6 +104,7 @@ def random_model(size: Size, device: torch.device) -> PreTrainedModel:
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         vocab_size=size.vocab,
+        tie_word_embeddings=size.tied,
         max_position_embeddings=MAX_TOKENS,
         rope_parameters=LLAMA3_ROPE,
         pad_token_id=0,

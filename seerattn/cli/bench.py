@@ -28,6 +28,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(stderr=True, highlight=False)
 
 PAPER_SPARSITIES = "0.5,0.6,0.7,0.8,0.9,0.95"
+MODELS = "llama-3.1-8b, llama-3.2-3b, llama-3.2-1b, or tiny to try the command out"
 FORMS = "paper, default, salient, salient-4x4, and -group of all but salient"
 
 LengthsOption = Annotated[str, typer.Option(help="Lengths in tokens.")]
@@ -55,8 +56,8 @@ DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="auto is bfloat16 on an accelerator and float32 on a CPU."),
 ]
-LayersOption = Annotated[int, typer.Option(help="Decoder layers; 32 is the whole model.", min=1)]
-TinyOption = Annotated[bool, typer.Option("--tiny", help="A tiny model, to try the command out.")]
+ModelOption = Annotated[str, typer.Option(help=f"Shape, with random weights: {MODELS}.")]
+LayersOption = Annotated[int | None, typer.Option(help="Decoder layers to measure; default: all of them.", min=1)]
 RepeatsOption = Annotated[int, typer.Option(help="Timed runs; those of 5 s and more are repeated twice.", min=2)]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ...; default: cuda if there is one.")]
 TimeLimitOption = Annotated[float, typer.Option(help="Begin nothing new after so many seconds; 0 for no limit.", min=0)]
@@ -192,21 +193,21 @@ def ttft(
     baselines: BackendsOption = "",
     gates: FormsOption = "paper",
     impl: ImplOption = "",
-    layers: LayersOption = 32,
-    tiny: TinyOption = False,
+    model: ModelOption = "llama-3.1-8b",
+    layers: LayersOption = None,
     repeats: RepeatsOption = 3,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "",
     time_limit: TimeLimitOption = 0.0,
     output: OutputOption = None,
 ) -> None:
-    """Time the prefill of a whole model of Llama-3.1-8B's shape: dense, and with gates at several sparsities."""
+    """Time the prefill of a whole model: dense, and with gates at several sparsities."""
     from seerattn.bench.ttft import bench_ttft
 
     session = _session(device, output, time_limit)
     rows = bench_ttft(
         session,
-        _size(tiny, layers, _dtype(dtype, session.device)),
+        _size(model, layers, _dtype(dtype, session.device)),
         lengths=numbers("lengths", lengths, int, 2),
         sparsities=_sparsities(sparsities),
         baselines=words(baselines) or _backends(session.device),
@@ -222,8 +223,8 @@ def distill(
     lengths: LengthsOption = "8192,32768,65536",
     baselines: BackendsOption = "",
     gate: FormOption = "paper",
-    layers: LayersOption = 32,
-    tiny: TinyOption = False,
+    model: ModelOption = "llama-3.1-8b",
+    layers: LayersOption = None,
     repeats: RepeatsOption = 3,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "",
@@ -232,12 +233,11 @@ def distill(
 ) -> None:
     """Time steps of gate distillation beside plain forwards of the same model, and what the paper's recipe takes."""
     from seerattn.bench.distill import bench_distill
-    from seerattn.bench.model import FULL
 
     session = _session(device, output, time_limit)
-    size = _size(tiny, layers, _dtype(dtype, session.device))
-    if size.layers != FULL.layers:
-        console.print(f"measuring {size.layers} of {FULL.layers} layers; hours are scaled to all of them")
+    size = _size(model, layers, _dtype(dtype, session.device))
+    if size.layers != size.whole:
+        console.print(f"measuring {size.layers} of {size.whole} layers; hours are scaled to all of them")
     rows = bench_distill(
         session,
         size,
@@ -257,8 +257,8 @@ def finetune(
     baselines: BackendsOption = "",
     gates: FormsOption = "paper",
     impl: ImplOption = "",
-    layers: LayersOption = 4,
-    tiny: TinyOption = False,
+    model: ModelOption = "llama-3.2-1b",
+    layers: LayersOption = None,
     repeats: RepeatsOption = 3,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "",
@@ -274,7 +274,7 @@ def finetune(
         raise ValueError(f"target-shares must be in (0, 1], got {target_shares!r}")
     rows = bench_finetune(
         session,
-        _size(tiny, layers, _dtype(dtype, session.device)),
+        _size(model, layers, _dtype(dtype, session.device)),
         lengths=numbers("lengths", lengths, int, 128),
         sparsities=_sparsities(sparsities),
         target_shares=shares,
@@ -299,11 +299,15 @@ def _shape(device: str, heads: int, kv_heads: int, head_dim: int, dtype: str) ->
     return Shape(heads, kv_heads, head_dim, _dtype(dtype, choose_device(device or None)))
 
 
-def _size(tiny: bool, layers: int, dtype: torch.dtype) -> Size:
-    from seerattn.bench.model import FULL, TINY
+def _size(model: str, layers: int | None, dtype: torch.dtype) -> Size:
+    from seerattn.bench.model import SIZES
 
-    size = TINY if tiny else replace(FULL, layers=layers)
-    return replace(size, shape=replace(size.shape, dtype=dtype))
+    if model not in SIZES:
+        raise ValueError(f"model must be among {', '.join(SIZES)}, got {model!r}")
+    size = SIZES[model]
+    if layers is not None and layers > size.whole:
+        raise ValueError(f"layers must be at most the {size.whole} of {model}, got {layers}")
+    return replace(size, layers=layers or size.whole, shape=replace(size.shape, dtype=dtype))
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from seerattn.bench import distill
 from seerattn.bench.crossover import bench_crossover, save_table
 from seerattn.bench.distill import bench_distill
-from seerattn.bench.model import TINY, BenchModel, first_layer_only
+from seerattn.bench.model import SIZES, TINY, BenchModel, first_layer_only, random_model
 from seerattn.bench.session import Session
 from seerattn.bench.ttft import AttentionClock, bench_ttft, prefill
 from seerattn.eval.results import ResultsFile
@@ -47,6 +47,17 @@ def test_prefill_gives_the_models_next_token_with_and_without_gates(input_ids) -
     with torch.no_grad():
         assert not torch.equal(gated(input_ids=input_ids).logits, logits)
         assert torch.equal(model.plain()(input_ids=input_ids).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # As their makers count them.
+    [("llama-3.1-8b", 8_030_261_248), ("llama-3.2-3b", 3_212_749_824), ("llama-3.2-1b", 1_235_814_400)],
+)
+def test_shapes_have_the_parameters_of_the_models_that_they_are_named_for(name: str, parameters: int) -> None:
+    model = random_model(SIZES[name], torch.device("meta"))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.config.num_hidden_layers == SIZES[name].whole and model.dtype == torch.bfloat16
 
 
 def test_first_layer_only_is_a_model_of_one_layer_until_it_ends(input_ids) -> None:
@@ -116,7 +127,8 @@ def test_training_step_changes_the_gates_and_nothing_else(input_ids) -> None:
 
 def test_distillation_hours_follow_from_the_speed_at_the_recipes_length(monkeypatch) -> None:
     monkeypatch.setattr(distill, "RECIPE", (500, 16, 256))
-    rows = bench_distill(session(), TINY, lengths=[128, 256], baselines=["sdpa"], form="paper", repeats=2)
+    size = replace(TINY, whole=32)
+    rows = bench_distill(session(), size, lengths=[128, 256], baselines=["sdpa"], form="paper", repeats=2)
     place = [(r.what, r.context, r.cell["work"]) for r in rows]
     speed = "tokens_per_second"
     assert place == [

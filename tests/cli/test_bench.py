@@ -14,9 +14,9 @@ COMMANDS = {
     "attention": (*TINY, "--lengths", "200,130", "--sparsities", "0.5", "--blocks", "64x64,32x64"),
     "pooled": (*TINY, "--lengths", "130"),
     "crossover": (*TINY, "--lengths", "130", "--densities", "0.5,1", "--table", "@table.json"),
-    "ttft": ("--tiny", "--device", "cpu", "--lengths", "130", "--sparsities", "0.5,0.3", "--repeats", "2"),
-    "distill": ("--tiny", "--device", "cpu", "--lengths", "130", "--repeats", "2"),
-    "finetune": ("--tiny", "--device", "cpu", "--lengths", "130", "--sparsities", "0.5", "--repeats", "2"),
+    "ttft": ("--model", "tiny", "--device", "cpu", "--lengths", "130", "--sparsities", "0.5,0.3", "--repeats", "2"),
+    "distill": ("--model", "tiny", "--device", "cpu", "--lengths", "130", "--repeats", "2"),
+    "finetune": ("--model", "tiny", "--device", "cpu", "--lengths", "130", "--sparsities", "0.5", "--repeats", "2"),
 }
 # Quantity, selector and what was asked for of every row, in order.
 ROWS = {
@@ -143,13 +143,18 @@ BAD = {
     "gate": (("crossover", *TINY, "--table", "t.json", "--gate", "best"), "gates must be among"),
     "heads": (("pooled", "--heads", "6", "--kv-heads", "4", "--device", "cpu"), "heads must be a multiple"),
     "variant": (("pooled", *TINY, "--lengths", "64", "--variants", "fast"), "nothing could be measured"),
-    "baseline": (("ttft", "--tiny", "--device", "cpu", "--gates", "paper", "--lengths", "1"), "lengths must be"),
+    "baseline": (
+        ("ttft", "--model", "tiny", "--device", "cpu", "--gates", "paper", "--lengths", "1"),
+        "lengths must be",
+    ),
+    "model": (("distill", "--model", "gpt-2", "--device", "cpu"), "model must be among llama-3.1-8b"),
+    "layers": (("finetune", "--layers", "17", "--device", "cpu"), "layers must be at most the 16 of llama-3.2-1b"),
     "target share": (
-        ("finetune", "--tiny", "--device", "cpu", "--target-shares", "0"),
+        ("finetune", "--model", "tiny", "--device", "cpu", "--target-shares", "0"),
         "target-shares must be in (0, 1]",
     ),
     "table": (("crossover", *TINY), "table must be given on a CPU"),
-    "device": (("ttft", "--tiny", "--device", "abacus"), "device must be"),
+    "device": (("ttft", "--model", "tiny", "--device", "abacus"), "device must be"),
     "output": (("pooled", *TINY, "--lengths", "64", "--output", "."), "results must be files"),
 }
 
