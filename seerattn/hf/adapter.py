@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.config import AttnGateConfig
 from seerattn.gate_selector import GateSelector
-from seerattn.hf.attention import IMPLEMENTATIONS, LayerCall, LayerState, layer_states
+from seerattn.hf.attention import IMPLEMENTATIONS, LayerCall, LayerState, check_implementation, layer_states
 from seerattn.hf.checkpoint import check_gate_folder
 from seerattn.hf.distillation import GateLosses
 from seerattn.hf.probe import AttentionLayer, dense_implementation, probe, set_implementation
@@ -85,7 +85,14 @@ class SeerConfig(PeftConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir():
             check_gate_folder(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except ValueError as error:
+            if folder.is_dir():
+                raise
+            raise ValueError(
+                f"gates must be a folder or the name of gates on the Hub, got {pretrained_model_name_or_path}"
+            ) from error
 
 
 class SeerLayer(nn.Module, BaseTunerLayer):
@@ -152,6 +159,7 @@ class SeerLayer(nn.Module, BaseTunerLayer):
         training = kwargs.pop("seer_training", None)
         if not self.disable_adapters:
             self.check_filled()
+            check_implementation(self.base_layer)
             training = None if self._seer.gate is None else training
             kwargs["seer"] = LayerCall(self._seer, kwargs["position_embeddings"], kwargs.get("position_ids"), training)
         return self.base_layer(*args, **kwargs)

@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 
 from seerattn.gate.config import AttnGateConfig
 from seerattn.hf.adapter import SeerConfig, SeerLayer, SeerModel
-from seerattn.hf.attention import IMPLEMENTATIONS, LayerCall, LayerState, check_attached_impl, layer_states
+from seerattn.hf.attention import (
+    IMPLEMENTATIONS,
+    LayerCall,
+    LayerState,
+    check_attached_impl,
+    check_implementation,
+    layer_states,
+)
 from seerattn.hf.checkpoint import check_gate_folder
 from seerattn.hf.probe import dense_implementation, probe, set_implementation
 from seerattn.selection.policies import Policy
@@ -57,8 +64,13 @@ def attach(
             attached already.
     """
     check_attached_impl(impl)
+    _check_policy(policy)
     if isinstance(gates, (str, Path, AttnGateConfig)):
         return _attach_gates(model, gates, policy, impl, layers)
+    if not isinstance(gates, Selector) and not callable(gates):
+        raise ValueError(
+            f"gates must be a folder, an AttnGateConfig, a Selector or a function of a layer's index, got {gates!r}"
+        )
     if policy is not None:
         raise ValueError(f"policy must be None with a selector, which chooses by itself, got {policy}")
     _attach_selectors(model, gates, impl, layers)
@@ -91,8 +103,9 @@ def _attach_gates(
             raise ValueError(f"layers must be None for saved gates, which name their layers, got {layers}")
         if Path(gates).exists():
             check_gate_folder(Path(gates))
+        config = SeerConfig.from_pretrained(str(gates))
         with _without_deprecation_of_peft():
-            peft_model = PeftModel.from_pretrained(model, str(gates))
+            peft_model = PeftModel.from_pretrained(model, str(gates), config=config)
         try:
             for layer in _gated_layers(peft_model):
                 layer.check_filled()
@@ -140,6 +153,7 @@ def _attach_selectors(
 
 def _hook(module: nn.Module, state: LayerState) -> LayerState:
     def inject(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        check_implementation(module)
         call = LayerCall(state, kwargs["position_embeddings"], kwargs.get("position_ids"))
         return args, kwargs | {"seer": call}
 
@@ -161,6 +175,7 @@ def set_policy(model: nn.Module, policy: Policy | None, *, impl: str | None = No
     """
     if impl is not None:
         check_attached_impl(impl)
+    _check_policy(policy)
     gated, states = _gated_layers(model), layer_states(model)
     if not states or (policy is not None and not gated):
         raise ValueError(f"model must have gates for a policy, got {type(model).__name__} without; use seerattn.attach")
@@ -173,6 +188,11 @@ def set_policy(model: nn.Module, policy: Policy | None, *, impl: str | None = No
     configs = getattr(model, "peft_config", {})
     for name in {name for layer in gated for name in layer.active_adapters}:
         configs[name].policy = None if policy is None else policy.to_dict()
+
+
+def _check_policy(policy: Policy | None) -> None:
+    if policy is not None and not isinstance(policy, Policy):
+        raise ValueError(f"policy must be a policy such as TopK(density=0.1), or None for dense, got {policy!r}")
 
 
 def _gated_layers(model: nn.Module) -> list[SeerLayer]:
@@ -189,10 +209,17 @@ def detach(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     if isinstance(model, PeftModel) and isinstance(model.base_model, SeerModel):
         return model.unload()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    hooked = [module for module in base.modules() if "_seer_hook" in module.__dict__]
-    for module in hooked:
-        module._seer_hook.remove()
-        del module._seer_hook, module._seer
-    if hooked:
-        set_implementation(base, dense_implementation(base))
+    if not layer_states(base):
+        return model
+    for name, module in list(base.named_modules()):
+        if isinstance(module, SeerLayer):  # transformers put it there, which has no way to take it off
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.base_layer)
+        elif "_seer_hook" in module.__dict__:
+            module._seer_hook.remove()
+            del module._seer_hook, module._seer
+    loaded = getattr(base, "peft_config", {})
+    for name in [name for name, config in loaded.items() if isinstance(config, SeerConfig)]:
+        base.delete_adapter(name)
+    set_implementation(base, dense_implementation(base))
     return model

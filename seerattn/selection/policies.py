@@ -141,6 +141,11 @@ class TopK(Policy):
         if self.rule not in ("same_k", "row_share"):
             raise ValueError(f"rule must be 'same_k' or 'row_share', got {self.rule!r}")
 
+    @property
+    def follows_chunks(self) -> bool:
+        """Whether a prompt that comes in chunks gets other blocks than one that comes at once."""
+        return self.rule == "same_k" and self.length is None
+
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
         if self.rule == "same_k":
             tokens = max(self.length or 0, rows.tokens)
@@ -272,6 +277,9 @@ def _map_knob(knob: Knob, layer: int, scores: Tensor, f: Callable[[float], float
 
 
 def _check_share(name: str, knob: Knob) -> None:
-    for value in [knob] if isinstance(knob, (int, float)) else [v for row in knob for v in row]:
-        if not 0 < value <= 1:
-            raise ValueError(f"{name} must be in (0, 1], got {value}")
+    try:
+        wrong = [v for row in ([[knob]] if isinstance(knob, (int, float)) else knob) for v in row if not 0 < v <= 1]
+    except TypeError:
+        raise ValueError(f"{name} must be a number in (0, 1], or one a layer and head, got {knob!r}") from None
+    if wrong:
+        raise ValueError(f"{name} must be in (0, 1], got {wrong[0]}")

@@ -1,6 +1,7 @@
 """Gates as a PEFT adapter: files, refusals, training."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tokens
 from torch import Tensor
@@ -97,6 +98,8 @@ def damage(name: str, gates: Path) -> None:
         weights.unlink()
     elif name == "no-weights":
         weights.unlink()
+    elif name == "nothing-there":
+        shutil.rmtree(gates)
     elif name == "no-config":
         config.unlink()
     elif name == "broken-config":
@@ -113,6 +116,7 @@ def damage(name: str, gates: Path) -> None:
         ("truncated", "whole safetensors file"),
         ("pickled", "pickled gates are not read"),
         ("no-weights", "no weights"),
+        ("nothing-there", "must be a folder or the name of gates on the Hub"),
         ("no-config", "must be a folder with adapter_config.json"),
         ("broken-config", "must be JSON"),
         ("other-kind", "peft_type"),
@@ -189,6 +193,69 @@ def test_second_attach_is_refused_and_detach_restores(folder: Path) -> None:
         seerattn.set_policy(detached, SPARSE)
     with pytest.raises(ValueError, match="cannot be merged"):
         seerattn.attach(detached, folder / "gates").merge_and_unload()
+
+
+def loaded_by_transformers(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder / "gates")
+
+
+def loaded_into_a_model(folder: Path) -> torch.nn.Module:
+    model = base(folder)
+    model.load_adapter(str(folder / "gates"))
+    return model
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        loaded_by_transformers,
+        loaded_into_a_model,
+        lambda folder: PeftModel.from_pretrained(base(folder), folder / "gates"),
+        lambda folder: seerattn.attach(base(folder), folder / "gates"),
+    ],
+    ids=["from_pretrained", "load_adapter", "PeftModel", "attach"],
+)
+@pytest.mark.parametrize("replaced", [False, True], ids=["gates", "selector over gates"])
+def test_detach_restores_the_model_however_the_gates_were_loaded(folder: Path, load, replaced: bool) -> None:
+    plain, ids = base(folder), tokens(1, 130)
+    model = load(folder)
+    if replaced:
+        seerattn.attach(model, lambda layer: None)
+    else:
+        seerattn.set_policy(model, SPARSE, impl="reference")
+        assert not torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    detached = seerattn.detach(model)
+    assert detached.state_dict().keys() == plain.state_dict().keys() and not layer_states(detached)
+    assert [*dict(detached.named_modules())] == [*dict(plain.named_modules())]
+    assert detached.config._attn_implementation == plain.config._attn_implementation == "sdpa"
+    assert torch.equal(detached(input_ids=ids).logits, plain(input_ids=ids).logits)
+    # Gates that are attached again are those of a model that never had any.
+    first, again = (seerattn.attach(m, folder / "gates", impl="reference") for m in (plain, detached))
+    assert torch.equal(again(input_ids=ids).logits, first(input_ids=ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # PEFT's, of two adapters
+def test_detach_leaves_other_adapters_of_transformers(folder: Path) -> None:
+    ids, lora = tokens(1, 100), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = base(folder)
+    model.add_adapter(lora, "lora")
+    expected = model(input_ids=ids).logits
+    model.load_adapter(str(folder / "gates"), "gates")
+    seerattn.detach(model)
+    model.set_adapter("lora")
+    assert list(model.peft_config) == ["lora"] and torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_what_is_no_policy_is_refused_and_leaves_the_model_as_it_was(folder: Path) -> None:
+    model = base(folder)
+    for wrong in (0.1, "topk", TopK):
+        with pytest.raises(ValueError, match=r"policy must be a policy such as TopK\(density=0.1\)"):
+            seerattn.attach(model, folder / "gates", wrong)
+        assert not layer_states(model) and model.config._attn_implementation == "sdpa"
+    gated = seerattn.attach(model, folder / "gates")
+    with pytest.raises(ValueError, match="policy must be a policy"):
+        seerattn.set_policy(gated, 0.1)
+    assert gated.active_peft_config.policy == SPARSE.to_dict()
 
 
 def test_two_sets_of_gates_switch(folder: Path) -> None:

@@ -7,6 +7,7 @@ from tiny_models import tiny_model, tokens
 
 import seerattn
 from seerattn import AttnGateConfig, BlockIndices, KeepAll, TopK
+from seerattn.hf import attention
 from seerattn.hf.attention import layer_states
 
 
@@ -57,6 +58,27 @@ def test_selector_per_layer_leaves_other_layers_dense() -> None:
     assert torch.equal(model(ids).logits, chosen)
 
 
+def test_another_implementation_is_dense_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    attention._warn_of_implementation.cache_clear()
+    ids = tokens(1, 200)
+    selected = seerattn.attach(tiny_model("llama"), Window(), impl="reference")
+    gated = seerattn.attach(tiny_model("llama"), AttnGateConfig(block_q=32), TopK(density=0.2), impl="reference")
+    for model in (selected, gated):
+        sparse = model(input_ids=ids).logits
+        model.set_attn_implementation("eager")
+        plain = tiny_model("llama")
+        plain.set_attn_implementation("eager")
+        assert not caplog.messages
+        for _ in range(2):
+            assert torch.equal(model(input_ids=ids).logits, plain(ids).logits)
+        (message,) = caplog.messages
+        assert "'eager'" in message and "set_attn_implementation('seer_attention_eager')" in message
+        model.set_attn_implementation("seer_attention")
+        assert torch.equal(model(input_ids=ids).logits, sparse)
+        caplog.clear()
+        attention._warn_of_implementation.cache_clear()
+
+
 def test_selector_replaces_gates_until_the_policy_is_set_again() -> None:
     gate = AttnGateConfig(block_q=32, block_k=32)
     model = seerattn.attach(tiny_model("llama"), gate, TopK(density=0.7), impl="reference").eval()
@@ -99,6 +121,9 @@ def test_attach_rejects_what_does_not_fit() -> None:
         seerattn.attach(model, Window(), KeepAll())
     with pytest.raises(ValueError, match="impl must be one of"):
         seerattn.attach(model, Window(), impl="magic")
+    for wrong in (None, 3, 0.1):
+        with pytest.raises(ValueError, match=f"gates must be a folder, .* got {wrong}"):
+            seerattn.attach(model, wrong)
     with pytest.raises(ValueError, match="layers must be among"):
         seerattn.attach(model, Window(), layers=[5])
     seerattn.attach(model, Window())

@@ -164,6 +164,8 @@ def test_policies_survive_a_round_trip_through_plain_types(policy) -> None:
     [
         (lambda: TopK(density=0.0), r"density must be in \(0, 1\], got 0.0"),
         (lambda: TopK(density=[[0.5, 1.5]]), r"density must be in \(0, 1\], got 1.5"),
+        (lambda: TopK(density="0.1"), "density must be a number in .* got '0.1'"),
+        (lambda: TopK(density=[0.1, 0.2]), "density must be a number in .* or one a layer and head"),
         (lambda: TopK(density=0.5, rule="best"), "rule must be"),
         (lambda: TopP(p=1.1), r"p must be in \(0, 1\]"),
         (lambda: TokenBudget(tokens=0), "tokens must be at least 1"),
