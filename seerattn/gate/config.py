@@ -15,7 +15,10 @@ POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 @dataclass(frozen=True)
 class AttnGateConfig:
-    """Form of the gates of a model. The defaults are the form that measures best on the reference model.
+    """Form of the gates of a model.
+
+    The defaults measured best on the reference model at their cost (docs/ablation.md): finer sub-blocks and salience
+    pooling find more, the one for four times the scores, the other by a kernel whose times are not known yet.
 
     Attributes:
         block_q: query block size in tokens.
