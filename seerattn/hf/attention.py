@@ -27,7 +27,7 @@ from seerattn.hf.mask import CallMask, make_mask
 from seerattn.hf.rotary import Rotation
 from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.crossover import prefer_dense
-from seerattn.ops.resolve import check_impl
+from seerattn.ops.resolve import IMPLS
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.selector import AttentionContext, RotaryTables, Selector
 
@@ -73,8 +73,9 @@ class LayerState:
 
 def check_attached_impl(impl: str) -> None:
     """Refuses what `LayerState.impl` cannot be."""
-    if impl != "sparse":
-        check_impl("block_sparse_attention", impl)
+    names = ("auto", "sparse", *IMPLS["block_sparse_attention"])
+    if impl not in names:
+        raise ValueError(f"impl must be one of {', '.join(names)}, got {impl!r}")
 
 
 def layer_states(model: nn.Module) -> list[LayerState]:
