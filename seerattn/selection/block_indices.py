@@ -174,33 +174,6 @@ class BlockIndices:
         rows = torch.where(mask, columns, self.num_q_blocks).sort(-1).values[..., :width]
         return torch.where(rows == self.num_q_blocks, PAD, rows).to(torch.int32).contiguous(), counts
 
-    def coarsen(self, factor: int) -> BlockIndices:
-        """The union over ``factor`` neighbouring query blocks: the same keys, query blocks ``factor`` times larger."""
-        if factor < 1:
-            raise ValueError(f"factor must be at least 1, got {factor}")
-        mask = self.to_mask()
-        batch, heads, _, num_k_blocks = mask.shape
-        block_q = self.block_q * factor
-        rows = [num_query_blocks(int(s), int(n), block_q) for s, n in zip(self.q_start, self.q_len)]
-        coarse = torch.zeros(batch, heads, max(rows, default=0), num_k_blocks, dtype=torch.bool, device=mask.device)
-        for b in range(batch):
-            first = int(self.q_start[b]) // self.block_q
-            group = (torch.arange(self.num_q_blocks, device=mask.device) + first) // factor - first // factor
-            valid = group < rows[b]
-            coarse[b].index_put_(
-                (torch.arange(heads, device=mask.device)[:, None], group[valid][None]),
-                mask[b][:, valid],
-                accumulate=True,
-            )
-        required = _diagonal_block_mask(self.q_start, self.q_len, coarse.shape[2], num_k_blocks, block_q, self.block_k)
-        return BlockIndices.from_mask(
-            coarse | required[:, None].to(mask.device),
-            block_q=block_q,
-            block_k=self.block_k,
-            q_start=self.q_start,
-            q_len=self.q_len,
-        )
-
     def with_dense_rows(self, rows: int) -> BlockIndices:
         """The same lists with every causal block in the last ``rows`` query-block rows of each sequence."""
         if rows < 0:

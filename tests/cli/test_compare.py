@@ -1,3 +1,5 @@
+import gzip
+import json
 import shutil
 from pathlib import Path
 
@@ -252,9 +254,10 @@ def test_recipes_of_published_tables_are_valid_with_their_text(name: str, tmp_pa
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2 and "must exist" in capsys.readouterr().err
-    for text in ("books-test", "proofs-test"):
-        (tmp_path / "data" / text).mkdir(parents=True)
-        shutil.copy("assets/books/evaluate/harte-from-sand-hill-to-pine.txt.gz", tmp_path / "data" / text)
+    book = gzip.decompress(Path("assets/books/evaluate/harte-from-sand-hill-to-pine.txt.gz").read_bytes()).decode()
+    for file in ("books/test-000.jsonl.gz", "books/test-001.jsonl.gz", "proofs/test-000.jsonl.gz"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(gzip.compress(json.dumps({"text": book}).encode()))
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 0

@@ -70,19 +70,6 @@ def test_transpose_lists_the_rows_of_every_key_block(q_start, q_len) -> None:
                 assert rows[b, h, j].tolist() == kept + [-1] * (rows.shape[-1] - len(kept))
 
 
-@pytest.mark.parametrize(("q_start", "q_len"), GEOMETRIES)
-@pytest.mark.parametrize("factor", [1, 2, 4])
-def test_coarsen_is_the_union_over_absolute_query_blocks(q_start, q_len, factor) -> None:
-    mask, _, built = random_lists(q_start, q_len, 32, 64)
-    coarse = built.coarsen(factor)
-    expected = torch.zeros(2, 3, num_query_blocks(q_start, q_len, 32 * factor), mask.shape[3], dtype=torch.bool)
-    for i in range(mask.shape[2]):
-        big = (q_start // 32 + i) // factor - q_start // (32 * factor)
-        expected[:, :, big] |= mask[:, :, i]
-    assert torch.equal(coarse.to_mask(), expected)
-    assert coarse.block_q == 32 * factor
-
-
 def test_stack_keeps_every_row_and_its_geometry() -> None:
     masks, lists = [], []
     for seed, (q_start, q_len) in enumerate([(0, 200), (10, 65), (0, 1)]):
