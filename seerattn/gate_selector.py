@@ -49,7 +49,8 @@ class GateSelector:
             if context.rotary is None:
                 q, k = context.unrotate(q, start), context.unrotate(k, 0)
             return gate_scores.select_blocks(q, k, self.gate, rule, rotary)
-        scores = self.gate(context.unrotate(q, start), context.unrotate(k, 0))
+        # Not a call: FSDP's hooks would gather the gate once a document, and processes with other documents would hang.
+        scores = self.gate.forward(context.unrotate(q, start), context.unrotate(k, 0))
         return self.policy.select(
             scores,
             q_start=start,

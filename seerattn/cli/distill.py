@@ -24,6 +24,7 @@ from seerattn.cli.training import (
     SeedOption,
     StepsOption,
     WarmupStepsOption,
+    load_base,
     local_device,
     show_plan,
 )
@@ -79,7 +80,6 @@ def distill(
 
     Several GPUs: torchrun --nproc-per-node 8 -m seerattn distill ...
     """
-    from seerattn.eval.arms import load_subject
     from seerattn.training.distill import DistillConfig, plan, run
     from seerattn.training.runs import check_output, is_main
 
@@ -103,8 +103,9 @@ def distill(
     )
     gate, indices = gate_config(form), parse_layers(form.get("layers"))
     check_output(output, resume=resume)
-    base = load_subject(model, device=local_device(device), dtype=dtype, context=context)
-    prepared = plan(base.model, base.tokenizer, data, config, gates=gates, gate=gate, layers=indices)
+    where = local_device(device)
+    base = load_base(model, device=where, dtype=dtype, context=context, dry_run=dry_run)
+    prepared = plan(base.model, base.tokenizer, data, config, gates=gates, gate=gate, layers=indices, device=where)
     if is_main():
         show_plan(prepared.describe())
     if dry_run:

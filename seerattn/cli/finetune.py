@@ -24,6 +24,7 @@ from seerattn.cli.training import (
     SeedOption,
     StepsOption,
     WarmupStepsOption,
+    load_base,
     local_device,
     show_plan,
 )
@@ -100,7 +101,6 @@ def finetune(
 
     Several GPUs: torchrun --nproc-per-node 8 -m seerattn finetune ...
     """
-    from seerattn.eval.arms import load_subject
     from seerattn.training.finetune import FinetuneConfig, plan, run
     from seerattn.training.runs import check_output, is_main
 
@@ -134,9 +134,9 @@ def finetune(
     )
     gate, layers = gate_config(form), parse_layers(form.get("layers"))
     check_output(output, resume=resume)
-    weights = "bfloat16" if dtype == "bfloat16" else "float32"
-    base = load_subject(model, device=local_device(device), dtype=weights)
-    prepared = plan(base.model, base.tokenizer, data, config, gates=gates, gate=gate, layers=layers)
+    weights, where = "bfloat16" if dtype == "bfloat16" else "float32", local_device(device)
+    base = load_base(model, device=where, dtype=weights, dry_run=dry_run)
+    prepared = plan(base.model, base.tokenizer, data, config, gates=gates, gate=gate, layers=layers, device=where)
     if is_main():
         show_plan(prepared.describe())
     if dry_run:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     import torch
+
+    from seerattn.eval.arms import Subject
 
 TRAINING = "Training"  # the panel of --help
 
@@ -52,6 +55,62 @@ def local_device(name: str | None) -> torch.device:
     if place.type == "cuda" and "LOCAL_RANK" in os.environ:
         place = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
     return place
+
+
+def load_base(name: str, *, device: torch.device, dtype: str, context: int = 0, dry_run: bool) -> Subject:
+    """Loads a model to be trained and its tokenizer, for a dry run without its weights.
+
+    Under FSDP of accelerate weights go to the memory of the host, to be sharded from there when training begins; with
+    ``fsdp_cpu_ram_efficient_loading`` the first process alone reads them.
+
+    Args:
+        name: a folder or the name of a model on the Hub.
+        device: where it will train.
+        dtype: of the weights; "auto" is bfloat16 on an accelerator and float32 on a CPU.
+        context: longest context that will be asked for.
+        dry_run: whether nothing will be trained.
+
+    Raises:
+        ValueError: no such model, a context longer than the model's, or FSDP that cannot be used.
+    """
+    import torch
+    from transformers.integrations import is_fsdp_enabled
+
+    from seerattn.eval.arms import load_subject
+    from seerattn.training.runs import is_main, is_sharded
+
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    place = device
+    if dry_run:
+        place = torch.device("meta")
+    elif is_sharded():
+        _begin_fsdp(device)
+        place = torch.device("cpu" if is_main() or not is_fsdp_enabled() else "meta")
+    return load_subject(name, device=place, dtype=dtype, context=context)
+
+
+def _begin_fsdp(device: torch.device) -> None:
+    """Starts the process group, which the Trainer would do only when the model is loaded.
+
+    Raises:
+        ValueError: accelerate would not shard on that device, would by FSDP1, or would round gates.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("fsdp_version must be 2, got 1; add --fsdp_version 2 to accelerate launch")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        raise ValueError(
+            f"mixed_precision must be no with FSDP, which would round the weights of gates as well, got {precision}; "
+            "add --mixed_precision no to accelerate launch and choose by --dtype"
+        )
+    # While the first process reads hundreds of GiB, the others wait for it.
+    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=2))
+    if state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ValueError(f"FSDP needs an accelerator for every process, got device {device}; launch without --use_fsdp")
 
 
 def show_plan(described: dict[str, str]) -> None:

@@ -400,7 +400,7 @@ def load_subject(
     Args:
         model: a folder or the name of a model on the Hub.
         gates: folders of gates to load with it.
-        device: where to load it.
+        device: where to load it; the meta device reads the config alone and gives a model without weights.
         dtype: of the model; "auto" is bfloat16 on an accelerator and float32 on a CPU.
         impl: implementation of the sparse attention.
         context: longest context that will be asked for.
@@ -409,6 +409,7 @@ def load_subject(
     Raises:
         ValueError: no such model, gates of another model, or a context longer than the model's.
     """
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -419,7 +420,13 @@ def load_subject(
         tokenizer = AutoTokenizer.from_pretrained(model)
         if dtype == "auto":
             dtype = "float32" if device.type == "cpu" else "bfloat16"
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+        if device.type == "meta":
+            with init_empty_weights():
+                loaded = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            # Under the context every registered parameter becomes one of its own.
+            loaded.tie_weights()
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
     except OSError as error:
         raise ValueError(f"model must be a folder or the name of a causal language model, got {model}") from error
     return Subject(loaded, tokenizer, name=name or Path(model).name, gates=gates, impl=impl)

@@ -340,8 +340,8 @@ def _count_dense(state: LayerState, lengths: list[int], q_len: int, heads: int) 
 
 @functools.cache
 def _warn_of_chunks() -> None:
-    # Two books of 8192 tokens at density .1: perplexity 22.6 and 29.7 at once or with the length, 27.8 and 36.5 in chunks
-    # of 2048.
+    # Two books of 8192 tokens at density .1: perplexity 22.6 and 29.7 at once or with the length, 27.8 and 36.5 in
+    # chunks of 2048.
     logger.warning(
         "TopK takes its number of blocks from the tokens so far, so the first chunks of a long prompt keep few; where "
         "a prompt comes in chunks give its whole length: TopK(density=..., length=...)"

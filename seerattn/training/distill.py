@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.saving import staged
@@ -71,12 +72,14 @@ class Plan:
         samples: the data.
         config: how the gates are trained.
         start: folder of the gates to start from, with the hash of their weights; None are fresh ones.
+        device: where it will train; a model without weights, or one to be sharded, is elsewhere before.
     """
 
     model: PeftModel
     samples: Samples
     config: DistillConfig
     start: tuple[str, str] | None
+    device: torch.device
 
     @property
     def gates(self) -> list[AttnGate]:
@@ -131,8 +134,11 @@ def plan(
     gates: str | Path | None = None,
     gate: AttnGateConfig | None = None,
     layers: Sequence[int] | None = None,
+    device: torch.device | None = None,
 ) -> Plan:
     """Checks everything, reads the data, and attaches gates. See `distill` for the arguments.
+
+    ``device`` is where it will train, by default where the model is. A model on the meta device can be planned for.
 
     Raises:
         ValueError: the model, the data, the gates and the config do not fit each other.
@@ -147,7 +153,7 @@ def plan(
     torch.manual_seed(config.seed)
     gated = attach_gates(model, gates, form, density=config.density, layers=layers)
     start = None if gates is None else (str(gates), fingerprint(gates))
-    return Plan(gated, samples, config, start)
+    return Plan(gated, samples, config, start, device or model.device)
 
 
 def distill(
@@ -176,7 +182,7 @@ def distill(
         config: how to train.
         output: folder of the result, to be made; with ``resume`` that of an unfinished run.
         gates: folder of gates to start from; by default fresh ones.
-        gate: form of fresh gates, by default the one that measures best.
+        gate: form of fresh gates, by default that of `AttnGateConfig()`.
         layers: indices of the decoder layers that get a fresh gate, by default every full-attention layer.
         resume: continue from the last checkpoint, or start if there is none.
 
@@ -220,7 +226,7 @@ def _train(prepared: Plan, facts: dict[str, Any], output: Path) -> None:
         output,
         lr_scheduler_type="cosine",
         ddp_find_unused_parameters=False,
-        use_cpu=model.device.type == "cpu",
+        use_cpu=prepared.device.type == "cpu",
     )
     begin(output, facts, arguments)
     trainer = DistillTrainer(
@@ -235,9 +241,12 @@ def _train(prepared: Plan, facts: dict[str, Any], output: Path) -> None:
     )
     last = last_checkpoint(output / CHECKPOINTS_NAME)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    # Gathered where FSDP shards them, by all processes; the frozen model stays where it is.
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = get_model_state_dict(model, options=whole)
     if arguments.should_save:
         with staged(output, "the gates") as staging:
-            model.save_pretrained(staging)
+            model.save_pretrained(staging, state_dict=state)
             card = model_card(facts, prepared.parameters, records(output))
             (staging / "README.md").write_text(card, encoding="utf-8")
     arguments.distributed_state.wait_for_everyone()

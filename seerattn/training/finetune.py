@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.saving import staged
@@ -32,6 +31,7 @@ from seerattn.training.runs import (
     describe_samples,
     gate_form,
     is_main,
+    is_sharded,
     make_samples,
     processes,
     records,
@@ -110,6 +110,7 @@ class Plan:
         samples: the data.
         config: how to train.
         start: folder of the gates to start from, with the hash of their weights; None are fresh ones.
+        device: where it will train; a model without weights, or one to be sharded, is elsewhere before.
     """
 
     model: PreTrainedModel | PeftModel
@@ -117,6 +118,13 @@ class Plan:
     samples: Samples
     config: FinetuneConfig
     start: tuple[str, str] | None
+    device: torch.device
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether fp32 weights compute in bfloat16."""
+        weight = next(p for p in self.model.parameters() if p.requires_grad)
+        return self.config.autocast and self.device.type != "cpu" and weight.dtype == torch.float32
 
     @property
     def gates(self) -> list[AttnGate]:
@@ -176,7 +184,7 @@ class Plan:
                 micro_batch_size=self.config.micro_batch_size,
                 context=self.config.context,
                 checkpointing=self.config.gradient_checkpointing,
-                autocast=_autocasts(self.model, self.config),
+                autocast=self.autocasts,
                 target_share=self.config.target_share,
                 shards=shards,
             )
@@ -194,8 +202,11 @@ def plan(
     gates: str | Path | None = None,
     gate: AttnGateConfig | None = None,
     layers: Sequence[int] | None = None,
+    device: torch.device | None = None,
 ) -> Plan:
     """Checks everything, reads the data, extends the context and attaches gates. See `finetune` for the arguments.
+
+    ``device`` is where it will train, by default where the model is. A model on the meta device can be planned for.
 
     Raises:
         ValueError: the model, the data, the gates and the config do not fit each other.
@@ -227,7 +238,7 @@ def plan(
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     start = None if gates is None else (str(gates), fingerprint(gates))
-    return Plan(model, tokenizer, samples, config, start)
+    return Plan(model, tokenizer, samples, config, start, device or model.device)
 
 
 def _check_filled(samples: Samples, config: FinetuneConfig) -> None:
@@ -274,7 +285,7 @@ def finetune(
         config: how to train.
         output: folder of the result, to be made; with ``resume`` that of an unfinished run.
         gates: folder of trained gates to start from; by default fresh ones.
-        gate: form of fresh gates, by default the one that measures best.
+        gate: form of fresh gates, by default that of `AttnGateConfig()`.
         layers: indices of the decoder layers that get a fresh gate, by default every full-attention layer.
         resume: continue from the last checkpoint, or start if there is none.
 
@@ -319,8 +330,8 @@ def _train(prepared: Plan, facts: dict[str, Any], output: Path) -> None:
         lr_scheduler_type="linear",
         # On steps without targets the gates have no gradient.
         ddp_find_unused_parameters=not config.dense and config.target_every > 1,
-        bf16=_autocasts(prepared.model, config),
-        use_cpu=objective.base.device.type == "cpu",
+        bf16=prepared.autocasts and not is_sharded(),
+        use_cpu=prepared.device.type == "cpu",
     )
     begin(output, facts, arguments)
     if config.gradient_checkpointing:
@@ -331,6 +342,7 @@ def _train(prepared: Plan, facts: dict[str, Any], output: Path) -> None:
         train_dataset=prepared.samples,
         data_collator=collate,
         config=config,
+        autocasts=prepared.autocasts and is_sharded(),
         log=output / LOG_NAME,
         keep_checkpoints=config.keep_checkpoints,
         tokens_per_step=config.tokens_per_step,
@@ -372,6 +384,8 @@ def _load(prepared: Plan, output: Path) -> None:
     from seerattn.training.objective import Objective
 
     base = Objective(prepared.model).base
+    if base.device.type == "meta":
+        return  # a process of FSDP that would have got its shard when training began
     saved = type(base).from_pretrained(output / MODEL_NAME, dtype=base.dtype).state_dict()
     base.load_state_dict(
         {name: saved[name.replace(".base_layer.", ".")] for name in base.state_dict() if "seer_gate" not in name},
@@ -379,8 +393,3 @@ def _load(prepared: Plan, output: Path) -> None:
     )
     if not prepared.config.dense:
         set_peft_model_state_dict(prepared.model, load_file(output / GATES_NAME / "adapter_model.safetensors"))
-
-
-def _autocasts(model: nn.Module, config: FinetuneConfig) -> bool:
-    weight = next(p for p in model.parameters() if p.requires_grad)
-    return config.autocast and weight.device.type != "cpu" and weight.dtype == torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from seerattn.hf.finetuning import SparseTraining
 from seerattn.hf.meters import DensityMeter
 from seerattn.training.layer_loss import LayerLoss
-from seerattn.training.objective import first_broken, is_gate, without_shared
+from seerattn.training.objective import first_broken, is_gate, stand_in, without_shared
 from seerattn.training.trainer import RecordedTrainer
 
 if TYPE_CHECKING:
@@ -31,20 +32,24 @@ class FinetuneTrainer(RecordedTrainer):
 
     Args:
         config: how to train.
+        autocasts: compute in bfloat16 in place of the Trainer's ``bf16``, by which FSDP would round the gates as well.
         **kwargs: those of `RecordedTrainer`.
     """
 
     shown = ("loss", "gate_loss", "sparsity")
 
-    def __init__(self, *, config: FinetuneConfig, **kwargs: Any) -> None:
+    def __init__(self, *, config: FinetuneConfig, autocasts: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config = config
+        self._autocasts = autocasts
         self.metrics: list[_MicroBatch] = []
         self._gates_checked = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate for the model and one for the gates."""
         if self.optimizer is None:
+            if self.args.process_index > 0:
+                stand_in(self.model)  # the first process has the weights that all get
             named = list((self.model if model is None else model).named_parameters())
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             groups = [{"params": [p for name, p in named if not is_gate(name)], "lr": self.config.lr}]
@@ -52,6 +57,12 @@ class FinetuneTrainer(RecordedTrainer):
                 groups.append({"params": [p for name, p in named if is_gate(name)], "lr": self.config.gate_lr})
             self.optimizer = kind(groups, **options | {"weight_decay": 0.0})
         return self.optimizer
+
+    def compute_loss_context_manager(self) -> AbstractContextManager:
+        """See `Trainer`; what autocasts here keeps no copies of weights that FSDP gathers and frees layer by layer."""
+        if not self._autocasts:
+            return super().compute_loss_context_manager()
+        return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=False)
 
     def sparse_training(self, inputs: dict[str, Tensor]) -> SparseTraining | None:
         """What attends in the forward of a batch of the current step; None is dense attention without gates."""

@@ -95,9 +95,13 @@ def estimate_finetuning(
     }
     if checkpointing:
         shown["activations of a layer"] = layer
-    if autocast or shards > 1:
-        # Autocast keeps its copies of all weights for the length of a forward; FSDP2 holds two layers whole.
-        shown["working copies of weights"] = count * compute if shards == 1 else 2 * count * compute // layers
+    # Autocast keeps its copies of all weights for the length of a forward.
+    copies = count * compute if autocast else 0
+    if shards > 1:
+        # FSDP2 holds two layers whole, and copies made of them are freed with them unless the graph needs them.
+        copies = 2 * held // layers + (copies // layers if checkpointing else copies)
+    if copies:
+        shown["working copies of weights"] = copies
     if gates:
         gate = max(gates, key=lambda g: g.num_heads)
         shown["gate inputs and graph of a layer"] = _gate_bytes(gate, tokens, share=target_share)

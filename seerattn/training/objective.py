@@ -105,6 +105,21 @@ def without_shared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: state[name] for name in kept.values()}
 
 
+def stand_in(module: nn.Module) -> None:
+    """Puts host tensors that hold one number each, seen at full shape, in the place of weights on the meta device.
+
+    Accelerate finds the shard of a weight in the optimizer by the weight's address. On the meta device all addresses
+    are 0, and the optimizer would be given the last shard in place of every other one.
+    """
+    stands: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None and weight.is_meta:
+                seen = torch.empty((), dtype=weight.dtype).expand(weight.shape)
+                stand = nn.Parameter(seen, requires_grad=weight.requires_grad)
+                part._parameters[name] = stands.setdefault(weight, stand)
+
+
 def first_broken(objective: Objective, input_ids: Tensor, position_ids: Tensor, sparse: SparseTraining | None) -> str:
     """Where a forward of a batch whose loss is not finite first yields something that is not."""
     found: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 from tiny_corpus import tiny_tokenizer, write_documents, write_model
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 import seerattn
 from seerattn.cli import main
 from seerattn.gate import AttnGateConfig
 from seerattn.gate.attn_gate import parameter_count
+from seerattn.training.distill import DistillConfig, plan
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,23 @@ def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dry_run_shows_the_plan_of_the_loaded_model_and_reads_no_weights(
+    dtype: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+    config = DistillConfig(context=128, steps=1, batch_size=1)
+    options = {"gates": folder / "gates"}
+    wanted = plan(loaded, tiny_tokenizer(), [folder / "data.jsonl"], config, **options).describe()
+    (tmp_path / "model" / "model.safetensors").unlink()
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr("seerattn.cli.distill.show_plan", shown.append)
+    given = {"model": tmp_path / "model", "output": tmp_path / "out", "device": "cpu", "dtype": dtype} | options
+    assert call(folder, "--dry-run", **given) == 0
+    assert shown == [wanted]
+
+
 ERRORS = {
     "missing data": ({"data": "nowhere.jsonl"}, [], "data must exist, got nowhere.jsonl"),
     "empty data": ({"data": "{folder}/empty.jsonl"}, [], "data must hold text"),
@@ -156,11 +176,13 @@ ERRORS = {
 }
 
 
+@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry run"])
 @pytest.mark.parametrize("name", ERRORS)
 def test_bad_input_is_one_sentence_and_exit_code_2(
-    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    name: str, dry: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options, arguments, message = ERRORS[name]
+    arguments = [*arguments, "--dry-run"] if dry else arguments
     options = {key: value.format(folder=folder) if isinstance(value, str) else value for key, value in options.items()}
     monkeypatch.chdir(tmp_path)
     assert call(folder, *(word.format(folder=folder) for word in arguments), output="out", **options) == 2

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_corpus import tiny_tokenizer, write_documents, write_model
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 import seerattn
 from seerattn.cli import main
 from seerattn.gate import AttnGateConfig
 from seerattn.gate.attn_gate import parameter_count
+from seerattn.training.finetune import FinetuneConfig, plan
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in {
         "dropout": tiny_model("llama", attention_dropout=0.1),
         "scaled": tiny_model("llama-yarn"),
+        "tied": tiny_model("llama", tie_word_embeddings=True),
         "other": tiny_model("llama", num_attention_heads=2, num_key_value_heads=1),
     }.items():
         model.save_pretrained(folder / name)
@@ -107,6 +112,35 @@ def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+PLANS = {
+    "fresh gates": ("model", ["--layers", "1"], {"gate": AttnGateConfig(), "layers": [1]}, {}),
+    "trained gates": ("model", ["--gates", "{folder}/gates"], {"gates": "{folder}/gates"}, {}),
+    "dense": ("model", ["--dense"], {}, {"dense": True}),
+    "longer context": ("model", ["--context-factor", "2"], {}, {"context_factor": 2.0}),
+    "tied embeddings": ("tied", [], {}, {}),
+    "bfloat16": ("model", ["--dtype", "bfloat16"], {}, {"autocast": False}),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_dry_run_shows_the_plan_of_the_loaded_model_and_reads_no_weights(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, arguments, options, values = PLANS[name]
+    shutil.copytree(folder / source, tmp_path / "model")
+    options = {key: value.format(folder=folder) if isinstance(value, str) else value for key, value in options.items()}
+    config = FinetuneConfig(**{"context": 512, "steps": 1, "batch_size": 1, **values})
+    weights = torch.bfloat16 if name == "bfloat16" else torch.float32
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=weights)
+    wanted = plan(loaded, tiny_tokenizer(), [folder / "data.jsonl"], config, **options).describe()
+    (tmp_path / "model" / "model.safetensors").unlink()
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr("seerattn.cli.finetune.show_plan", shown.append)
+    given = {"model": tmp_path / "model", "context": 512, "output": tmp_path / "out", "device": "cpu"}
+    assert call(folder, "--dry-run", *(word.format(folder=folder) for word in arguments), **given) == 0
+    assert shown == [wanted]
+
+
 ERRORS = {
     "sparsity": ({}, ["--sparsity", "1"], "sparsity must be in [0, 1), got 1.0"),
     "dense sparsity": ({}, ["--dense", "--sparsity", "0.5"], "dense must be given without sparsity"),
@@ -130,11 +164,13 @@ ERRORS = {
 }
 
 
+@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry run"])
 @pytest.mark.parametrize("name", ERRORS)
 def test_bad_input_is_one_sentence_and_exit_code_2(
-    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    name: str, dry: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options, arguments, message = ERRORS[name]
+    arguments = [*arguments, "--dry-run"] if dry else arguments
     options = {key: value.format(folder=folder) if isinstance(value, str) else value for key, value in options.items()}
     monkeypatch.chdir(tmp_path)
     assert call(folder, *(word.format(folder=folder) for word in arguments), output="out", **options) == 2

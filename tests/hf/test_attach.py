@@ -119,7 +119,9 @@ def test_attach_rejects_what_does_not_fit() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="policy must be None"):
         seerattn.attach(model, Window(), KeepAll())
-    with pytest.raises(ValueError, match="impl must be one of auto, sparse, gluon, triton, flash4, reference, got 'magic'"):
+    with pytest.raises(
+        ValueError, match="impl must be one of auto, sparse, gluon, triton, flash4, reference, got 'magic'"
+    ):
         seerattn.attach(model, Window(), impl="magic")
     for wrong in (None, 3, 0.1):
         with pytest.raises(ValueError, match=f"gates must be a folder, .* got {wrong}"):

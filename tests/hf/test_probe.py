@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from tiny_models import REFUSED, ROTARY, SUPPORTED, tiny_model, tokens
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 import seerattn
 from seerattn import AttentionContext, AttnGateConfig, BlockIndices
@@ -26,6 +27,13 @@ REASONS = {
 }
 # Architectures whose keys before RoPE are just the output of k_proj.
 PLAIN_KEYS = ("llama", "llama-yarn", "llama-llama3", "mistral", "qwen2", "smollm3", "gpt-oss", "phi", "glm", "cohere")
+
+
+def without_weights(name: str, **overrides: Any) -> PreTrainedModel:
+    with init_empty_weights():
+        model = tiny_model(name, **overrides)
+    model.tie_weights()
+    return model
 
 
 class Eavesdropper:
@@ -78,14 +86,46 @@ def test_probe_leaves_the_model_as_it_was(name: str) -> None:
     assert [layer.layer for layer in layers] == ([1] if windowed else [0, 1])
 
 
+@pytest.mark.parametrize("weights", [True, False], ids=["weights", "no weights"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_probe_rejects_with_the_reason(name: str) -> None:
-    model = tiny_model(name)
+def test_probe_rejects_with_the_reason(name: str, weights: bool) -> None:
+    model = tiny_model(name) if weights else without_weights(name)
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match=REASONS[name]):
         seerattn.attach(model, AttnGateConfig())
     assert model.config._attn_implementation == before
     assert not layer_states(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(SUPPORTED | ROTARY))
+def test_model_without_weights_shows_the_layers_and_shapes_that_are_proven_with_them(
+    name: str, dtype: torch.dtype
+) -> None:
+    model = without_weights(name, dtype=dtype)
+    before = vars(model.config).copy()
+    seen, proven = probe(model), probe(tiny_model(name))
+    assert vars(model.config) == before
+    for one, other in zip(seen, proven, strict=True):
+        assert one.module is model.get_submodule(other.name) and one.layer == other.layer
+        shapes = [(x.num_heads, x.num_kv_heads, x.head_dim) for x in (one, other)]
+        assert shapes[0] == shapes[1]
+    gates = [seerattn.attach(m, AttnGateConfig()) for m in (without_weights(name, dtype=dtype), tiny_model(name))]
+    sizes = [{key: p.shape for key, p in gated.named_parameters()} for gated in gates]
+    assert sizes[0] == sizes[1]
+    assert all(p.is_meta != ("seer_gate" in key) for key, p in gates[0].named_parameters())
+
+
+def test_layers_that_were_seen_without_weights_do_not_run_sparse() -> None:
+    model = without_weights("llama")
+    gated = seerattn.attach(model, AttnGateConfig(), policy=seerattn.TopK(density=0.5), impl="reference")
+    for name, parameter in tiny_model("llama").named_parameters():
+        parent, _, leaf = name.replace("self_attn.", "self_attn.base_layer.").rpartition(".")
+        setattr(model.get_submodule(parent), leaf, parameter)
+    with pytest.raises(ValueError, match="must be attached to a model with weights"):
+        gated(tokens(1, 200))
+    with gated.disable_adapter():
+        assert torch.equal(gated(tokens(1, 200)).logits, tiny_model("llama")(tokens(1, 200)).logits)
 
 
 def test_attach_rejects_keys_that_are_changed_after_the_rotation(monkeypatch: pytest.MonkeyPatch) -> None:

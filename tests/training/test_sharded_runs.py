@@ -1,0 +1,241 @@
+"""Runs under accelerate's FSDP2: the first process alone reads weights, and two processes train as one.
+
+Accelerate shards on accelerators only. What is emulated is its answer to one question, the kind of device, on which it
+starts gloo on CPUs; all that follows is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file
+from tiny_corpus import tiny_tokenizer, write_documents, write_model
+from tiny_models import tiny_model
+
+from seerattn.cli import main
+from seerattn.gate import AttnGateConfig
+from seerattn.training.finetune import FinetuneConfig, Plan, plan
+from seerattn.training.objective import stand_in
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,AttnGate",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+OPTIONS = {
+    "--context": 256,
+    "--steps": 4,
+    "--batch-size": 4,
+    "--logging-steps": 2,
+    "--save-steps": 2,
+    "--lr": 1e-3,
+    # One sub-block a side, so that no maximum hangs on the order of a sum.
+    "--block-size": 32,
+    "--query-subblocks": 1,
+    "--key-subblocks": 1,
+    "--init": "normal",
+}
+ONLY_FINETUNE = {"--sparsity": 0.5, "--target-share": 0.5, "--target-every": 2, "--context-factor": 2}
+RUN = """
+import sys
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from transformers import PreTrainedModel
+from seerattn.cli import main
+from seerattn.training.finetune import Plan
+
+def gloo_as_if_on_gpus(self, *_, **__):
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return "gloo", DistributedType.MULTI_GPU
+
+def read_weights(kind, *args, read=PreTrainedModel.from_pretrained.__func__, **kwargs):
+    assert dist.get_rank() == 0, "a process read weights that it must be sent"
+    return read(kind, *args, **kwargs)
+
+if sys.argv.pop() == "autocast":
+    Plan.autocasts = True
+PartialState._prepare_backend = gloo_as_if_on_gpus
+PreTrainedModel.from_pretrained = classmethod(read_weights)
+main(sys.argv[1:])
+"""
+PROBE = """
+import sys
+from contextlib import nullcontext
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from transformers.models.llama import modeling_llama
+sys.path.insert(0, {tests!r})
+from tiny_models import tiny_model
+from seerattn.hf.probe import probe
+
+def facts(layers):
+    return [(x.name, x.layer, x.num_heads, x.num_kv_heads, x.head_dim, x.rotation and x.rotation.width) for x in layers]
+
+names = ("llama", "llama-yarn", "smollm3", "phi", "glm", "gemma3")
+wanted = {{name: probe(tiny_model(name)) for name in names}}
+dist.init_process_group("gloo")
+positions = torch.tensor([[3, 70]])
+for name in names:
+    with nullcontext() if dist.get_rank() == 0 else init_empty_weights():
+        model = tiny_model(name)
+    found = probe(model)
+    assert facts(found) == facts(wanted[name]), name
+    for layer, own in zip(found, wanted[name]):
+        assert layer.module is model.get_submodule(layer.name)
+        if own.rotation is None:
+            continue
+        x = torch.randn(1, 2, 2, own.head_dim)
+        tables = layer.rotation.tables(positions, x), own.rotation.tables(positions, x)
+        assert all(torch.equal(a, b) for a, b in zip(*tables)), name
+        assert torch.equal(layer.rotation.rotate(x, *tables[0]), own.rotation.rotate(x, *tables[1])), name
+
+def refused(model, message):
+    try:
+        probe(model)
+    except ValueError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError("the model was not refused")
+
+with init_empty_weights():
+    refused(tiny_model("llama"), "must have weights in the first process")
+# The first process alone can see that this model is to be refused.
+rotate = modeling_llama.apply_rotary_pos_emb
+if dist.get_rank() == 0:
+    modeling_llama.apply_rotary_pos_emb = lambda q, k, cos, sin: (rotate(q, k, cos, sin)[0] + sin[:, None], k)
+with nullcontext() if dist.get_rank() == 0 else init_empty_weights():
+    model = tiny_model("llama")
+refused(model, "negating the sine")
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    write_model(folder / "model")
+    # Packed documents: how many a process has must not decide how often it gathers a gate.
+    write_documents(folder / "distill.jsonl", 1200, 700, 300, 150, 100, 70)
+    write_documents(folder / "finetune.jsonl", 2000, 700, 300, 150, 100, 70)
+    return folder
+
+
+def two_processes(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | FSDP | variables
+    command = [*launch, sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def command(kind: str, folder: Path, output: Path) -> list[str]:
+    options: dict[str, Any] = {"--model": folder / "model", "--data": folder / f"{kind}.jsonl", "--output": output}
+    options |= OPTIONS | (ONLY_FINETUNE if kind == "finetune" else {})
+    return [kind, *(str(word) for pair in options.items() for word in pair)]
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("finetune", "float32"), ("finetune", "autocast"), ("distill", "float32")]
+)
+def test_two_processes_with_the_weights_of_one_match_one_process(
+    kind: str, precision: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast, which a CPU is not asked for, is what one process gets of accelerate and two do by themselves."""
+    if precision == "autocast":
+        monkeypatch.setattr(Plan, "autocasts", True)
+    done = two_processes(RUN, *command(kind, folder, tmp_path / "two"), precision, ACCELERATE_TORCH_DEVICE="cpu")
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(SystemExit) as stop:
+        main(command(kind, folder, tmp_path / "one"))
+    assert not stop.value.code
+    for two, one in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
+        assert two.keys() == one.keys()
+        for name in two.keys() - {"tokens_per_second"}:
+            assert two[name] == pytest.approx(one[name], abs=2e-6), name
+    files = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.safetensors")}
+    assert len(files) == (2 if kind == "finetune" else 1)
+    for file in files:
+        one, two = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
+        assert one.keys() == two.keys()
+        for name, weight in one.items():
+            # Adam divides by the square root of tiny second moments, which magnifies the order of summation.
+            torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-4)
+
+
+def test_the_first_process_proves_a_model_for_all() -> None:
+    done = two_processes(PROBE.format(tests=str(Path(__file__).parents[1])))
+    assert done.returncode == 0, done.stderr
+
+
+def test_fsdp_where_accelerate_would_not_shard_is_refused(folder: Path, tmp_path: Path) -> None:
+    code = "import sys; from seerattn.cli import main; main(sys.argv[1:])"
+    done = two_processes(code, *command("finetune", folder, tmp_path / "out"), "--device", "cpu")
+    assert done.returncode != 0
+    assert "seerattn: FSDP needs an accelerator for every process, got device cpu" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version must be 2, got 1"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision must be no with FSDP"),
+    ],
+)
+def test_fsdp_that_would_train_otherwise_is_refused(
+    variables: dict[str, str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    for name, value in (FSDP | variables | {"LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        main([*command("finetune", folder, tmp_path / "out"), "--device", "cpu"])
+    assert stop.value.code == 2 and f"seerattn: {message}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stand_ins_have_an_address_each_and_hold_one_number() -> None:
+    with init_empty_weights():
+        model = tiny_model("llama", tie_word_embeddings=True, dtype=torch.bfloat16)
+    model.tie_weights()
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    model.model.norm.weight.requires_grad_(False)
+    stand_in(model)
+    stands = dict(model.named_parameters())
+    assert {name: p.shape for name, p in stands.items()} == shapes and "lm_head.weight" not in stands
+    assert len({p.data_ptr() for p in stands.values()}) == len(stands)
+    assert all(p.untyped_storage().nbytes() == 2 and p.dtype == torch.bfloat16 for p in stands.values())
+    assert [name for name, p in stands.items() if not p.requires_grad] == ["model.norm.weight"]
+
+
+def test_plan_computes_for_the_device_that_trains(folder: Path) -> None:
+    config = FinetuneConfig(context=256, steps=1, batch_size=1)
+    for device, autocasts in (("cuda", True), ("cpu", False)):
+        with init_empty_weights():
+            model = tiny_model("llama")
+        options = {"gate": AttnGateConfig(block_q=32, block_k=32), "device": torch.device(device)}
+        prepared = plan(model, tiny_tokenizer(), [folder / "distill.jsonl"], config, **options)
+        assert prepared.autocasts == autocasts
+        assert ("working copies" in prepared.describe()["memory (estimate)"]) == autocasts
