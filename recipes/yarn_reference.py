@@ -43,6 +43,7 @@ from seerattn.eval.needle import Needle, evaluate_needle
 from seerattn.eval.perplexity import evaluate_perplexity
 from seerattn.eval.results import ResultsFile
 from seerattn.hf.context import extend_context
+from seerattn.report.curves import as_finetuning
 from seerattn.saving import write_whole
 from seerattn.training.data import Corpus, read_documents, tokenize
 from seerattn.training.distill import DistillConfig
@@ -334,10 +335,7 @@ def collect(options: Options, runs: list[Run]) -> None:
         places = Places(options.output, run.name)
         results += lines(places.results)
         for record in map(json.loads, lines(places.trained / "training.jsonl")):
-            if run.kind == "after":
-                # Distillation has no other loss than that of the gates.
-                record |= {"gate_loss": record["loss"], "loss": None, "layer_gate_loss": record.pop("layer_loss")}
-            curves.append(json.dumps({"arm": run.name} | record) + "\n")
+            curves.append(json.dumps({"arm": run.name} | as_finetuning(record)) + "\n")
     write_whole(options.output / "results.jsonl", "".join(results))
     write_whole(options.output / "curves.jsonl", "".join(curves))
 

@@ -68,7 +68,8 @@ def mean(values: Sequence[float]) -> Estimate:
 def proportion(successes: int, n: int) -> Estimate:
     """Share of successes with its binomial standard error, taken at ``(successes + 1) / (n + 2)``.
 
-    The plain formula claims no error at all where every try succeeds or fails (Agresti and Coull, 1998).
+    The plain formula claims no error at all where every try succeeds or fails; the adjustment is that of Agresti and
+    Coull (1998).
     """
     p = (successes + 1) / (n + 2)
     return Estimate(successes / n, math.sqrt(p * (1 - p) / n))

@@ -18,11 +18,21 @@ from seerattn.report.perplexity import draw_perplexity
 from seerattn.report.pooled import draw_pooled
 from seerattn.report.select import latest
 from seerattn.report.speedup import draw_speedup
+from seerattn.report.summary_figure import draw_summary
 from seerattn.report.table import render_tables
 from seerattn.report.ttft import draw_ttft
 from seerattn.saving import write_whole
 
-FIGURES = (draw_perplexity, draw_pareto, draw_head_density, draw_speedup, draw_breakdown, draw_pooled, draw_ttft)
+FIGURES = (
+    draw_summary,
+    draw_perplexity,
+    draw_pareto,
+    draw_head_density,
+    draw_speedup,
+    draw_breakdown,
+    draw_pooled,
+    draw_ttft,
+)
 
 
 def write_report(paths: Sequence[Path], output: Path) -> list[Path]:

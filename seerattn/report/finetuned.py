@@ -14,7 +14,7 @@ from seerattn.eval.results import Result
 from seerattn.eval.statistics import perplexity_difference, proportion
 from seerattn.report.markdown import markdown
 from seerattn.report.parts import Table
-from seerattn.report.select import group
+from seerattn.report.select import SHARE_ERROR, group
 
 REFERENCE = "dense"
 RUN_DENSE = ", run dense"
@@ -82,7 +82,7 @@ def _retrieval(rows: Sequence[Result]) -> Table:
     lines = _lines(rows)
     n = max((counts(found)[1] for line in lines.values() for found in line.values()), default=0)
     task = rows[0].cell["task"].replace("_", "-")
-    notes = [f"{n} documents a cell; ± is the binomial standard error."]
+    notes = [f"{n} documents a cell; {SHARE_ERROR}"]
     return _table(f"Fine-tuned: {task}, {_place(rows[0])}", rows, cell, notes)
 
 

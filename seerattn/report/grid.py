@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from seerattn.eval.results import Result
-from seerattn.report.select import KINDS, arms, asked, budget, kind
+from seerattn.report.select import KINDS, SAME_DENSITY, arms, asked, budget, kind, reached, realised
 
-# A cell that is denser by more than this than the others of its column is not compared with them.
-SAME_DENSITY = 0.01
 # Columns that a landscape page holds; wider tables are cut between groups of columns.
 WIDTH = 18
 OWN_POLICY = "own policy"
 
 
 class Measured(NamedTuple):
-    """What a cell shows: a value, None where it is not finite, its standard error, None where it is not known, and a
-    remark."""
+    """What a cell shows: a value, None where it is not finite, its standard error, None where it is not known, a
+    remark, and whether the value is one at the density of its column."""
 
     value: float | None
     error: float | None = None
     more: str = ""
+    equal: bool = True
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Cell:
         density: realised density; in the head of the column where all have the same.
         note: number of a sentence below the table; 0 for none.
         best: the best of its column among those that may be compared, dense and oracle left out.
-        denser: not compared, as it computes more blocks than the others.
+        off: not compared, as its realised density is not that of its column.
     """
 
     text: str
@@ -47,7 +45,7 @@ class Cell:
     density: str = ""
     note: int = 0
     best: bool = False
-    denser: bool = False
+    off: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,20 +132,20 @@ def compare(
     remarks: list[str] = []
     for place, rows in places.items():
         cells[place] = _cell(rows, measure(rows), (form, error_form or form), remarks)
-    realised = {}
+    common = {}
     for name, densities in columns.items():
         for density in densities:
             _mark(cells, (name, density), better, form)
-            realised[name, density] = _common_density(cells, (name, density))
+            common[name, density] = _common_density(cells, (name, density))
     notes = [*notes, *(f"[{number}] {remark}" for number, remark in enumerate(remarks, 1))]
-    if any(cell.denser for cell, _, _ in cells.values()):
-        notes.append(f"* computes over {SAME_DENSITY:g} more of the blocks than asked for and usual: not compared.")
+    if any(cell.off for cell, _, _ in cells.values()):
+        notes.append(f"* not compared: a realised density that it rests on is over {SAME_DENSITY:g} off its column.")
     parts = _cut(columns)
     return [
         Grid(
             title if len(parts) == 1 else f"{title} ({number} of {len(parts)})",
             [
-                (group_name(name), [(density_label(d), realised[name, d]) for d in densities] or [("1", "")])
+                (group_name(name), [(density_label(d), common[name, d]) for d in densities] or [("1", "")])
                 for name, densities in part.items()
             ],
             _lines(results, cells, part),
@@ -174,13 +172,17 @@ def _cell(
     """The cell of some rows; what they have to say is added to the remarks."""
     text = "not finite" if found.value is None else format(found.value, forms[0])
     error = "" if found.error is None else format(found.error, forms[1])
-    realised = [r.realised_density for r in rows if r.realised_density is not None]
-    density = f"{sum(realised) / len(realised):.3f}" if realised and kind(rows[-1]) != "dense" else ""
-    note = rows[-1].cell.get("note")
+    share = realised(rows)
+    density = "" if share is None else f"{share:.3f}"
+    # Budgets of time have no density to reach, and policies of their own neither.
+    missed = rows[-1].density is not None and budget(rows[-1]) == "density" and not reached(rows)
+    # A note on a missed density would say what its star and its density say.
+    note = None if missed else rows[-1].cell.get("note")
     if note and note not in remarks:
         remarks.append(note)
     number = remarks.index(note) + 1 if note else 0
-    return Cell(text, error, found.more, density, number), found, rows[-1]
+    off = missed or not found.equal
+    return Cell(text, error, found.more, density, number, off=off), found, rows[-1]
 
 
 def _common_density(cells: dict[tuple, tuple[Cell, Measured, Result]], column: tuple) -> str:
@@ -195,17 +197,9 @@ def _common_density(cells: dict[tuple, tuple[Cell, Measured, Result]], column: t
 
 
 def _mark(cells: dict[tuple, tuple[Cell, Measured, Result]], column: tuple, better: str, form: str) -> None:
-    """Marks what is denser than the others of a column, and the best of the rest."""
-    places = [place for place in cells if place[1:] == column and kind(cells[place][2]) != "dense"]
-    realised = [float(cells[place][0].density) for place in places if cells[place][0].density]
-    usual = max(statistics.median(realised), column[1] or 0.0) if realised else 1.0
-    values = {}
-    for place in places:
-        cell, found, row = cells[place]
-        if budget(row) == "density" and cell.density and float(cell.density) > usual + SAME_DENSITY:
-            cells[place] = replace(cell, denser=True), found, row
-        elif kind(row) != "oracle" and found.value is not None:
-            values[place] = found.value
+    """Marks the best of a column among the cells that have its density."""
+    places = [place for place in cells if place[1:] == column and kind(cells[place][2]) not in ("dense", "oracle")]
+    values = {p: cells[p][1].value for p in places if not cells[p][0].off and cells[p][1].value is not None}
     if len(values) < 2:
         return
     best = min(values.values()) if better == "lower" else max(values.values())

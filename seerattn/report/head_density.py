@@ -23,17 +23,17 @@ UNIFORM = 1e-6
 def draw_head_density(results: Sequence[Result], folder: Path) -> list[Path]:
     """Draws lines of selectors by columns of densities, a figure for each model and text at the longest context.
 
-    Selectors that give every head the same are left out.
+    Selectors that give every head the same at every density are left out.
 
     Returns:
         The files written; none without such results.
     """
     written = []
-    drawn = [rows for rows in head_densities(results).values() if any(map(uneven, rows))]
-    for number, rows in enumerate(drawn):
+    drawn = [differing(rows) for rows in head_densities(results).values()]
+    for number, rows in enumerate(filter(None, drawn)):
         name = "head_density" if not number else f"head_density-{number + 1}"
         with style.context():
-            written += _draw([r for r in rows if uneven(r)], folder, name)
+            written += _draw(rows, folder, name)
     return written
 
 
@@ -62,9 +62,10 @@ def by_head(result: Result) -> np.ndarray:
     return values
 
 
-def uneven(result: Result) -> bool:
-    """Whether heads differ."""
-    return float(np.nanmax(by_head(result)) - np.nanmin(by_head(result))) > UNIFORM
+def differing(results: Sequence[Result]) -> list[Result]:
+    """The results of selectors whose heads differ at some density."""
+    found = {r.arm for r in results if float(np.nanmax(by_head(r)) - np.nanmin(by_head(r))) > UNIFORM}
+    return [r for r in results if r.arm in found]
 
 
 def _draw(rows: list[Result], folder: Path, name: str) -> list[Path]:
@@ -101,7 +102,8 @@ def _draw(rows: list[Result], folder: Path, name: str) -> list[Path]:
         bar.outline.set_visible(False)
         bar.set_label("realised density", fontsize=8)
     centres = [place * pitch + (layers - 1) / 2 for place in range(len(names))]
-    columns[0].set_yticks(centres, names, parse_math=False)
+    shown = style.names(rows)
+    columns[0].set_yticks(centres, [shown[arm] for arm in names], parse_math=False)
     columns[0].set_ylabel("layers from top to bottom")
     title = f"{rows[0].text}, {rows[0].context:,} tokens, {rows[0].model}"
     figure.suptitle(title, fontsize=8, x=0.01, ha="left", parse_math=False)

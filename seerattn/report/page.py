@@ -13,17 +13,23 @@ from seerattn.eval.maps import BlockMaps
 from seerattn.eval.results import Result
 from seerattn.report.finetuned import finetuned_tables, is_finetuned
 from seerattn.report.grid import density_label
-from seerattn.report.head_density import by_head, head_densities, uneven
+from seerattn.report.head_density import by_head, differing, head_densities
 from seerattn.report.parts import Figure, Section, Table
 from seerattn.report.patterns import pattern_section
 from seerattn.report.quality import gap_section, perplexity_section, recall_section, retrieval_section, time_grids
 from seerattn.report.runs import failure_section, run_section
 from seerattn.report.select import arms
 from seerattn.report.speed_table import speed_grids
+from seerattn.report.summary import summary_section
 from seerattn.report.tasks import task_section
 
 # By the name of a figure's file: what it shows, and what to look for.
 _PLOTS = {
+    "summary": (
+        "Lines of perplexity over density at the longest context, of some selectors that stand for the others.",
+        "Against realised density, on a logarithmic axis. Shown are the dense model, the oracle, the best floor, the "
+        "best, the middle and the worst of the gates, and the best of each family of systems, best families first.",
+    ),
     "perplexity": (
         "Lines of perplexity over sparsity, one for each selector; the numbers are those of the perplexity tables.",
         "Against realised sparsity (1 - realised density). Lower is better; bars are paired standard errors. A name "
@@ -59,6 +65,7 @@ def render_page(results: Sequence[Result], maps: BlockMaps | None, figures: Sequ
     sections = [
         run_section(results),
         failure_section(results),
+        summary_section(others),
         perplexity_section(others),
         gap_section(others),
         retrieval_section(others),
@@ -67,7 +74,7 @@ def render_page(results: Sequence[Result], maps: BlockMaps | None, figures: Sequ
         _heads(others, drawn),
         None if maps is None else pattern_section(maps, _map_figures(drawn)),
         task_section(others),
-        _finetuned(results, drawn),
+        _trained(results, drawn),
         _speed(others, drawn),
     ]
     environment = Environment(
@@ -131,9 +138,10 @@ def _heads(results: Sequence[Result], drawn: dict[str, Path]) -> Section | None:
     alt = "Maps of layers by heads, brighter where a head computes more blocks; lines are selectors, columns densities."
     parts: list = _named(drawn, {"head_density": None}, lambda path, _: Figure(path, alt))
     for (model, text), rows in head_densities(results).items():
-        even = arms(r for r in rows if not uneven(r))
+        uneven = differing(rows)
+        even = [arm for arm in arms(rows) if arm not in arms(uneven)]
         body = []
-        for r in filter(uneven, rows):
+        for r in uneven:
             values = by_head(r)
             ends = [divmod(int(place), values.shape[1]) for place in (np.nanargmin(values), np.nanargmax(values))]
             low, high = (f"{values[end]:.3f} (layer {end[0]}, head {end[1]})" for end in ends)
@@ -158,15 +166,18 @@ def _map_figures(drawn: dict[str, Path]) -> list[Figure]:
     return _named(drawn, alts, lambda path, name: Figure(path, alts[name]))
 
 
-def _finetuned(results: Sequence[Result], drawn: dict[str, Path]) -> Section | None:
+def _trained(results: Sequence[Result], drawn: dict[str, Path]) -> Section | None:
     alt = "Lines of loss over steps, one for each training run; darker is sparser."
-    parts: list = _named(drawn, {"curves": None}, lambda path, _: Figure(path, alt))
-    parts += finetuned_tables(results)
+    figures = _named(drawn, {"curves": None}, lambda path, _: Figure(path, alt))
+    tables = finetuned_tables(results)
+    if not tables:
+        read = "Losses of training runs over their steps."
+        return Section("training", "Training", read, figures) if figures else None
     read = (
         "Models whose weights were trained further, densely or while they attended sparsely, each at the sparsity of "
         "its column. They are compared with the model that was trained densely and runs dense."
     )
-    return Section("finetuned", "Fine-tuning", read, parts) if parts else None
+    return Section("finetuned", "Fine-tuning", read, [*figures, *tables])
 
 
 def _speed(results: Sequence[Result], drawn: dict[str, Path]) -> Section | None:

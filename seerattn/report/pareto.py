@@ -63,7 +63,8 @@ def _place(result: Result) -> tuple:
 def _draw(
     title: str, panels: dict[tuple[str, int], Timed], errors: dict[str, float], folder: Path, name: str
 ) -> list[Path]:
-    looks = style.looks(r for found in panels.values() for _, r in found)
+    rows = [r for found in panels.values() for _, r in found]
+    looks, names = style.looks(rows), style.names(rows)
     texts = list(dict.fromkeys(text for text, _ in sorted(panels)))
     columns = max(sum(text == other for other, _ in panels) for text in texts)
     figure = Figure(figsize=(4.2 * columns + 0.6, 3.3 * len(texts) + 1.2), layout="constrained")
@@ -71,19 +72,19 @@ def _draw(
     for line, text in zip(grid, texts):
         keys = sorted(key for key in panels if key[0] == text)
         for axes, key in zip(line, keys):
-            _panel(axes, panels[key], errors, looks)
+            _panel(axes, panels[key], errors, looks, names)
             axes.set_title(f"{text}, {key[1]:,} tokens", parse_math=False)
         for axes in line[len(keys) :]:
             axes.remove()
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
-    order = [name for name in ("dense", *looks, FRONT) if name in handles]
-    legend = {"loc": "outside lower center", "ncols": 5, "fontsize": 8, "frameon": False, "handlelength": 3.2}
+    order = [name for name in (*names.values(), FRONT) if name in handles]
+    legend = {"loc": "outside lower center", "ncols": 5, "fontsize": 8, "frameon": False, "handlelength": 4.5}
     figure.legend([handles[name] for name in order], order, **legend)
     figure.suptitle(title, fontsize=8, x=0.01, ha="left", parse_math=False)
     return style.save(figure, folder, name)
 
 
-def _panel(axes: Axes, found: Timed, errors: dict[str, float], looks: dict[str, dict]) -> None:
+def _panel(axes: Axes, found: Timed, errors: dict[str, float], looks: dict[str, dict], names: dict[str, str]) -> None:
     lines: dict[str, Timed] = {}
     for time, r in sorted(found, key=lambda one: one[0]):
         lines.setdefault(r.arm, []).append((time, r))
@@ -94,7 +95,7 @@ def _panel(axes: Axes, found: Timed, errors: dict[str, float], looks: dict[str, 
             axes.plot(x, y, color=style.DENSE, marker="*", markersize=9, linestyle="none", label=arm)
         else:
             error = [errors.get(perplexity_key(r), 0.0) for _, r in line]
-            axes.errorbar(x, y, yerr=error, label=arm, elinewidth=1.0, **looks[arm])
+            axes.errorbar(x, y, yerr=error, label=names[arm], elinewidth=1.0, **looks[arm])
     front: list[tuple[float, float]] = []
     for time, r in sorted(found, key=lambda one: (one[0], one[1].value)):
         if kind(r) != "oracle" and (not front or r.value < front[-1][1]):

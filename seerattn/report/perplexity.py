@@ -7,13 +7,10 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from seerattn.eval.results import Result
 from seerattn.report import style
 from seerattn.report.select import budget, group, last_rows_dense, paired, panels, perplexity_key
-
-LABEL_POINTS = 11.0  # distance of two labels
 
 
 def draw_perplexity(results: Sequence[Result], folder: Path) -> list[Path]:
@@ -28,7 +25,7 @@ def draw_perplexity(results: Sequence[Result], folder: Path) -> list[Path]:
     if not found:
         return []
     with style.context():
-        looks = style.looks(rows)
+        looks, names = style.looks(rows), style.names(rows)
         texts = list(dict.fromkeys(key[:2] for key in sorted(found)))
         columns = max(sum(key[:2] == text for key in found) for text in texts)
         figure = Figure(figsize=(4.6 * columns, 3.4 * len(texts)), layout="constrained")
@@ -36,20 +33,29 @@ def draw_perplexity(results: Sequence[Result], folder: Path) -> list[Path]:
         for line, text in zip(grid, texts):
             keys = sorted(key for key in found if key[:2] == text)
             for axes, key in zip(line, keys):
-                _panel(axes, key, found[key], paired(results), looks)
+                _panel(axes, key, found[key], paired(results), looks, names)
             for axes in line[len(keys) :]:
                 axes.remove()
         if len(looks) > style.MANY_LINES:
-            named = {name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels())}
-            figure.legend(named.values(), named, loc="outside right center", fontsize=8)
+            drawn = {name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels())}
+            order = [name for name in names.values() if name in drawn]
+            legend = {"loc": "outside right center", "fontsize": 8, "frameon": False, "handlelength": 4.5}
+            figure.legend([drawn[name] for name in order], order, **legend)
         else:
             figure.canvas.draw()
             for axes in figure.axes:
-                _label_lines(axes)
+                style.label_lines(axes)
         return style.save(figure, folder, "perplexity")
 
 
-def _panel(axes: Axes, key: tuple, rows: Sequence[Result], errors: dict[str, float], looks: dict[str, dict]) -> None:
+def _panel(
+    axes: Axes,
+    key: tuple,
+    rows: Sequence[Result],
+    errors: dict[str, float],
+    looks: dict[str, dict],
+    names: dict[str, str],
+) -> None:
     _, text, context, _ = key
     axes.set_title(f"{text}, {context:,} tokens", parse_math=False)
     for (arm,), line in sorted(group(rows, "arm").items()):
@@ -59,37 +65,16 @@ def _panel(axes: Axes, key: tuple, rows: Sequence[Result], errors: dict[str, flo
         line = sorted(line, key=lambda r: 1 - r.realised_density)
         x, y = [1 - r.realised_density for r in line], [r.value for r in line]
         axes.errorbar(
-            x, y, yerr=[errors.get(perplexity_key(r), 0.0) for r in line], label=arm, elinewidth=1.0, **looks[arm]
+            x,
+            y,
+            yerr=[errors.get(perplexity_key(r), 0.0) for r in line],
+            label=names[arm],
+            elinewidth=1.0,
+            linewidth=1.2,
+            **looks[arm],
         )
     style.cut_floors(axes, rows)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter(style.percent)
     axes.set_xlabel("sparsity: share of causal blocks not computed")
     axes.set_ylabel("perplexity")
     axes.grid(axis="x", visible=False)
-
-
-def _label_lines(axes: Axes) -> None:
-    """Writes the name of each line beside its right end, in its colour."""
-    handles, names = axes.get_legend_handles_labels()
-    ends = []
-    top = axes.get_ylim()[1]
-    for i, handle in enumerate(handles):
-        line = handle[0] if isinstance(handle, tuple) else handle
-        end = line.get_ydata()[-1]
-        names[i] += " \N{UPWARDS ARROW}" if end > top else ""
-        ends.append((line.get_color(), min(end, top)))
-    right = axes.get_xlim()[1]
-    to_points = 72 / axes.figure.dpi
-    heights = [axes.transData.transform((right, y))[1] * to_points for _, y in ends]
-    for name, (colour, y), height, moved in zip(names, ends, heights, style.spread(heights, LABEL_POINTS)):
-        axes.annotate(
-            name,
-            xy=(1, y),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, moved - height),
-            textcoords="offset points",
-            color=colour,
-            fontsize=8,
-            va="center",
-            annotation_clip=False,
-        )

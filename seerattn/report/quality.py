@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 from seerattn.eval.results import Result
 from seerattn.eval.statistics import proportion
+from seerattn.report.gap import Closed, closed
 from seerattn.report.grid import Grid, Measured, compare
 from seerattn.report.parts import Section
-from seerattn.report.select import asked, budget, kind, last_rows_dense, paired, panels, perplexity_key
+from seerattn.report.select import SHARE_ERROR, asked, budget, kind, last_rows_dense, paired, panels, perplexity_key
 from seerattn.report.speed import is_benchmark
 
 _BUDGETS = {"density": ", by density", "time": ", by share of the time of dense attention"}
@@ -60,20 +60,23 @@ def gap_section(results: Sequence[Result]) -> Section | None:
     for title, rows in tables(
         [r for r in results if r.what == "perplexity" and r.value is not None and budget(r) == "density"]
     ):
-        ends = {(r.arm, r.context, r.density): r.value for r in rows if r.arm in ("streaming", "oracle")}
-        shares = []
-        for r in rows:
-            floor, ceiling = (ends.get((arm, r.context, r.density)) for arm in ("streaming", "oracle"))
-            known = None not in (floor, ceiling) and floor > ceiling
-            if known and kind(r) not in ("dense", "oracle") and r.arm != "streaming":
-                shares.append(replace(r, value=(floor - r.value) / (floor - ceiling)))
+        shares = {r.key: gap for r in rows if (gap := closed(r, rows)) is not None}
+
+        def measure(rows: Sequence[Result], shares: dict[str, Closed] = shares) -> Measured:
+            share, ends = shares[rows[-1].key]
+            return Measured(share, None, "" if ends is None else f"ends at {ends:.3f}", equal=ends is None)
+
+        between = [r for r in rows if r.key in shares]
         grids += (
-            compare(title, shares, _context, _last, group_name=_tokens, better="higher", form=".0%") if shares else []
+            compare(title, between, _context, measure, group_name=_tokens, better="higher", form=".0%")
+            if between
+            else []
         )
     read = (
         "100% is the perplexity of the oracle, 0% that of streaming, both with blocks of 64 tokens, at the same "
         "nominal density and in the same setting; below 0% is worse than streaming. Columns where the oracle is not "
-        "better than streaming have no gap to close and are left out."
+        "better than streaming have no gap to close and are left out. Where both ends are at another realised density "
+        "than the selector, it stands beside the share."
     )
     return Section("gap", "Gap closed from streaming to the oracle", read, grids) if grids else None
 
@@ -114,9 +117,9 @@ def retrieval_section(results: Sequence[Result]) -> Section | None:
             notes=[f"Documents a cell: {counts}."],
         )
     read = (
-        "Share of documents whose question was answered word for word; higher is better. ± is the binomial standard "
-        "error. Where the last query-block rows are dense, the question itself sees everything: such tables say "
-        "little about the selection. Bold is the best of a column, the oracle left out."
+        "Share of documents whose question was answered word for word; higher is better. "
+        f"{SHARE_ERROR} Where the last query-block rows are dense, the question itself sees everything: such tables "
+        "say little about the selection. Bold is the best of a column, the oracle left out."
     )
     return Section("retrieval", "Retrieval", read, grids) if grids else None
 
@@ -206,7 +209,3 @@ def _context(result: Result) -> int:
 
 def _tokens(context: int) -> str:
     return f"{context:,} tokens"
-
-
-def _last(rows: Sequence[Result]) -> Measured:
-    return Measured(rows[-1].value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from seerattn.eval.results import Result
@@ -21,6 +21,10 @@ KINDS = {
 # What tells sets of documents apart, in the cells of results.
 _DOCUMENTS = ("data", "windows", "min_tokens", "dtype", "documents", "pairs", "chains", "hops")
 FLOORS = ("streaming", "a_shape", "tri_shape", "random")
+# A realised density this near to the one asked for is equal to it, as where knobs are turned (eval/compare.py).
+SAME_DENSITY = 0.01
+# How tables name the error of a share of right answers (`eval/statistics.py`, `proportion`).
+SHARE_ERROR = "± is the standard error of the share, adjusted as by Agresti and Coull: taken at (right + 1) / (n + 2)."
 
 
 def group(results: Iterable[Result], *names: str) -> dict[tuple, list[Result]]:
@@ -88,6 +92,26 @@ def budget(result: Result) -> str:
 def asked(result: Result) -> float | None:
     """What was asked for: a density, a share of the time of dense attention, or None for a policy with neither."""
     return result.cell["share"] if budget(result) == "time" else result.density
+
+
+def realised(rows: Iterable[Result]) -> float | None:
+    """Realised density of a cell, a mean of its results; None for the dense model and where it was not recorded."""
+    found = [r.realised_density for r in rows if kind(r) != "dense" and r.realised_density is not None]
+    return sum(found) / len(found) if found else None
+
+
+def same_density(one: float, other: float) -> bool:
+    """Whether two densities count as equal."""
+    return round(abs(one - other), 6) <= SAME_DENSITY
+
+
+def reached(rows: Sequence[Result]) -> bool:
+    """Whether a cell has the density that was asked for.
+
+    True where the realised one was not recorded, False where no density was asked for.
+    """
+    density = realised(rows)
+    return density is None or (rows[0].density is not None and same_density(density, rows[0].density))
 
 
 def kind(result: Result) -> str:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from seerattn.eval.results import Result
+from seerattn.report.names import family_of, name_of
 from seerattn.report.select import arms, kind
 
 STYLE = Path(__file__).with_name("seerattn.mplstyle")
@@ -23,29 +24,86 @@ ROOM_FOR_FLOORS = 2.0
 MANY_LINES = 9
 TOP_OF_MANY = 1.25
 PALETTE = ("#0072b2", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-# Colours by kind; kinds differ in their lines as well, and arms of one kind in their markers.
+# Colours by kind. Kinds differ in their dashes as well; systems of one family share a colour and differ in dashes.
 _COLOURS = {
     "oracle": ("#009e73",),
-    "gate": PALETTE,
-    "system": ("#e69f00", "#7b3294", "#000000", "#a6611a", "#cc79a7", "#35978f"),
+    "gate": ("#0072b2", "#56b4e9", "#cc79a7", "#000000", "#5b4fa2"),
+    "system": ("#e69f00", "#7b3294", "#a6611a", "#35978f", "#b2182b", "#4d4d4d"),
     "floor": ("#d55e00", "#7a7a7a", "#8f7f5f", "#b3589a"),
 }
-_DASHES = {"oracle": "-", "gate": "-", "system": (0, (4, 1.5)), "floor": (0, (1, 1.3))}
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_DASHES = {
+    "oracle": ("-",),
+    "gate": ("-",),
+    "system": ((0, (4, 1.5)), (0, (7, 1.5, 1.5, 1.5)), (0, (2, 1)), (0, (7, 1.5, 1.5, 1.5, 1.5, 1.5))),
+    "floor": ((0, (1, 1.3)),),
+}
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "h", "*")
+LABEL_POINTS = 11.0  # distance of two labels
 
 
 def looks(results: Iterable[Result]) -> dict[str, dict]:
-    """Colour, line and marker of every arm but dense, the same in all figures drawn of the same arms."""
+    """Colour, line and marker of every arm but dense, the same in all figures drawn of the same arms.
+
+    No two arms look the same: of as many arms as there are markers, each of a kind has one of its own.
+    """
     results = list(results)
-    kinds = {r.arm: kind(r) for r in results if kind(r) != "dense"}
+    by_arm = {r.arm: r for r in results if kind(r) != "dense"}
     found = {}
     for of, colours in _COLOURS.items():
-        names = [arm for arm in arms(results) if kinds.get(arm) == of]
+        names = [arm for arm in arms(results) if arm in by_arm and kind(by_arm[arm]) == of]
+        families: dict[str, int] = {}
         # Streaming, the floor that is always measured, comes first.
         for i, arm in enumerate(sorted(names, key=lambda arm: not arm.startswith("streaming"))):
-            marker = _MARKERS[i % len(_MARKERS)]
-            found[arm] = {"color": colours[i % len(colours)], "marker": marker, "linestyle": _DASHES[of]}
+            # Gates, and floors, are few: each has a colour.
+            family = family_of(by_arm[arm]) if of == "system" else arm
+            variant = families[family] = families.get(family, -1) + 1
+            place = list(families).index(family)
+            found[arm] = {
+                "color": colours[place % len(colours)],
+                "marker": _MARKERS[i % len(_MARKERS)],
+                "linestyle": _DASHES[of][variant % len(_DASHES[of])],
+            }
     return found
+
+
+def names(results: Iterable[Result]) -> dict[str, str]:
+    """What figures call every arm, in the order of tables."""
+    results = list(results)
+    found = {r.arm: name_of(r) for r in results}
+    return {arm: found[arm] for arm in arms(results)}
+
+
+def label_lines(axes: Axes) -> None:
+    """Writes the name of each line beside its right end, in its colour; an arrow says that the line leaves the axes."""
+    handles, labels = axes.get_legend_handles_labels()
+    ends = []
+    bottom, top = axes.get_ylim()
+    for i, handle in enumerate(handles):
+        line = handle[0] if isinstance(handle, tuple) else handle
+        end = line.get_ydata()[-1]
+        labels[i] += " \N{UPWARDS ARROW}" if end > top else ""
+        ends.append((line.get_color(), min(max(end, bottom), top)))
+    right = axes.get_xlim()[1]
+    to_points = 72 / axes.figure.dpi
+    heights = [axes.transData.transform((right, y))[1] * to_points for _, y in ends]
+    for label, (colour, y), height, moved in zip(labels, ends, heights, spread(heights, LABEL_POINTS)):
+        axes.annotate(
+            label,
+            xy=(1, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, moved - height),
+            textcoords="offset points",
+            color=colour,
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+            parse_math=False,
+        )
+
+
+def percent(x: float, _: int | None = None) -> str:
+    """A share as a tick: 0.5 is 50%, 0.125 is 12.5%."""
+    return f"{100 * x:.6g}%"
 
 
 def cut_floors(axes: Axes, results: Sequence[Result]) -> None:

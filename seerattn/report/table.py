@@ -7,18 +7,32 @@ from collections.abc import Callable, Sequence
 from seerattn.eval.results import Result
 from seerattn.eval.statistics import proportion
 from seerattn.report.finetuned import finetuned_markdown, is_finetuned
-from seerattn.report.markdown import markdown
-from seerattn.report.select import arms, asked, budget, group, last_rows_dense, paired, panels, perplexity_key
+from seerattn.report.gap import closed
+from seerattn.report.grid import density_label
+from seerattn.report.markdown import at, markdown
+from seerattn.report.select import (
+    SAME_DENSITY,
+    SHARE_ERROR,
+    arms,
+    asked,
+    budget,
+    group,
+    last_rows_dense,
+    paired,
+    panels,
+    perplexity_key,
+    realised,
+)
 from seerattn.report.speed_table import speed_tables
-
-CALIBRATED = "own policy"
+from seerattn.report.summary import summary_tables
 
 
 def render_tables(results: Sequence[Result]) -> str:
     """All tables that the results allow, as Markdown."""
     finetuned = finetuned_markdown(results)
     results = [r for r in results if not is_finetuned(r)]
-    parts = [*_perplexity(results), *_gap(results), *_retrieval(results), *_by_depth(results), *_recall(results)]
+    parts = [part for t in summary_tables(results) for part in (f"### {t.title}", *t.notes, markdown(t.head, t.body))]
+    parts += [*_perplexity(results), *_gap(results), *_retrieval(results), *_by_depth(results), *_recall(results)]
     parts += [*finetuned, *speed_tables(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -39,31 +53,29 @@ def _perplexity(results: Sequence[Result]) -> list[str]:
         note = "± is the standard error of the paired difference from dense, over documents."
         if dense is not None:
             note = f"{len(dense.samples['documents'])} documents, {dense.n} tokens; {note}"
-        parts += [f"### Perplexity: {text}, {context} tokens, {model}{_of_time(panel)}", note, _grid(panel, cell)]
+        parts += [f"### Perplexity: {text}, {context} tokens, {model}{_of_time(panel)}", *_grid(panel, cell, note)]
     return parts
 
 
 def _gap(results: Sequence[Result]) -> list[str]:
-    """How far each arm comes from streaming (0) to the oracle (1) at the same density, in perplexity."""
+    """How far each gate comes from streaming (0) to the oracle (1) at the same density, in perplexity."""
     parts = []
     rows = [r for r in results if r.what == "perplexity" and r.value is not None and not last_rows_dense(r)]
     rows = [r for r in rows if budget(r) == "density"]
     for (model, text, context, _), panel in panels(rows).items():
-        floor = {r.density: r.value for r in panel if r.arm == "streaming"}
-        ceiling = {r.density: r.value for r in panel if r.arm == "oracle"}
-        between = [
-            r for r in panel if r.selector == "gate" and floor.get(r.density, 0) > ceiling.get(r.density, float("inf"))
-        ]
+        between = [r for r in panel if r.selector == "gate" and closed(r, panel)]
         if not between:
             continue
 
-        def cell(rows: list[Result], floor: dict = floor, ceiling: dict = ceiling) -> str:
-            (row,) = rows
-            low, high = floor[row.density], ceiling[row.density]
-            return f"{(low - row.value) / (low - high):.0%}"
+        def cell(rows: list[Result], panel: list[Result] = panel) -> str:
+            return f"{closed(rows[0], panel).share:.0%}"
+
+        def ends(rows: list[Result], panel: list[Result] = panel) -> str:
+            other = closed(rows[0], panel).ends
+            return at(rows) if other is None else f" at {realised(rows):.3f}, ends at {other:.3f}"
 
         title = f"### Share of the gap from streaming to the oracle that is closed: {text}, {context} tokens, {model}"
-        parts += [title, _grid(between, cell)]
+        parts += [title, *_grid(between, cell, where=ends, who="they, or the ends of their gap,")]
     return parts
 
 
@@ -86,7 +98,7 @@ def _retrieval(results: Sequence[Result]) -> list[str]:
                 n = sum(r.n for r in line if (r.arm, asked(r)) == (line[0].arm, asked(line[0])))
                 place = f"{text}, {context} tokens, {kept}, {model}{_of_time(line)}"
                 title = f"### Retrieval, {task.replace('_', '-')}: {place}"
-                parts += [title, f"{n} documents a cell; ± is the binomial standard error.", _grid(line, cell)]
+                parts += [title, *_grid(line, cell, f"{n} documents a cell; {SHARE_ERROR}")]
     return parts
 
 
@@ -102,7 +114,7 @@ def _by_depth(results: Sequence[Result]) -> list[str]:
         for arm in arms(panel):
             for (name, density, rows_dense), line in lines.items():
                 if name == arm:
-                    label = "" if name == "dense" else _density(density)
+                    label = "" if name == "dense" else density_label(density) + at(list(line.values()))
                     values = [f"{line[d].value:.2f}" if d in line else "" for d in depths]
                     body.append([name, label, str(rows_dense) if name != "dense" else "", *values])
         head = ["selector", "density", "dense last rows", *(f"depth {d:g}" for d in depths)]
@@ -120,23 +132,48 @@ def _recall(results: Sequence[Result]) -> list[str]:
     rows = [r for r in results if r.what in titles and "layer" not in r.cell]
     for (what,), of_what in group(rows, "what").items():
         for (model, text, context, _), panel in panels(of_what).items():
-            parts += [f"### {titles[what]}: {text}, {context} tokens, {model}{_of_time(panel)}", _grid(panel, cell)]
+            parts += [f"### {titles[what]}: {text}, {context} tokens, {model}{_of_time(panel)}", *_grid(panel, cell)]
     return parts
 
 
-def _grid(rows: Sequence[Result], cell: Callable[[list[Result]], str]) -> str:
-    """A table with a row for each arm and a column for each nominal density, with the realised ones in the head."""
+def _grid(
+    rows: Sequence[Result],
+    cell: Callable[[list[Result]], str],
+    note: str = "",
+    where: Callable[[list[Result]], str] = at,
+    who: str = "they",
+) -> list[str]:
+    """Notes and a table with a row for each arm and a column for each nominal density.
+
+    Args:
+        rows: what stands in the table.
+        cell: text of the results of one cell.
+        note: a sentence above the table.
+        where: what a cell says of its density, "" where that is the density of its column.
+        who: whose density that is.
+    """
     dense = {1.0} if "dense" in arms(rows) else set()
     densities = sorted({asked(r) for r in rows if asked(r) is not None} | dense, reverse=True)
     own = any(r.arm != "dense" and asked(r) is None for r in rows)
     columns: list[float | None] = [*densities, *([None] if own else [])]
-    head = ["selector", *(f"{_density(d)} {_realised(rows, d)}".rstrip() for d in columns)]
-    body = []
-    for arm in arms(rows):
-        line = [r for r in rows if r.arm == arm]
-        cells = [[r for r in line if (1.0 if arm == "dense" else asked(r)) == d] for d in columns]
-        body.append([arm, *(cell(found) if found else "" for found in cells)])
-    return markdown(head, body)
+    found: dict[tuple, list[Result]] = {}
+    for r in rows:
+        found.setdefault((r.arm, 1.0 if r.arm == "dense" else asked(r)), []).append(r)
+    places = {place: where(rows) for place, rows in found.items()}
+    equal = {place: rows for place, rows in found.items() if place[0] != "dense" and not places[place]}
+    head = ["selector", *(_head([rows for (_, d), rows in equal.items() if d == column], column) for column in columns)]
+    body = [
+        [arm, *(cell(found[arm, d]) + places[arm, d] if (arm, d) in found else "" for d in columns)]
+        for arm in arms(rows)
+    ]
+    notes = [note] if note else []
+    asked_for = [place for place, rows in found.items() if place[0] != "dense" and rows[0].density is not None]
+    if any(places[place] for place in asked_for):
+        notes.append(
+            f"{sum(not places[place] for place in asked_for)} of {len(asked_for)} cells are within {SAME_DENSITY:g} of "
+            f"the density of their column; the others say what {who} computed."
+        )
+    return [*notes, markdown(head, body)]
 
 
 def _of_time(rows: Sequence[Result]) -> str:
@@ -144,13 +181,8 @@ def _of_time(rows: Sequence[Result]) -> str:
     return ", by share of the time of dense attention" if any(budget(r) == "time" for r in rows) else ""
 
 
-def _density(density: float | None) -> str:
-    return CALIBRATED if density is None else f"{density:g}"
-
-
-def _realised(rows: Sequence[Result], density: float | None) -> str:
-    found = [r.realised_density for r in rows if r.arm != "dense" and asked(r) == density]
-    if not found or None in found:
-        return ""
-    low, high = f"{min(found):.3f}", f"{max(found):.3f}"
-    return f"({low})" if low == high else f"({low} to {high})"
+def _head(cells: Sequence[list[Result]], density: float | None) -> str:
+    """Heading of a column: what was asked for, and what the cells that have it computed."""
+    found = [f"{realised(rows):.3f}" for rows in cells if realised(rows) is not None]
+    ends = dict.fromkeys((min(found), max(found))) if found else ()
+    return density_label(density) + (f" ({' to '.join(ends)})" if ends else "")

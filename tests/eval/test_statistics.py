@@ -56,7 +56,7 @@ def test_mean_matches_numpy() -> None:
     assert statistics.mean(LOSSES) == pytest.approx((np.mean(LOSSES), np.std(LOSSES, ddof=1) / np.sqrt(5)))
 
 
-def test_proportion_matches_the_binomial_error_and_is_never_certain() -> None:
+def test_error_of_a_share_is_the_binomial_one_of_an_adjusted_share_and_never_zero() -> None:
     assert statistics.proportion(30, 100).value == 0.3
     assert statistics.proportion(3000, 10000).stderr == pytest.approx(np.sqrt(0.3 * 0.7 / 10000), rel=1e-3)
     assert statistics.proportion(20, 20) == pytest.approx((1.0, np.sqrt(21 / 22 * 1 / 22 / 20)))

@@ -263,18 +263,42 @@ def test_gap_table_holds_the_share_from_streaming_to_the_oracle(tmp_path, drawn)
         assert text.split()[0] == f"{(2.0 - VALUES[line]) / (2.0 - 0.25):.0%}"
 
 
-def test_cell_that_is_denser_than_its_column_is_starred_and_not_best(tmp_path, drawn) -> None:
+def test_cell_that_is_off_its_column_is_starred_and_not_best(tmp_path, drawn) -> None:
     rows = [perplexity("dense", None, 20.0)]
     rows += [perplexity("best", 0.1, 22.0), perplexity("paper", 0.1, 23.0), perplexity("oracle", 0.1, 21.0)]
-    note = "density 0.1 cannot be reached <here>"
+    note = "density 0.1 cannot be reached"
     rows.append(perplexity("moa", 0.1, 20.5, realised_density=0.2, cell={"note": note}))
+    other = "measured <twice>"
+    rows.append(perplexity("xattention", 0.1, 25.0, cell={"note": other}))
+    rows.append(perplexity("streaming", 0.1, 20.5, realised_density=0.0899))
+    rows.append(perplexity("random", 0.1, 24.0, realised_density=0.09))
     rows.append(perplexity("flexprefill", 0.1, None))
     page = report(tmp_path, rows)
     assert page.bold == ["22.00"]
     grid = page.grid(2)
-    assert grid["moa", "4,096 tokens", "0.1"] == "20.50* [1] 0.200"
+    assert grid["moa", "4,096 tokens", "0.1"] == "20.50* 0.200" and note not in page.text
+    assert grid["xattention", "4,096 tokens", "0.1"] == "25.00 [1] 0.102" and f"[1] {other}" in page.text
+    assert grid["streaming", "4,096 tokens", "0.1"] == "20.50* 0.090"
+    assert grid["random", "4,096 tokens", "0.1"] == "24.00 0.090"
     assert grid["flexprefill", "4,096 tokens", "0.1"].startswith("not finite")
-    assert f"[1] {note}" in page.text and "* computes over 0.01 more" in page.text
+    assert "it rests on is over 0.01 off its column" in page.text
+
+
+def test_no_cell_is_best_where_none_reached_the_density(tmp_path, drawn) -> None:
+    rows = [perplexity(arm, 0.05, 40.0 + i, realised_density=0.119) for i, arm in enumerate(("best", "paper", "moa"))]
+    page = report(tmp_path, rows)
+    assert not page.bold and page.grid(2)["best", "4,096 tokens", "0.05"] == "40.00*"
+    assert [name for name, _ in page.tables[2][1]] == ["0.05 0.119"]
+
+
+def test_gap_between_ends_of_another_density_names_it_and_is_not_best(tmp_path, drawn) -> None:
+    rows = [perplexity("oracle", 0.2, 21.0, realised_density=0.176)]
+    rows += [perplexity("streaming", 0.2, 23.0, realised_density=0.176)]
+    rows += [perplexity("best", 0.2, 22.0, realised_density=0.176)]
+    rows += [perplexity("paper", 0.2, 21.5, realised_density=0.2)]
+    grid = report(tmp_path, rows).grid(3)
+    assert grid["best", "4,096 tokens", "0.2"] == "50%* 0.176"
+    assert grid["paper", "4,096 tokens", "0.2"] == "75%* ends at 0.176 0.200"
 
 
 def test_density_that_a_column_shares_stands_in_its_head(tmp_path, drawn) -> None:
@@ -368,7 +392,7 @@ def test_pareto_figure_joins_what_nothing_beats_and_leaves_the_oracle_out(tmp_pa
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines["not beaten"] == [[2.0, 22.0], [4.0, 21.0], [10.0, 20.0]]
     containers = {c.get_label(): c[0].get_xydata().tolist() for c in axes.containers}
-    assert containers["best"] == [[2.0, 22.0], [4.0, 21.0]] and containers["paper"] == [[5.0, 23.0]]
+    assert containers["gates: best"] == [[2.0, 22.0], [4.0, 21.0]] and containers["gates: paper"] == [[5.0, 23.0]]
     cells = [cell for number in range(2, len(page.tables)) for cell in page.grid(number).values()]
     assert any(cell.startswith("2 25% choice") for cell in cells)
 
@@ -399,11 +423,22 @@ def test_head_densities_are_drawn_where_heads_differ_and_listed_with_their_extre
     page = report(tmp_path, rows)
     (image,) = [image for axes in drawn["head_density"].axes for image in axes.get_images()]
     assert np.asarray(image.get_array()) == pytest.approx(np.array(uneven))
+    assert [tick.get_text() for tick in drawn["head_density"].axes[0].get_yticklabels()] == ["MInference"]
     (table,) = [t for t in page.tables if t[0][-1][0] == "densest head"]
     assert [[text for text, _ in line] for line in table[1:]] == [
         ["minference", "0.1", "0.050 (layer 0, head 0)", "0.150", "0.325 (layer 1, head 1)"]
     ]
     assert "Every head alike: best." in page.text
+
+
+def test_heads_that_are_alike_at_one_density_are_drawn_beside_the_others(tmp_path, drawn) -> None:
+    even, uneven = [[0.1, 0.1]], [[0.05, 0.4]]
+    rows = [perplexity("minference", 0.1, 22.0, samples={"head_density": even})]
+    rows.append(perplexity("minference", 0.2, 22.0, samples={"head_density": uneven}))
+    report(tmp_path, rows)
+    images = [image for axes in drawn["head_density"].axes for image in axes.get_images()]
+    assert [np.asarray(image.get_array()).tolist() for image in images] == [uneven, even]
+    assert not [text for axes in drawn["head_density"].axes for text in axes.texts]
 
 
 def test_pattern_tables_name_the_planted_shape_of_each_head(tmp_path, drawn) -> None:

@@ -6,6 +6,7 @@ import pytest
 from seerattn.eval.maps import BlockMaps
 from seerattn.eval.results import Result, ResultsFile
 from seerattn.report import style, write_report
+from seerattn.report.select import SHARE_ERROR
 
 DATA = {"data": "abc", "windows": 1, "min_tokens": 0, "dtype": "float32"}
 
@@ -88,7 +89,7 @@ def test_perplexity_table_matches_a_written_out_one(tmp_path) -> None:
 
 def test_retrieval_and_recall_tables_match_written_out_ones(tmp_path) -> None:
     table = table_of(tmp_path, accuracies() + recalls())
-    head = "### Retrieval, passkey: books, 4096 tokens, {}, m\n\n8 documents a cell; ± is the binomial standard error."
+    head = "### Retrieval, passkey: books, 4096 tokens, {}, m\n\n8 documents a cell; " + SHARE_ERROR
     # 7, 3 and 5 of 8, errors at 8/10, 4/10 and 6/10.
     assert (
         head.format("no dense last rows")
@@ -110,8 +111,37 @@ def test_gates_measured_anew_replace_the_former_and_other_text_has_its_own_table
     own = {"policy": "Threshold", "threshold": [[0.1]], "last_rows_dense": 0}
     calibrated = result("perplexity", "best", None, 31.25, policy=own, realised_density=0.15)
     table = table_of(tmp_path / "b", [*rows, calibrated])
-    assert "| selector | 1 | 0.2 (0.204) | 0.1 (0.102) | own policy (0.150) |" in table
-    assert "| best |  | 30.50 ± 0.12 | 33.50 ± 0.25 | 31.25 |" in table
+    assert "| selector | 1 | 0.2 (0.204) | 0.1 (0.102) | own policy |" in table
+    assert "| best |  | 30.50 ± 0.12 | 33.50 ± 0.25 | 31.25 at 0.150 |" in table
+
+
+def test_a_cell_that_is_off_its_column_shows_its_own_density_and_is_no_part_of_the_head(tmp_path) -> None:
+    off = {"best": 0.111, "oracle": 0.109, "streaming": 0.284}
+    rows = [replace(r, realised_density=off[r.arm]) if r.density == 0.1 else r for r in perplexities()]
+    table = table_of(tmp_path, rows)
+    perplexity, gap = table.split("### Share of the gap")
+    assert (
+        "| selector | 1 | 0.2 (0.204) | 0.1 (0.109) |" in perplexity
+        and "\n\n4 of 6 cells are within 0.01" in perplexity
+    )
+    assert "| oracle |  | 30.25 ± 0.12 | 33.00 ± 0.25 |" in perplexity
+    assert "| best |  | 30.50 ± 0.12 | 33.50 ± 0.25 at 0.111 |" in perplexity
+    assert "| streaming |  | 31.50 ± 0.12 | 34.25 ± 0.25 at 0.284 |" in perplexity
+    # Ends at .109 and .284 are none of one density.
+    assert "| selector | 0.2 (0.204) |\n| --- | ---: |\n| best | 80% |\n" in gap
+    off["streaming"] = 0.118
+    rows = [replace(r, realised_density=off[r.arm]) if r.density == 0.1 else r for r in perplexities()]
+    assert "| best | 80% | 60% at 0.111 |\n" in table_of(tmp_path / "b", rows)
+    off |= {"best": 0.09, "oracle": 0.119, "streaming": 0.119}
+    rows = [replace(r, realised_density=off[r.arm]) if r.density == 0.1 else r for r in perplexities()]
+    assert "| best | 80% | 60% at 0.090, ends at 0.119 |\n" in table_of(tmp_path / "c", rows)
+
+
+def test_pass_keys_by_depth_show_the_density_that_dense_last_rows_add(tmp_path) -> None:
+    rows = [replace(r, realised_density=0.135) if r.policy and r.policy["last_rows_dense"] else r for r in accuracies()]
+    table = table_of(tmp_path, rows)
+    assert "| best | 0.1 at 0.135 | 2 | 0.50 | 0.75 |\n" in table and "| best | 0.1 | 0 | 0.25 | 0.50 |\n" in table
+    assert "| best |  | 0.62 ± 0.17 at 0.135 |\n" in table
 
 
 def maps() -> BlockMaps:
@@ -142,8 +172,8 @@ def test_perplexity_figure_shows_realised_sparsity_paired_errors_and_a_label_for
     monkeypatch.setattr(style, "save", lambda figure, folder, name: drawn.append(figure) or [])
     write_report([write(tmp_path / "r.jsonl", perplexities())], tmp_path / "out")
     (axes,) = drawn[0].axes
-    assert {t.get_text() for t in axes.texts} == {"dense", "oracle", "best", "streaming"}
-    line = next(c for c in axes.containers if c.get_label() == "best")
+    assert {t.get_text() for t in axes.texts} == {"dense", "oracle", "gates: best", "streaming"}
+    line = next(c for c in axes.containers if c.get_label() == "gates: best")
     points, _, (bars,) = line
     assert points.get_xdata() == pytest.approx([1 - 0.204, 1 - 0.102])
     assert points.get_ydata() == pytest.approx([30.5, 33.5])

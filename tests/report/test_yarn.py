@@ -9,7 +9,7 @@ import pytest
 
 from seerattn.eval.results import Result, ResultsFile
 from seerattn.report import style, write_report
-from seerattn.report.curves import smoothed
+from seerattn.report.curves import Curve, smoothed
 
 TOKENS = [1000, 3000]
 TRAINED = {"sparsity": None, "annealed": False, "target_share": None, "target_every": 1, "steps": 400}
@@ -133,13 +133,60 @@ def test_curves_show_running_means_and_the_difference_from_the_dense_run(tmp_pat
     monkeypatch.setattr(style, "save", lambda figure, folder, name: drawn.setdefault(name, figure) and [])
     report_of(tmp_path, rows(), curves())
     losses, difference, gates = ({line.get_label(): line for line in axes.lines} for axes in drawn["curves"].axes)
-    assert list(losses) == list(difference) == ["dense", "together-0.9"] and list(gates) == ["together-0.9", "after"]
+    together, after = "together, sparsity 0.9", "after, gates alone"
+    assert (list(losses), list(difference), list(gates)) == (["dense"], [together], [together, after])
+    assert {text.get_text() for text in drawn["curves"].axes[2].texts} == {together, after}
     # 5 % of 60 records are 3.
     expected = [3 + sum(1 / s for s in range(max(1, step - 2), step + 1)) / min(step, 3) for step in range(1, 61)]
     assert losses["dense"].get_xdata() == pytest.approx(range(1, 61))
     assert losses["dense"].get_ydata() == pytest.approx(expected)
-    assert difference["together-0.9"].get_ydata() == pytest.approx([0.25] * 60)
-    assert len({str(line.get_color()) for line in losses.values()}) == 2
+    assert difference[together].get_ydata() == pytest.approx([0.25] * 60)
+    assert len({(str(line.get_color()), line.get_linestyle()) for line in gates.values()}) == 2
+    # 1 / step from step 7 on, after a tenth of the steps, with 8 % of that range on each side.
+    top, bottom = (np.mean([1 / s for s in steps]) for steps in ((5, 6, 7), (58, 59, 60)))
+    expected = bottom - 0.08 * (top - bottom), top + 0.08 * (top - bottom)
+    assert drawn["curves"].axes[2].get_ylim() == pytest.approx(expected)
+
+
+def test_names_of_runs_are_words_and_tell_of_rising_sparsity() -> None:
+    def label(name: str, *sparsities: float) -> str:
+        return Curve(name, [{"step": i, "sparsity": s} for i, s in enumerate(sparsities)]).label
+
+    assert label("together-0.9-every4", 0.901, 0.901) == "together, sparsity 0.9, every 4"
+    assert label("annealed", 0.0, 0.4, 0.89) == "annealed, sparsity 0 to 0.89"
+    assert label("lr_0.1", 0.5) == "lr, 0.1" and label("dense", 0.0) == "dense"
+
+
+def distilled(steps: int) -> str:
+    records = []
+    for step in range(1, steps + 1):
+        layers = {"1": 1 / step, "0": 3 / step, "10": 5 / step}
+        records.append({"step": step, "loss": 3 / step, "layer_loss": layers, "tokens_per_second": 1.0})
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_distillation_draws_the_loss_of_its_gates_and_of_each_layer(tmp_path: Path, monkeypatch) -> None:
+    drawn = {}
+    monkeypatch.setattr(style, "save", lambda figure, folder, name: drawn.setdefault(name, figure) and [])
+    log = tmp_path / "gates" / "training.jsonl"
+    log.parent.mkdir()
+    log.write_text(distilled(20))
+    write_report([log], tmp_path / "out")
+    whole, layers, bar = drawn["curves"].axes
+    (line,) = whole.lines
+    assert line.get_label() == "gates" and line.get_ydata() == pytest.approx([3 / s for s in range(1, 21)])
+    assert whole.get_ylabel() == "loss of the gates, nats a row"
+    by_layer = {line.get_label(): line.get_ydata() for line in layers.lines}
+    assert list(by_layer) == ["layer 0", "layer 1", "layer 10"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h1>Block-sparse attention</h1>" in page and "Fine-tuning" not in page
+    assert by_layer["layer 10"] == pytest.approx([5 / s for s in range(1, 21)])
+    assert [tick.get_text() for tick in bar.get_yticklabels()] == ["0", "1", "10"]
+    # Beside a run of fine-tuning it is one with gates alone.
+    (tmp_path / "curves.jsonl").write_text(curves())
+    drawn.clear()
+    write_report([log, tmp_path / "curves.jsonl"], tmp_path / "both")
+    assert drawn["curves"].axes[2].lines[0].get_label() == "gates, gates alone"
 
 
 def test_page_holds_curves_and_tables_of_finetuned_models(tmp_path: Path) -> None:

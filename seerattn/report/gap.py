@@ -1,0 +1,49 @@
+"""The share of the gap in perplexity from streaming (0) to the oracle (1) that a way of choosing blocks closes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from seerattn.eval.results import Result
+from seerattn.report.select import kind, reached, realised, same_density
+
+
+class Closed(NamedTuple):
+    """What one perplexity amounts to between those of streaming and of the oracle.
+
+    Attributes:
+        share: 0 is streaming, 1 the oracle.
+        ends: realised density of streaming, where it is not that of the row, so that the share is none at equal
+            density; None where it is.
+    """
+
+    share: float
+    ends: float | None
+
+
+def closed(row: Result, results: Iterable[Result]) -> Closed | None:
+    """The gap that a row closes at its nominal density.
+
+    Args:
+        row: a perplexity.
+        results: perplexities that it may stand in a table with; those of its own context count.
+
+    Returns:
+        None for the dense model and the ends themselves, and where there is no gap: an end was not measured, or the
+        oracle is not better than streaming at one density.
+    """
+    if kind(row) in ("dense", "oracle") or row.arm == "streaming" or row.value is None:
+        return None
+    ends = {r.arm: r for r in results if (r.context, r.density) == (row.context, row.density) and r.value is not None}
+    floor, ceiling = ends.get("streaming"), ends.get("oracle")
+    if floor is None or ceiling is None or floor.value <= ceiling.value or not _equal(floor, ceiling):
+        return None
+    share = (floor.value - row.value) / (floor.value - ceiling.value)
+    return Closed(share, None if _equal(row, floor) else realised([floor]))
+
+
+def _equal(one: Result, other: Result) -> bool:
+    """Whether two results of one nominal density may be compared: both reached it, or both missed it alike."""
+    densities = realised([one]), realised([other])
+    return (reached([one]) and reached([other])) or (None not in densities and same_density(*densities))
