@@ -9,6 +9,7 @@ import typer
 
 from seerattn.cli.gate_form import gate_config, parse_layers, with_gate_form
 from seerattn.cli.training import (
+    LOSSES,
     TRAINING,
     BatchSizeOption,
     ContextOption,
@@ -57,7 +58,7 @@ def distill(
     ] = "auto",
     resume: ResumeOption = False,
     dry_run: DryRunOption = False,
-    loss: Annotated[str, typer.Option(help="kl, mse or smooth_l1.", rich_help_panel=_ABOUT)] = "kl",
+    loss: Annotated[str, typer.Option(help=f"{LOSSES}.", rich_help_panel=_ABOUT)] = "kl",
     row_weight: Annotated[
         str,
         typer.Option(help="uniform, or mass: rows count by what they leave to choose.", rich_help_panel=_ABOUT),

@@ -9,6 +9,7 @@ import typer
 
 from seerattn.cli.gate_form import gate_config, parse_layers, with_gate_form
 from seerattn.cli.training import (
+    LOSSES,
     TRAINING,
     BatchSizeOption,
     ContextOption,
@@ -63,7 +64,7 @@ def finetune(
         int, typer.Option(help="Steps from one on which gates learn to the next.", rich_help_panel=_SPARSITY)
     ] = 1,
     gate_weight: Annotated[float, typer.Option(help="Weight of the gates' loss.", rich_help_panel=_SPARSITY)] = 10.0,
-    loss: Annotated[str, typer.Option(help="Of the gates: kl, mse or smooth_l1.", rich_help_panel=_SPARSITY)] = "kl",
+    loss: Annotated[str, typer.Option(help=f"Of the gates: {LOSSES}.", rich_help_panel=_SPARSITY)] = "kl",
     row_weight: Annotated[
         str,
         typer.Option(help="uniform, or mass: rows count by what they leave to choose.", rich_help_panel=_SPARSITY),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from seerattn.eval.arms import Subject
 
 TRAINING = "Training"  # the panel of --help
+LOSSES = "kl, mse, smooth_l1, overlap or ranking"
 
 DataOption = Annotated[
     list[str], typer.Option(help=".jsonl or .txt file (also .gz, .bz2, .xz), folder, or dataset; can be repeated.")

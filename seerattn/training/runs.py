@@ -207,9 +207,11 @@ def describe_samples(samples: Samples) -> dict[str, str]:
     corpus = samples.corpus
     recall = sum(segments is None for segments in samples.plan)
     packed = sum(segments is not None and len(segments) > 1 for segments in samples.plan)
+    passes = (len(samples) - recall) * samples.context / len(corpus.tokens)
     return {
         "documents": f"{len(corpus.lengths)} with {len(corpus.tokens):,} tokens, {corpus.dropped} too short",
-        "samples": f"{len(samples)} of {samples.context} tokens: {packed} packed, {recall} recall documents",
+        "samples": f"{len(samples)} of {samples.context} tokens: {packed} packed, {recall} recall documents; "
+        f"the text {passes:,.1f} times over",
     }
 
 

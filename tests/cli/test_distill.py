@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tiny_corpus import tiny_tokenizer, write_documents, write_model
@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import seerattn
 from seerattn.cli import main
+from seerattn.cli.training import LOSSES
 from seerattn.gate import AttnGateConfig
 from seerattn.gate.attn_gate import parameter_count
 from seerattn.training.distill import DistillConfig, plan
+from seerattn.training.losses import LossKind
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, tmp_path: Path,
     count = parameter_count(AttnGateConfig.paper(), layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
     assert count == 2 * 4 * 96 * 32
     assert f"{count:,} parameters in 2 layers, fresh" in shown
+    assert "the text 0.9 times over" in shown  # 6 samples of 128 tokens
     assert "2 with 900 tokens, 0 too short" in shown and "768 tokens" in shown and "on each process" in shown
     assert list(tmp_path.iterdir()) == []
 
@@ -200,6 +203,10 @@ def test_output_that_is_taken_is_left_as_it_is(folder: Path, tmp_path: Path, cap
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"] and (
         tmp_path / "notes.txt"
     ).read_text() == "mine"
+
+
+def test_help_names_every_loss_and_no_other() -> None:
+    assert set(LOSSES.replace(" or ", ", ").split(", ")) == set(get_args(LossKind))
 
 
 def test_help_imports_no_sub_command() -> None:
