@@ -188,10 +188,15 @@ def test_every_policy_matches_the_torch_modules(policy: Policy, exclude_forced: 
     assert_equal(*both(gate, policy, q, k, make_context(215)))
 
 
-@pytest.mark.parametrize("policy", [TokenBudget(tokens=5 * 32), TopP(p=0.4), Threshold(threshold=0.2)], ids=str)
+@pytest.mark.parametrize("policy", [TokenBudget(tokens=5 * 32), TopP(p=0.43), Threshold(threshold=0.17)], ids=str)
 def test_equal_scores_are_taken_from_the_left(policy: Policy) -> None:
-    gate = make_gate(PAPER)
-    q, k = make_qk(320, 320)
+    # Halves and quarters, and 16 channels whose scale is a quarter: all products and sums are exact. Else the order of a
+    # matrix product, which is the processor's own and differs from column to column, would tell equal blocks apart.
+    gate = make_gate(replace(PAPER, q_linear=True, gate_dim=16))
+    q, k = ((2 * x).round() / 2 for x in make_qk(320, 320))
+    with torch.no_grad():
+        for weight in gate.parameters():
+            weight.copy_((4 * weight).round() / 4)
     k = k.contiguous()
     k[:, :, 64:] = k[:, :, :32].repeat(1, 1, 8, 1)  # before a rotation by nothing
     gate.inv_freq.zero_()
