@@ -31,7 +31,17 @@ def ignore_every_request_to_end(path: Path) -> None:
     time.sleep(600)
 
 
-def test_jobs_wait_for_what_they_need_and_spread_over_gpus(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(("seen", "given"), [(None, {"0", "1"}), ("4,GPU-5", {"4", "GPU-5"})])
+def test_jobs_wait_for_what_they_need_and_spread_over_gpus(
+    seen: str | None,
+    given: set[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     log = tmp_path / "logs" / "all.txt"
     jobs = [Job("third", partial(write, third), log, needs=first)]
@@ -39,7 +49,7 @@ def test_jobs_wait_for_what_they_need_and_spread_over_gpus(tmp_path: Path, capfd
     crew = Crew(jobs, at_once=2, gpus=2)
     crew.work(FOREVER)
     assert not (crew.failed or crew.waiting or crew.working)
-    assert {first.read_text(), second.read_text()} == {"0", "1"}
+    assert {first.read_text(), second.read_text()} == given
     assert third.stat().st_mtime_ns > first.stat().st_mtime_ns
     # What they print is in the log alone, that of one after that of another.
     assert sorted(log.read_text().splitlines()) == ["wrote first", "wrote second", "wrote third"]
