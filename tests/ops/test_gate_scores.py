@@ -190,8 +190,8 @@ def test_every_policy_matches_the_torch_modules(policy: Policy, exclude_forced: 
 
 @pytest.mark.parametrize("policy", [TokenBudget(tokens=5 * 32), TopP(p=0.43), Threshold(threshold=0.17)], ids=str)
 def test_equal_scores_are_taken_from_the_left(policy: Policy) -> None:
-    # Halves and quarters, and 16 channels whose scale is a quarter: all products and sums are exact. Else the order of a
-    # matrix product, which is the processor's own and differs from column to column, would tell equal blocks apart.
+    # Halves and quarters, and 16 channels whose scale is a quarter: all products and sums are exact. Else the order of
+    # a matrix product, which is the processor's own and differs from column to column, would tell equal blocks apart.
     gate = make_gate(replace(PAPER, q_linear=True, gate_dim=16))
     q, k = ((2 * x).round() / 2 for x in make_qk(320, 320))
     with torch.no_grad():
