@@ -46,7 +46,8 @@ class GateLoss(Protocol):
             rows: where ``target [B, H, R, Nk]`` does not hold all query blocks, ``rows``: int64 ``[R]``, ascending.
 
         Returns:
-            A scalar loss, averaged over whatever it counts, and scalars to log.
+            A scalar loss and scalars to log, each the mean over the sequences of what it is for one alone: a step is
+            the same however its samples are spread over micro-batches and processes.
         """
         ...
 
@@ -113,7 +114,10 @@ class GateLosses:
         segment_ids: Tensor | None,
         **rows: Tensor,
     ) -> None:
-        """Adds the loss of one layer on one batch of unpadded sequences; several calls a layer are averaged."""
+        """Adds the loss of one layer on one batch of unpadded sequences.
+
+        Several calls a layer, one for each row of a padded batch, are averaged with their tokens as weights.
+        """
         with gathered(gate):
             parameters = [p for p in gate.parameters() if p.requires_grad]
             # The gate's graph ends here. Hooks of gradient checkpointing must not see it: they would run the layer
@@ -140,11 +144,16 @@ class GateLosses:
             return torch.stack([loss.to(layers[0].device) for loss in layers]).mean()
 
     def metrics(self) -> dict[int, dict[str, Tensor]]:
-        """What `GateLoss` returned, averaged over the step, by layer; "loss" is always among it."""
-        return {
-            layer: {name: _average(rows, [r[2][name] for r in rows]) for name in rows[0][2]}
-            for layer, rows in sorted(self._rows.items())
-        }
+        """What `GateLoss` returned, averaged over the step, by layer; "loss" is always among it.
+
+        Padded rows that are too short for a metric have no part in it.
+        """
+        found: dict[int, dict[str, Tensor]] = {}
+        for layer, rows in sorted(self._rows.items()):
+            names = dict.fromkeys(name for *_, metrics in rows for name in metrics)
+            having = {name: [row for row in rows if name in row[2]] for name in names}
+            found[layer] = {name: _average(some, [row[2][name] for row in some]) for name, some in having.items()}
+        return found
 
 
 def check_whole(query: Tensor, mask: CallMask) -> None:

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from seerattn.gate import AttnGate, AttnGateConfig
@@ -16,7 +17,7 @@ from seerattn.gate.pooling import Pooled
 from seerattn.hf.mask import document_bounds
 from seerattn.selection.block_indices import forced_block_mask, num_query_blocks
 from seerattn.selection.policies import TopK
-from seerattn.training.losses import LossKind, RowWeight, gate_loss, group_target, target_recall
+from seerattn.training.losses import LossKind, RowWeight, gate_loss_sums, group_target, target_recall, weighted_mean
 
 RECALL_DENSITIES = (0.1, 0.2)
 
@@ -26,7 +27,8 @@ class LayerLoss:
     """Compares the gate of a layer with the layer's target map; see `seerattn.hf.distillation.GateLoss`.
 
     Packed documents are cut apart first, so each counts as if it were alone. Documents shorter than two blocks leave
-    nothing to choose and do not count.
+    nothing to choose and do not count. Every sample weighs the same: the loss is the mean over the query-block rows of
+    a sample, all its documents together, then over the samples.
 
     Attributes:
         loss: see `gate_loss`.
@@ -63,81 +65,104 @@ class LayerLoss:
         Returns:
             The loss, and with ``measure`` the recall of the target at `RECALL_DENSITIES` by the gate ("recall@0.1")
             and by the best blocks of every head ("oracle_recall@0.1"); forced blocks included, averaged over heads
-            and documents.
+            and the documents of a sample, then over the samples that have documents to measure.
 
         Raises:
             ValueError: a document begins within a block.
         """
-        config = gate.config
-        if segment_ids is None:
-            scores, lengths = gate.forward(q, k, rows), [q.length] * len(q.features)
-            numbers = torch.arange(scores.shape[2]) if rows is None else rows
-            numbers = numbers.expand(len(lengths), -1).to(target.device)
-        else:
-            scores, target, lengths, numbers = _cut_apart(gate, q, k, target, segment_ids, rows)
-        wanted = group_target(target, gate.mask_heads).clone()
-        tokens = torch.tensor(lengths, device=target.device)
-        blocks = -(-tokens // config.block_q)
-        first = torch.where(tokens < _least(config), blocks, (self.drop_rows * blocks.double()).long())
-        wanted = wanted.masked_fill((numbers < first[:, None])[:, None, :, None], 0.0)
+        config, measured = gate.config, self.measure and rows is None
+        losses, recalls = [], []
+        for sample in range(len(target)):
+            sums, found = [], []
+            for document in _documents(config, q, k, target, segment_ids, rows, sample):
+                # Also those that do not count, so that the loss always has a graph.
+                scores = gate.forward(document.q, document.k, document.rows)
+                sums.append(self._sums(gate, scores, document))
+                if measured and document.counts(config):
+                    found.append(_recalls(scores.detach(), document, config))
+            total, weight = (torch.cat(parts).sum() for parts in zip(*sums))
+            losses.append(weighted_mean(total, weight))
+            recalls += [_means(found)] if found else []
+        return torch.stack(losses).mean(), _means(recalls) if recalls else {}
+
+    def _sums(self, gate: AttnGate, scores: Tensor, document: _Document) -> tuple[Tensor, Tensor]:
+        """See `gate_loss_sums`."""
+        config, device = gate.config, scores.device
+        blocks = num_query_blocks(0, document.length, config.block_q)
+        dropped = int(self.drop_rows * blocks) if document.counts(config) else blocks
+        rows = torch.arange(blocks) if document.rows is None else document.rows
+        first = int((rows < dropped).sum())
         ignore = None
         if config.exclude_forced:
-            # Of the host's numbers: reading them from the device would wait for it in every layer.
-            grid = (num_query_blocks(0, max(lengths), config.block_q), target.shape[3], config.block_q, config.block_k)
-            forced = forced_block_mask(torch.zeros_like(tokens), tokens, *grid)
-            ignore = forced[torch.arange(len(tokens), device=target.device)[:, None], numbers][:, None]
-        loss = gate_loss(scores, wanted, ignore=ignore, kind=self.loss, row_weight=self.row_weight)
-        measured = self.measure and rows is None
-        return loss, _recalls(scores.detach(), target, lengths, config) if measured else {}
+            # Made on the device: a copy of the whole map from the host would wait for it.
+            start, tokens = (torch.full((1,), n, device=device) for n in (0, document.length))
+            forced = forced_block_mask(start, tokens, blocks, scores.shape[3], config.block_q, config.block_k)
+            ignore = forced[:, None, rows[first:].to(device)]
+        scores, target = (x[:, :, first:] for x in (scores, group_target(document.target, gate.mask_heads)))
+        return gate_loss_sums(scores, target, ignore=ignore, kind=self.loss, row_weight=self.row_weight)
 
 
-def _least(config: AttnGateConfig) -> int:
-    """Tokens of the shortest document that leaves something to choose."""
-    return 2 * max(config.block_q, config.block_k)
+@dataclass(frozen=True, eq=False)
+class _Document:
+    """A document of one sample, on its own.
+
+    Attributes:
+        q: its queries.
+        k: its keys.
+        target: its map ``[1, H, R, Nk]``.
+        rows: int64 ``[R]``, its query blocks that the map holds, on the host; None for all.
+    """
+
+    q: Pooled
+    k: Pooled
+    target: Tensor
+    rows: Tensor | None
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return self.q.length
+
+    def counts(self, config: AttnGateConfig) -> bool:
+        """Whether it leaves something to choose."""
+        return self.length >= 2 * max(config.block_q, config.block_k)
 
 
-def _cut_apart(
-    gate: AttnGate, q: Pooled, k: Pooled, target: Tensor, segment_ids: Tensor, rows: Tensor | None
-) -> tuple[Tensor, Tensor, list[int], Tensor]:
-    """Scores and maps of single documents, padded to the largest, the documents' lengths, and the numbers ``[N, R]``
-    of their query blocks."""
-    block_q, block_k = gate.config.block_q, gate.config.block_k
-    places = torch.arange(target.shape[2]) if rows is None else rows.cpu()
-    scores, targets, lengths, numbers = [], [], [], []
-    for row, ids in enumerate(segment_ids):
-        for begin, end in document_bounds(ids, block_q, block_k):
-            blocks = slice(begin // block_q, -(-end // block_q))
-            held = (places >= blocks.start) & (places < blocks.stop)
-            if not held.any():
-                continue
-            own = places[held] - blocks.start
-            part = q.cut(row, begin, end), k.cut(row, begin, end), None if rows is None else own
-            scores.append(gate.forward(*part))
-            seen = slice(begin // block_k, -(-end // block_k))
-            targets.append(target[row : row + 1, :, held.to(target.device), seen])
-            numbers.append(own)
-            lengths.append(end - begin)
-    padded = torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True).to(target.device)
-    return _stack(scores, -torch.inf), _stack(targets, 0.0), lengths, padded
-
-
-def _stack(maps: list[Tensor], fill: float) -> Tensor:
-    height, width = (max(m.shape[axis] for m in maps) for axis in (2, 3))
-    return torch.cat([F.pad(m, (0, width - m.shape[3], 0, height - m.shape[2]), value=fill) for m in maps])
+def _documents(
+    config: AttnGateConfig,
+    q: Pooled,
+    k: Pooled,
+    target: Tensor,
+    segment_ids: Tensor | None,
+    rows: Tensor | None,
+    sample: int,
+) -> Iterator[_Document]:
+    """The documents of a sample of which the map holds rows."""
+    block_q, block_k = config.block_q, config.block_k
+    held = range(target.shape[2]) if rows is None else rows.tolist()
+    bounds = [(0, q.length)] if segment_ids is None else document_bounds(segment_ids[sample], block_q, block_k)
+    for begin, end in bounds:
+        first, last = (bisect_left(held, -(-token // block_q)) for token in (begin, end))
+        if first == last:
+            continue
+        own = None if rows is None else rows[first:last].cpu() - begin // block_q
+        seen = slice(begin // block_k, -(-end // block_k))
+        part = target[sample : sample + 1, :, first:last, seen]
+        yield _Document(q.cut(sample, begin, end), k.cut(sample, begin, end), part, own)
 
 
 @torch.no_grad()
-def _recalls(scores: Tensor, target: Tensor, lengths: list[int], config: AttnGateConfig) -> dict[str, Tensor]:
-    rows = [row for row, length in enumerate(lengths) if length >= _least(config)]
-    found: dict[str, list[Tensor]] = {}
-    for row in rows:
-        num_q, num_k = num_query_blocks(0, lengths[row], config.block_q), -(-lengths[row] // config.block_k)
-        truth, predicted = (m[row : row + 1, :, :num_q, :num_k] for m in (target, scores))
-        geometry = {"q_start": 0, "q_len": lengths[row], "block_q": config.block_q, "block_k": config.block_k}
-        for density in RECALL_DENSITIES:
-            policy = TopK(density=density)
-            chosen = policy.select(predicted, forced_scored=not config.exclude_forced, **geometry)
-            best = policy.select(truth, **geometry)
-            for name, blocks in (("recall", chosen), ("oracle_recall", best)):
-                found.setdefault(f"{name}@{density}", []).append(target_recall(blocks.to_mask(), truth).mean())
-    return {name: torch.stack(values).mean() for name, values in found.items()}
+def _recalls(scores: Tensor, document: _Document, config: AttnGateConfig) -> dict[str, Tensor]:
+    geometry = {"q_start": 0, "q_len": document.length, "block_q": config.block_q, "block_k": config.block_k}
+    found = {}
+    for density in RECALL_DENSITIES:
+        policy = TopK(density=density)
+        chosen = policy.select(scores, forced_scored=not config.exclude_forced, **geometry)
+        best = policy.select(document.target, **geometry)
+        for name, blocks in (("recall", chosen), ("oracle_recall", best)):
+            found[f"{name}@{density}"] = target_recall(blocks.to_mask(), document.target).mean()
+    return found
+
+
+def _means(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([values[name] for values in found]).mean() for name in found[0]}

@@ -48,7 +48,8 @@ def gate_loss(
     """Loss of gate scores against the target map, summed over key blocks and averaged over query-block rows.
 
     Summing over keys keeps the scale of the loss, and so of its gradient, independent of the length of the context;
-    the official code averages over both.
+    the official code averages over both. Rows are averaged sample by sample, then samples, so that the loss of a batch
+    is the mean of the losses of its samples alone.
 
     Args:
         scores: logits over key blocks ``[B, Hm, Nq, Nk]``, -inf where nothing is causal.
@@ -63,7 +64,24 @@ def gate_loss(
             whose forced blocks hold everything teaches nothing.
 
     Returns:
-        Scalar; 0 if no row counts.
+        Scalar; a sample in which no row counts has loss 0.
+    """
+    return weighted_mean(*gate_loss_sums(scores, target, ignore=ignore, kind=kind, row_weight=row_weight)).mean()
+
+
+def gate_loss_sums(
+    scores: Tensor,
+    target: Tensor,
+    *,
+    ignore: Tensor | None = None,
+    kind: LossKind = "kl",
+    row_weight: RowWeight = "uniform",
+) -> tuple[Tensor, Tensor]:
+    """What `gate_loss` divides, for samples that come in pieces; arguments are its own.
+
+    Returns:
+        By sample, ``[B]`` each: the losses of its query-block rows times their weights, summed, and the sum of the
+        weights.
     """
     if kind not in get_args(LossKind):
         raise ValueError(f"kind must be one of {list(get_args(LossKind))}, got {kind!r}")
@@ -78,25 +96,24 @@ def gate_loss(
     target = target / mass.clamp_min(torch.finfo(target.dtype).tiny)[..., None]
     # A finite fill keeps rows with nothing left free of NaN, forward and backward; their weight is zero.
     log_p = scores.masked_fill(hidden, -1e30).log_softmax(-1)
-    if kind in ("overlap", "ranking"):
+    if kind == "overlap":
         best, is_best = _best_blocks(target, ~hidden)
-        if kind == "overlap":
-            per_row = -log_p.gather(-1, best).masked_fill(~is_best, -1e30).logsumexp(-1)
-        else:
-            per_row = _ranking(scores.masked_fill(hidden, 0.0), hidden, best, is_best)
-        return _weighted_mean(per_row, weight)
-    if kind == "kl":
-        per_block = torch.where(target > 0, target * (target.clamp_min(1e-30).log() - log_p), 0.0)
+        per_row = -log_p.gather(-1, best).masked_fill(~is_best, -1e30).logsumexp(-1)
+    elif kind == "ranking":
+        per_row = _ranking(scores.masked_fill(hidden, 0.0), hidden, *_best_blocks(target, ~hidden))
+    elif kind == "kl":
+        per_row = torch.where(target > 0, target * (target.clamp_min(1e-30).log() - log_p), 0.0).sum(-1)
     else:
         distance = F.mse_loss if kind == "mse" else F.smooth_l1_loss
-        per_block = distance(log_p.exp(), target, reduction="none").masked_fill(hidden, 0.0)
-    return _weighted_mean(per_block.sum(-1), weight)
-
-
-def _weighted_mean(per_row: Tensor, weight: Tensor) -> Tensor:
+        per_row = distance(log_p.exp(), target, reduction="none").masked_fill(hidden, 0.0).sum(-1)
     # Rows without weight may hold anything finite or not, and must not reach the sum.
-    total = torch.where(weight > 0, per_row * weight, 0.0).sum()
-    return total / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+    total = torch.where(weight > 0, per_row * weight, 0.0)
+    return total.sum((1, 2)), weight.sum((1, 2))
+
+
+def weighted_mean(total: Tensor, weight: Tensor) -> Tensor:
+    """Sums of weighted values over the sums of their weights; 0 where nothing counts."""
+    return total / weight.clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def _best_blocks(target: Tensor, open_blocks: Tensor) -> tuple[Tensor, Tensor]:

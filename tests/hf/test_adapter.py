@@ -338,6 +338,31 @@ def test_training_on_a_padded_batch_sees_the_rows_as_if_alone() -> None:
                 assert a.shape == b.shape and (a - b).abs().max() < 1e-6
 
 
+def test_loss_of_a_padded_batch_is_the_mean_of_its_rows_alone_by_their_tokens() -> None:
+    model = seerattn.attach(tiny_model("llama", torch.float64), GATE).train()
+    ids, starts = tokens(3, 130), (0, 37, 98)
+    mask = torch.stack([torch.arange(130) >= start for start in starts]).long()
+
+    def learn(**inputs: Tensor) -> tuple[list[Tensor], list[float]]:
+        model.zero_grad()
+        losses = GateLosses(cross_entropy)
+        model(**inputs, gate_losses=losses, use_cache=False)
+        losses.total().backward()
+        parameters = [p for state in layer_states(model) for p in state.gate.parameters()]
+        logged = [metrics[name] for metrics in losses.metrics().values() for name in ("loss", "rows")]
+        return [losses.total().detach(), *(p.grad.clone() for p in parameters)], list(map(float, logged))
+
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found, logged = learn(input_ids=ids, attention_mask=mask, position_ids=positions)
+    alone, logged_alone = zip(*(learn(input_ids=row[None, start:]) for row, start in zip(ids, starts)))
+    weights = [(130 - start) / (3 * 130 - sum(starts)) for start in starts]
+    for x, *parts in zip(found, *alone):
+        expected = sum(weight * part for weight, part in zip(weights, parts))
+        assert (x - expected).norm() <= 1e-5 * expected.norm()
+    for x, *parts in zip(logged, *logged_alone):
+        assert x == pytest.approx(sum(weight * part for weight, part in zip(weights, parts)), rel=1e-6)
+
+
 def test_training_on_packed_documents_sees_no_attention_across_them() -> None:
     model = seerattn.attach(tiny_model("llama", torch.float64), GATE).train()
     ids = tokens(1, 192)

@@ -24,6 +24,8 @@ from seerattn.hf.attention import layer_states
 from seerattn.hf.distillation import GateLosses
 from seerattn.hf.finetuning import SparseTraining
 from seerattn.hf.head import head_losses
+from seerattn.ops.block_sparse_attention import block_sparse_attention
+from seerattn.selection.block_indices import BlockIndices
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.objective import Objective, is_gate
 
@@ -147,21 +149,23 @@ def token_masks(
     sparse: SparseTraining, documents: tuple[tuple[int, ...], ...] | None, length: int
 ) -> dict[int, Tensor]:
     """The tokens that each layer's lists let see each other, bool ``[B, H, S, S]``."""
+
+    def tiles(blocks: BlockIndices) -> Tensor:
+        mask = blocks.to_mask().repeat_interleave(4 // blocks.num_heads, 1)
+        return mask.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
+
     found = {}
     for layer, lists in sparse.blocks.items():
-        rows = []
-        for blocks, lengths in zip(lists, documents or [None] * len(lists)):
-            masks = blocks.to_mask().repeat_interleave(4 // blocks.num_heads, 1)
-            tiles = masks.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
-            if lengths is None:
-                rows.append(tiles[:, :, :length, :length])
-            else:
-                whole = torch.zeros(1, 4, length, length, dtype=torch.bool)
-                for number, n in enumerate(lengths):
-                    part = slice(sum(lengths[:number]), sum(lengths[:number]) + n)
-                    whole[0, :, part, part] = tiles[number, :, :n, :n]
-                rows.append(whole)
-        found[layer] = torch.cat(rows).expand(2, -1, -1, -1) & torch.ones(length, length).tril().bool()
+        if documents is None:
+            rows = [tiles(lists[0][0])[:, :, :length, :length]]
+        else:
+            rows = []
+            for groups, lengths in zip(lists, documents, strict=True):
+                # No two documents of a row are of equal length.
+                masks = {int(n): mask for blocks in groups for n, mask in zip(blocks.q_len, tiles(blocks))}
+                parts = [masks[n][:, :n, :n] for n in lengths]
+                rows.append(torch.stack([torch.block_diag(*(part[head] for part in parts)) for head in range(4)])[None])
+        found[layer] = torch.cat(rows).expand(2, -1, -1, -1).bool() & torch.ones(length, length).tril().bool()
     return found
 
 
@@ -218,6 +222,91 @@ def test_training_attends_as_inference_does_and_packed_documents_as_alone() -> N
                 torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
                 dense = objective.model(part[None], seer_training=training(1.0), use_cache=False).logits[0]
                 assert len(part) < 6 * BLOCK or (dense - expected).abs().max() > 0.1
+
+
+def test_gradients_of_packed_documents_match_the_documents_alone() -> None:
+    """In fp64, with one document far longer than the others, so that a row is attended to in several calls."""
+    objective = trainable(seerattn.attach(tiny_model("llama", dtype=torch.float64), FORM))
+    rows = ((2 * BLOCK, 11 * BLOCK, BLOCK, 3 * BLOCK), (3 * BLOCK, 6 * BLOCK, 2 * BLOCK, 2 * BLOCK, 3 * BLOCK + 32))
+    at = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+    ids, generator = tokens(*at.shape), torch.Generator().manual_seed(0)
+    weights = torch.randn(*ids.shape, 97, generator=generator, dtype=torch.float64)
+    sparse = training(0.4, loss_fn=None)
+    logits = objective.model(ids, position_ids=at, seer_training=sparse, use_cache=False).logits
+    assert [[len(blocks.q_len) for blocks in groups] for groups in sparse.blocks[0]] == [[2, 1, 1], [3, 2]]
+    (logits * weights).sum().backward()
+    found = {name: grad.clone() for name, grad in gradients(objective).items()}
+    objective.zero_grad()
+    densities = []
+    for row, lengths, weight, together in zip(ids, rows, weights, logits):
+        counted = []
+        for part, w, expected in zip(row.split(lengths), weight.split(lengths), together.split(lengths)):
+            alone = training(0.4, loss_fn=None)
+            out = objective.model(part[None], seer_training=alone, use_cache=False).logits[0]
+            assert (out - expected).abs().max() < 1e-12
+            (out * w).sum().backward()
+            counted.append(alone.blocks)
+        for layer in (0, 1):
+            kept = sum(int(blocks[layer][0][0].counts.sum()) for blocks in counted)
+            densities.append(kept / sum(4 * n * (n + 1) / 2 for n in (size // BLOCK for size in lengths)))
+    # What is counted of a batch is the mean over its samples, though the first has more causal blocks.
+    assert sparse.meter.layers == [0, 1] and sparse.meter.mean() == pytest.approx(sum(densities) / 4, rel=1e-12)
+    assert abs(densities[0] - densities[2]) > 0.02
+    for parameter, grad in gradients(objective).items():
+        assert (found[parameter] - grad).norm() <= 1e-12 * grad.norm(), parameter
+
+
+def test_lists_of_long_and_short_documents_stay_near_those_of_each_alone() -> None:
+    objective = gated()
+    lengths = [2 * BLOCK] * 20 + [40 * BLOCK] + [3 * BLOCK, 5 * BLOCK] * 6
+    at = torch.cat([torch.arange(n) for n in lengths])[None]
+    ids = tokens(*at.shape)
+    sparse = training(0.2, loss_fn=None)
+    with torch.no_grad():
+        objective.model(ids, position_ids=at, seer_training=sparse, use_cache=False)
+        alone = []
+        for part in ids.split(lengths, 1):
+            alone.append(training(0.2, loss_fn=None))
+            objective.model(part, seer_training=alone[-1], use_cache=False)
+
+    def entries(*parts: BlockIndices) -> int:
+        return sum(blocks.indices.numel() for blocks in parts)
+
+    def area(*parts: BlockIndices) -> int:
+        """Of the map that the backward pass makes of the lists."""
+        return sum(blocks.counts.numel() * blocks.num_k_blocks for blocks in parts)
+
+    for layer in (0, 1):
+        own = [each.blocks[layer][0][0] for each in alone]
+        (groups,) = sparse.blocks[layer]
+        for size in (entries, area):
+            assert size(*own) <= size(*groups) < 1.5 * size(*own)
+            assert size(BlockIndices.stack(own)) > 10 * size(*own)
+
+
+def test_documents_of_similar_length_are_attended_to_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, ...]] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *args, **options) -> Tensor:
+        seen.append((q, k, v))
+        return block_sparse_attention(q, k, v, *args, **options)
+
+    monkeypatch.setattr("seerattn.hf.finetuning.block_sparse_attention", attend)
+    inputs: list[tuple[Tensor, ...]] = []
+
+    class Watching(SparseTraining):
+        def attend(self, query: Tensor, key: Tensor, value: Tensor, *args) -> Tensor | None:
+            inputs.append((query, key, value))
+            return super().attend(query, key, value, *args)
+
+    for lengths in ([7 * BLOCK + 5], [4 * BLOCK, 7 * BLOCK, 5 * BLOCK]):
+        at = torch.cat([torch.arange(n) for n in lengths])[None]
+        numbers = (at == 0).cumsum(1) - 1
+        sparse = Watching(density=0.5, loss_fn=None, segment_ids=numbers)
+        gated().model(tokens(*at.shape), position_ids=at, seer_training=sparse, use_cache=False)
+    assert len(seen) == len(inputs) == 4
+    for ours, theirs in zip(seen, inputs):
+        assert all(x.data_ptr() == y.data_ptr() and x.shape == y.shape for x, y in zip(ours, theirs))
 
 
 def test_loss_on_all_rows_matches_distillation() -> None:

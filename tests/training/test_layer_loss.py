@@ -16,6 +16,7 @@ from seerattn.hf.distillation import GateLosses
 from seerattn.training.layer_loss import LayerLoss
 
 BLOCK = 32
+FORM = AttnGateConfig(block_q=BLOCK, block_k=BLOCK, query_subblocks=4, key_subblocks=2)
 
 
 def gates_of(model: nn.Module) -> list[AttnGate]:
@@ -182,6 +183,60 @@ def test_packed_documents_match_the_same_documents_alone(form: str) -> None:
             part = seen["packed"][layer][:, :, begin : begin + size, begin : begin + size]
             torch.testing.assert_close(part, seen["alone"][2 * index + layer], rtol=1e-5, atol=1e-7)
             begin += size
+
+
+@pytest.mark.parametrize("row_weight", ["uniform", "mass"])
+@pytest.mark.parametrize("some_rows", [False, True])
+def test_loss_and_recall_of_a_batch_are_the_means_of_its_samples_alone(some_rows: bool, row_weight: str) -> None:
+    # One sample whole, two packed with other numbers of rows that count, and one of which no document counts.
+    samples = [[12], [1, 6, 5], [1, 1, 7, 2, 1], [1] * 12]
+    ids = torch.stack([torch.cat([torch.full((n * BLOCK,), i) for i, n in enumerate(row)]) for row in samples])
+    generator = torch.Generator().manual_seed(0)
+    gate = AttnGate(FORM, num_heads=4, num_kv_heads=2, head_dim=32, inv_freq=torch.ones(16))
+    q, k = (torch.randn(len(ids), n, ids.shape[1], 32, generator=generator) for n in (4, 2))
+    target = torch.rand(len(ids), 4, 12, 12, generator=generator).tril()
+    target = target * (ids[:, None, ::BLOCK, None] == ids[:, None, None, ::BLOCK])
+    target = target / target.sum(-1, keepdim=True)
+    rows = {"rows": torch.tensor([1, 3, 4, 8, 9, 10])} if some_rows else {}
+    loss_fn = LayerLoss(measure=True, drop_rows=0.2, row_weight=row_weight)
+
+    def learn(*batch: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        at = list(batch)
+        pooled = (
+            Pooled(pool_blocks(x[at], size=size, start=0, kinds=kinds), size, 0, x.shape[2])
+            for x, size, kinds in ((q, FORM.q_size, FORM.q_pooling), (k, FORM.k_size, FORM.k_pooling))
+        )
+        held = target[at][:, :, rows["rows"]] if some_rows else target[at]
+        loss, metrics = loss_fn(gate, *pooled, held, None if at == [0] else ids[at], **rows)
+        (gradient,) = torch.autograd.grad(loss, gate.k_weight)
+        return loss.detach(), gradient, metrics
+
+    losses, grads, metrics = zip(*(learn(sample) for sample in range(4)))
+    assert losses[3] == 0 and not grads[3].any() and not metrics[3]
+    assert len(set(map(float, losses))) == 4
+    loss, gradient, recalls = learn(0, 1, 2, 3)
+    torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, torch.stack(grads).mean(0), rtol=1e-4, atol=1e-8)
+    assert len(recalls) == (0 if some_rows else 4)
+    for name, value in recalls.items():
+        measured = torch.stack([metrics[sample][name] for sample in range(3)])
+        torch.testing.assert_close(value, measured.mean(), rtol=1e-6, atol=0)
+
+
+def test_padded_row_too_short_to_measure_has_no_part_in_the_recall() -> None:
+    model = seerattn.attach(tiny_model("llama"), FORM)
+    ids = tokens(2, 12 * BLOCK)
+    mask = torch.ones_like(ids)
+    mask[1, BLOCK + 3 :] = 0
+    mask = mask.flip(1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for order in ([0, 1], [1, 0]):
+        batch = {"input_ids": ids[order], "attention_mask": mask[order], "position_ids": positions[order]}
+        found = run(model, LayerLoss(measure=True), **batch).metrics()
+        for layer, alone in run(model, LayerLoss(measure=True), input_ids=ids[:1]).metrics().items():
+            assert found[layer].keys() == alone.keys() and len(alone) == 5
+            for name in alone.keys() - {"loss"}:
+                torch.testing.assert_close(found[layer][name], alone[name], rtol=1e-5, atol=0)
 
 
 def test_packed_documents_within_a_block_are_rejected() -> None:

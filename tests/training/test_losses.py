@@ -52,8 +52,9 @@ def test_loss_matches_a_loop_over_rows(kind, row_weight, forced, n) -> None:
     scores, target = maps(n=n)
     ignore = torch.eye(n, dtype=torch.bool) if forced else torch.zeros(n, n, dtype=torch.bool)
     ignore[:, 0] |= forced
-    total, weights = 0.0, 0.0
+    samples = []
     for b in range(B):
+        total, weights = 0.0, 0.0
         for h in range(H):
             for i in range(n):
                 use = causal(n)[i] & ~ignore[i]
@@ -64,8 +65,9 @@ def test_loss_matches_a_loop_over_rows(kind, row_weight, forced, n) -> None:
                 weight = mass if row_weight == "mass" else 1.0
                 total += weight * row_loss(scores[b, h, i][use], t / mass, kind)
                 weights += weight
+        samples.append(total / weights)
     got = gate_loss(scores, target, ignore=ignore, kind=kind, row_weight=row_weight)
-    assert float(got) == pytest.approx(total / weights, rel=1e-5)
+    assert float(got) == pytest.approx(sum(samples) / B, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,6 +100,19 @@ def test_kl_does_not_change_with_the_length_of_a_uniform_map() -> None:
 def test_no_rows_at_all_cost_nothing() -> None:
     scores, target = maps()
     assert float(gate_loss(scores, torch.zeros_like(target))) == 0.0
+
+
+@pytest.mark.parametrize("row_weight", ["uniform", "mass"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_of_a_batch_is_the_mean_of_its_samples_alone(kind, row_weight) -> None:
+    scores, target = maps()
+    target[0, :, 2:] = 0  # few rows count
+    alone = [gate_loss(scores[b : b + 1], target[b : b + 1], kind=kind, row_weight=row_weight) for b in range(B)]
+    got = gate_loss(scores, target, kind=kind, row_weight=row_weight)
+    assert float(got) == pytest.approx(float(sum(alone)) / B, rel=1e-6) and float(alone[0]) != float(alone[1])
+    target[0] = 0
+    got = gate_loss(scores, target, kind=kind, row_weight=row_weight)
+    assert float(got) == pytest.approx(float(alone[1]) / B, rel=1e-6)
 
 
 def test_group_target_is_the_normalised_maximum_of_the_group() -> None:
