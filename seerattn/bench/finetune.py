@@ -31,7 +31,6 @@ from seerattn.hf.mask import make_mask
 from seerattn.ops.pooled_attention import pooled_targets
 from seerattn.selection.block_indices import num_query_blocks
 from seerattn.selection.policies import TopK
-from seerattn.training.finetune import FinetuneConfig
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.objective import Objective, is_gate
 
@@ -226,7 +225,7 @@ def random_batch(size: Size, tokens: int, device: torch.device) -> dict[str, Ten
 def losses(objective: Objective, batch: dict[str, Tensor], training: SparseTraining | None) -> tuple[Tensor, Tensor]:
     """What a step of `seerattn finetune` minimises, and the language-model loss in it."""
     loss, gate_loss = objective(**batch, sparse=training)
-    return loss if gate_loss is None else loss + FinetuneConfig.gate_weight * gate_loss, loss.detach()
+    return loss if gate_loss is None else loss + gate_loss, loss.detach()
 
 
 def layer_step(

@@ -63,7 +63,6 @@ def finetune(
     target_every: Annotated[
         int, typer.Option(help="Steps from one on which gates learn to the next.", rich_help_panel=_SPARSITY)
     ] = 1,
-    gate_weight: Annotated[float, typer.Option(help="Weight of the gates' loss.", rich_help_panel=_SPARSITY)] = 10.0,
     loss: Annotated[str, typer.Option(help=f"Of the gates: {LOSSES}.", rich_help_panel=_SPARSITY)] = "kl",
     row_weight: Annotated[
         str,
@@ -116,7 +115,6 @@ def finetune(
         context_factor=context_factor,
         target_share=target_share,
         target_every=target_every,
-        gate_weight=gate_weight,
         loss=loss,
         row_weight=row_weight,
         lr=lr,

@@ -99,6 +99,7 @@ class Plan:
             "base_model": adapter.base_model,
             "gate": adapter.gate,
             "layers": adapter.layers,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "config": asdict(self.config),
             "data": list(self.samples.corpus.sources),
             "data_hash": self.samples.corpus.fingerprint(),

@@ -60,8 +60,7 @@ class FinetuneConfig(RunConfig):
         context_factor: extends the model's context so many times with YaRN.
         target_share: share of the query blocks whose attention map is computed for the gates to learn from.
         target_every: steps from one on which the gates learn to the next.
-        gate_weight: of the gates' loss beside the language-model loss.
-        gate_lr: peak learning rate of the gates.
+        gate_lr: peak learning rate of the gates. The two losses need no other balance, see `FinetuneTrainer`.
         gradient_checkpointing: run layers again in the backward pass in place of keeping what they computed.
         autocast: compute in bfloat16 on an accelerator where the weights are fp32.
     """
@@ -74,7 +73,6 @@ class FinetuneConfig(RunConfig):
     context_factor: float = 1.0
     target_share: float = 0.1
     target_every: int = 1
-    gate_weight: float = 10.0
     gate_lr: float = 1e-3
     gradient_checkpointing: bool = True
     autocast: bool = True
@@ -91,7 +89,7 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"context_factor must be at least 1, got {self.context_factor}")
         if self.target_every < 1:
             raise ValueError(f"target_every must be at least 1, got {self.target_every}")
-        for name in ("context_factor", "gate_weight", "gate_lr"):
+        for name in ("context_factor", "gate_lr"):
             check_positive(name, getattr(self, name))
 
     def sparsity_at(self, step: int) -> float:
@@ -136,6 +134,8 @@ class Plan:
         facts = {
             "kind": "finetune",
             "model": self.model.config.name_or_path,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "autocasts": self.autocasts,
             "config": asdict(self.config),
             "data": list(self.samples.corpus.sources),
             "data_hash": self.samples.corpus.fingerprint(),
@@ -161,7 +161,7 @@ class Plan:
                 "form": form,
                 "sparsity": f"{config.sparsity:g}{rising}",
                 "targets": f"{config.target_share:.0%} of the query blocks, every {config.target_every} step(s), "
-                f"{config.loss}, weight {config.gate_weight:g}",
+                f"{config.loss}",
             }
         rates = f"{config.lr:g}" if config.dense else f"{config.lr:g}, gates {config.gate_lr:g}"
         return shown | {
@@ -174,10 +174,13 @@ class Plan:
         }
 
     def _describe_memory(self) -> dict[str, str]:
-        # One process plans for eight with FSDP2, which is what a model that does not fit needs.
-        many = max(processes(), 8) if processes() == 1 else processes()
+        # One process plans for eight as well, with FSDP2 because a model that does not fit needs it.
+        many = 8 if processes() == 1 else processes()
+        ways = {f"memory, DDP on {many} processes": (many, False), f"memory, FSDP2 on {many} processes": (many, True)}
+        if processes() == 1:
+            ways = {"memory, one process": (1, False)} | ways
         shown = {}
-        for name, shards in (("memory (estimate)", 1), (f"with FSDP2 on {many} processes", many)):
+        for name, (count, sharded) in ways.items():
             parts = estimate_finetuning(
                 self.model,
                 self.gates,
@@ -186,11 +189,21 @@ class Plan:
                 checkpointing=self.config.gradient_checkpointing,
                 autocast=self.autocasts,
                 target_share=self.config.target_share,
-                shards=shards,
+                masked=self._masked,
+                processes=count,
+                sharded=sharded,
             )
             told = ", ".join(f"{part} {as_bytes(size)}" for part, size in parts.items())
-            shown[name] = f"{as_bytes(sum(parts.values()))} on each process: {told}"
+            shown[name] = f"{as_bytes(sum(parts.values()))} on each process (estimate): {told}"
         return shown
+
+    @property
+    def _masked(self) -> bool:
+        """Whether packed documents meet dense attention: everywhere, in the first steps or in layers without a gate."""
+        config = self.config
+        layers = self.model.config.get_text_config().num_hidden_layers
+        dense = config.dense or config.sparsity_at(0) == 0 or len(self.gates) < layers
+        return dense and any(segments is not None and len(segments) > 1 for segments in self.samples.plan)
 
 
 def plan(
@@ -331,6 +344,8 @@ def _train(prepared: Plan, facts: dict[str, Any], output: Path) -> None:
         # On steps without targets the gates have no gradient.
         ddp_find_unused_parameters=not config.dense and config.target_every > 1,
         bf16=prepared.autocasts and not is_sharded(),
+        # Until gradients are reduced FSDP keeps them whole on every process: 30 GiB of an 8B model in fp32.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": is_sharded()}},
         use_cpu=prepared.device.type == "cpu",
     )
     begin(output, facts, arguments)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from seerattn.hf.finetuning import SparseTraining
-from seerattn.hf.meters import DensityMeter
+from seerattn.hf.finetuning import SampleMeter, SparseTraining
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.objective import first_broken, is_gate, stand_in, without_shared
 from seerattn.training.trainer import RecordedTrainer
@@ -24,11 +24,14 @@ class _MicroBatch(NamedTuple):
 
     loss: Tensor
     gate_losses: dict[int, Tensor]  # empty where the gates did not learn
-    meter: DensityMeter | None
+    meter: SampleMeter | None
 
 
 class FinetuneTrainer(RecordedTrainer):
     """Trains everything in an `Objective`.
+
+    No weight stands between the two losses: that of the gates reaches the gates alone, they are clipped by themselves,
+    and AdamW's steps do not depend on the scale of a gradient.
 
     Args:
         config: how to train.
@@ -88,30 +91,34 @@ class FinetuneTrainer(RecordedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Cross-entropy of the next token, and the gates' loss with its weight.
+        """Cross-entropy of the next token plus the gates' loss.
 
         Raises:
-            ValueError: the loss is not finite.
+            ValueError: the loss is not finite on some process.
         """
         sparse = self.sparse_training(inputs)
         batch = {name: inputs[name] for name in ("input_ids", "position_ids")}
         loss, gate_loss = model(**batch, sparse=sparse)
         gates = {} if gate_loss is None else {layer: m["loss"] for layer, m in sparse.metrics().items()}
         self.metrics.append(_MicroBatch(loss.detach(), gates, None if sparse is None else sparse.meter))
-        total = loss if gate_loss is None else loss + self.config.gate_weight * gate_loss.to(loss.device)
+        total = loss if gate_loss is None else loss + gate_loss.to(loss.device)
+        finite = torch.isfinite(total.detach())
         # All processes must know: one that stopped alone would leave the others waiting.
-        broken = self.accelerator.reduce((~torch.isfinite(total.detach())).float(), reduction="sum")
-        if bool(broken > 0):
+        if bool(self.accelerator.reduce((~finite).float(), reduction="sum") > 0):
             objective = self.accelerator.unwrap_model(model)
+            # On all of them, since FSDP gathers weights on the way.
             with self.compute_loss_context_manager():
                 where = first_broken(objective, **batch, sparse=self.sparse_training(inputs))
-            self._stop(f"loss must be finite, got {float(total.detach())}", f"first seen in {where}")
+            seen = [] if bool(finite) else [(float(total.detach()), where)]
+            value, where = gather_object(seen)[0]
+            self._stop(f"loss must be finite, got {value}", f"first seen in {where}")
         return total
 
-    def _stop(self, what: str, where: str) -> None:
+    def _stop(self, what: str, where: str) -> NoReturn:
         raise ValueError(
             f"{what} at step {self.state.global_step + 1}, {where}; the run stopped and its last checkpoint is as it "
-            "was, resume it with other text or begin anew with a smaller lr"
+            "was; resuming repeats the step on the same text, which helps after a fault of the machine alone, "
+            "otherwise begin anew in another folder with a smaller lr or gate_lr or with other text"
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -138,12 +145,20 @@ class FinetuneTrainer(RecordedTrainer):
             norm = torch.nn.utils.get_total_norm([p.grad for _, p in group])
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if not bool(torch.isfinite(norm)):
-                # The backward pass comes from the end of the model.
-                broken = next(name for name, p in reversed(group) if not bool(_local(p.grad).isfinite().all()))
-                self._stop("gradients must be finite, got others", f"first seen in that of {broken}")
+                self._stop_at_gradients(group)
             torch.nn.utils.clip_grads_with_norm_([p for _, p in group], self.args.max_grad_norm, norm)
             norms.append(norm)
         return norms[0]
+
+    def _stop_at_gradients(self, group: list[tuple[str, nn.Parameter]]) -> NoReturn:
+        """Says on every process which gradient broke first on any; under FSDP each holds a shard of every one."""
+        # The backward pass comes from the end of the model.
+        order = list(reversed(group))
+        broken = (i for i, (_, p) in enumerate(order) if not bool(_local(p.grad).isfinite().all()))
+        first = min(gather_object([next(broken, len(order))]))
+        if first == len(order):
+            self._stop("gradients must have a finite norm, got one that overflows", "though each of them is finite")
+        self._stop("gradients must be finite, got others", f"first seen in that of {order[first][0]}")
 
     def summarize(self, micro_batches: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Means over all micro-batches since the last record; of the gates' loss over those in which gates learned."""

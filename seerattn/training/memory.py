@@ -57,7 +57,9 @@ def estimate_finetuning(
     checkpointing: bool,
     autocast: bool,
     target_share: float,
-    shards: int = 1,
+    masked: bool,
+    processes: int = 1,
+    sharded: bool = False,
 ) -> dict[str, int]:
     """Bytes that one process needs on its device to train everything, by what they are for.
 
@@ -69,7 +71,9 @@ def estimate_finetuning(
         checkpointing: whether layers run again in the backward pass.
         autocast: whether fp32 weights compute in bfloat16.
         target_share: share of the query blocks that gates learn from.
-        shards: processes over which FSDP2 spreads weights, gradients and optimizer; 1 keeps them whole.
+        masked: whether packed documents run through dense attention, under a mask over all pairs of tokens.
+        processes: that train together.
+        sharded: whether FSDP2 spreads weights, gradients and optimizer over them; otherwise DDP keeps all whole.
     """
     config = model.config.get_text_config()
     layers, hidden, tokens = config.num_hidden_layers, config.hidden_size, micro_batch_size * context
@@ -81,12 +85,14 @@ def estimate_finetuning(
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or hidden // heads
+    shards = processes if sharded else 1
 
     # Saved for the backward pass: norms and residuals, q and k before and after RoPE, v and output, the MLP.
     layer = tokens * (4 * hidden * stream + 3 * (heads + kv_heads) * width * stream)
     layer += tokens * 4 * _intermediate(config) * compute
     shown = {
         "weights": held // shards,
+        # FSDP has to reduce those of every micro-batch for that: until then they are whole.
         "gradients": held // shards,
         "AdamW": 2 * held // shards,
         "inputs of all layers" if checkpointing else "activations of all layers": layers
@@ -95,6 +101,13 @@ def estimate_finetuning(
     }
     if checkpointing:
         shown["activations of a layer"] = layer
+    if processes > 1 and not sharded:
+        # The buffers that DDP reduces; the gradients lie beside them (gradient_as_bucket_view is off).
+        shown["buckets of gradients"] = held
+    if masked:
+        # A byte each, and what scaled_dot_product_attention makes of it to add to the logits, saved by every layer.
+        kept = 1 if checkpointing else layers
+        shown["mask of packed documents"] = tokens * context * (1 + kept * compute)
     # Autocast keeps its copies of all weights for the length of a forward.
     copies = count * compute if autocast else 0
     if shards > 1:

@@ -34,7 +34,8 @@ class RecordedTrainer(Trainer):
 
     def __init__(self, *, log: Path, keep_checkpoints: int, tokens_per_step: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # The loss is a mean, not a sum over tokens: the Trainer divides it by the accumulation steps.
+        # The loss is a mean, not a sum over tokens: the Trainer divides it by the accumulation steps, also where a
+        # batch has labels that it could count.
         self.model_accepts_loss_kwargs = False
         self.keep_checkpoints = keep_checkpoints
         self._staging: Path | None = None

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
+from accelerate.commands.launch import launch_command_parser
 from tiny_corpus import tiny_tokenizer, write_documents, write_model
 from tiny_models import tiny_model
+from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
 
 import seerattn
-from seerattn.cli import main
+from seerattn.cli import build_app, main
 from seerattn.gate import AttnGateConfig
 from seerattn.gate.attn_gate import parameter_count
 from seerattn.training.finetune import FinetuneConfig, plan
@@ -50,7 +54,7 @@ def call(folder: Path, *arguments: Any, **options: Any) -> int:
 
 def test_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
     text = (
-        "--sparsity 0.6 --anneal 0.5 --context-factor 2 --target-share 0.3 --target-every 2 --gate-weight 4 "
+        "--sparsity 0.6 --anneal 0.5 --context-factor 2 --target-share 0.3 --target-every 2 "
         "--loss mse --row-weight mass --lr 0.002 --gate-lr 0.003 --batch-size 2 --micro-batch-size 2 "
         "--warmup-steps 0 --no-gradient-checkpointing --recall-share 0 --seed 7 --logging-steps 3 --save-steps 6 "
         "--keep-checkpoints 1 --dtype bfloat16 --block-size 32 --query-subblocks 2 --layers 1"
@@ -58,6 +62,7 @@ def test_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
     assert call(folder, *text.split(), output=tmp_path / "out", context=256, steps=2) == 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["kind"] == "finetune" and run["gates"] is None and run["layers"] == [1]
+    assert run["dtype"] == "bfloat16" and run["autocasts"] is False
     assert AttnGateConfig.from_dict(run["gate"]) == AttnGateConfig(block_q=32, block_k=32, query_subblocks=2)
     assert run["config"] == {
         "context": 256,
@@ -68,7 +73,6 @@ def test_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
         "context_factor": 2.0,
         "target_share": 0.3,
         "target_every": 2,
-        "gate_weight": 4.0,
         "loss": "mse",
         "row_weight": "mass",
         "lr": 0.002,
@@ -108,8 +112,31 @@ def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, tmp_path: Path,
     shown = " ".join(capsys.readouterr().out.split())
     count = parameter_count(AttnGateConfig.paper(), layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
     assert f"{count:,} parameters in 2 layers, fresh" in shown and "768 tokens" in shown
-    assert "memory (estimate)" in shown and "with FSDP2 on 8 processes" in shown and "weights" in shown
+    for way in ("one process", "DDP on 8 processes", "FSDP2 on 8 processes"):
+        assert f"memory, {way}" in shown
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "layers", "masked"),
+    [
+        ({"dense": True}, None, True),
+        ({"anneal": 0.5}, None, True),
+        ({"sparsity": 0.0}, None, True),
+        ({}, [1], True),
+        ({}, None, False),
+        # Whole samples of one document.
+        ({"dense": True, "context": 256}, None, False),
+    ],
+)
+def test_plan_counts_a_mask_where_packed_documents_meet_dense_attention(
+    values: dict[str, Any], layers: list[int] | None, masked: bool, folder: Path
+) -> None:
+    config = FinetuneConfig(**{"context": 512, "steps": 4, "batch_size": 1} | values)
+    prepared = plan(tiny_model("llama"), tiny_tokenizer(), [folder / "data.jsonl"], config, layers=layers)
+    assert prepared.config.context == 256 or any(len(segments) > 1 for segments in prepared.samples.plan)
+    told = [value for name, value in prepared.describe().items() if name.startswith("memory")]
+    assert len(told) == 3 and all(("mask of packed documents" in value) == masked for value in told)
 
 
 PLANS = {
@@ -177,3 +204,30 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seerattn: ")]
     assert len(errors) == 1 and message in errors[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def documented_commands() -> list[list[str]]:
+    """The words of every `seerattn finetune` in the document, launchers included."""
+    text = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text()
+    blocks = "\n".join(text.split("```")[1::2]).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in blocks.splitlines() if "seerattn finetune" in line]
+
+
+def test_documented_commands_have_options_that_exist() -> None:
+    lines = documented_commands()
+    launchers = [line[: line.index("seerattn")] for line in lines]
+    assert [launcher[:1] for launcher in launchers] == [[], [], ["torchrun"], ["accelerate"], ["accelerate"]]
+    for line in lines:
+        words = line[line.index("seerattn") + 1 :]
+        root = typer.main.get_command(build_app(words))
+        context = root.commands[words[0]].make_context("seerattn finetune", words[1:])
+        given = context.params
+        # Both models were made with plain RoPE for 8192 tokens, as `--context-factor` asks for.
+        assert given["model"] in ("MODEL", "meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-70B")
+        assert given["context"] == 8192 * given["context_factor"]
+    assert get_args_parser().parse_args(lines[2][1:]).training_script == "seerattn"
+    for line in lines[3:]:
+        assert line[1] == "launch"
+        options = launch_command_parser().parse_args(line[2:])
+        assert options.module and options.fsdp_version == "2" and options.mixed_precision == "no"
+        assert options.fsdp_transformer_layer_cls_to_wrap == "LlamaDecoderLayer,AttnGate"

@@ -331,6 +331,9 @@ def test_resumed_run_rejects_another_config_and_another_text(folder: Path, tmp_p
             DistillConfig(context=256, steps=2, batch_size=1, save_steps=1, logging_steps=1, seed=1),
             resume=True,
         )
+    rounded = seerattn_model(folder).bfloat16()
+    with pytest.raises(ValueError, match="another: dtype was float32 and is bfloat16"):
+        distill(rounded, tiny_tokenizer(), [folder / "data.jsonl"], short, gate=FORM, output=output, resume=True)
     other = write_documents(tmp_path / "other.jsonl", 500)
     with pytest.raises(ValueError, match="data_hash was"):
         distill(seerattn_model(folder), tiny_tokenizer(), [other], short, gate=FORM, output=output, resume=True)

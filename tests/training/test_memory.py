@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
-from tiny_models import tiny_model
+from accelerate import init_empty_weights
+from tiny_models import tiny_model, tokens
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import seerattn
 from seerattn.gate import AttnGate, AttnGateConfig
@@ -32,16 +37,84 @@ def test_estimate_of_finetuning_matches_counted_bytes_and_what_shards_and_checkp
     model = seerattn.attach(base, AttnGateConfig.paper())
     gates = [module for module in model.modules() if isinstance(module, AttnGate)]
     options = {"micro_batch_size": 2, "context": 256, "checkpointing": True, "autocast": True, "target_share": 0.5}
+    options |= {"masked": False}
     whole = estimate_finetuning(model, gates, **options)
     # Weights, gradients and two moments in fp32.
     held = 4 * sum(p.numel() for p in model.parameters())
     assert (whole["weights"], whole["gradients"], whole["AdamW"]) == (held, held, 2 * held)
     assert whole["inputs of all layers"] == 2 * 512 * 64 * 4
     assert whole["working copies of weights"] == held // 2
-    sharded = estimate_finetuning(model, gates, **options, shards=4)
+    sharded = estimate_finetuning(model, gates, **options, processes=4, sharded=True)
     assert sharded["weights"] == held // 4 and sharded["inputs of all layers"] == whole["inputs of all layers"]
     kept = estimate_finetuning(model, gates, **options | {"checkpointing": False})
     assert kept["activations of all layers"] == 2 * whole["activations of a layer"]
     assert sum(kept.values()) > sum(whole.values()) > sum(sharded.values())
     dense = estimate_finetuning(model, [], **options)
     assert not any("gate" in part or "maps" in part for part in dense)
+
+
+def test_ddp_holds_a_second_copy_of_the_gradients_and_fsdp_none() -> None:
+    model = tiny_model("llama")
+    options: dict[str, Any] = {"micro_batch_size": 1, "context": 256, "checkpointing": True, "autocast": False}
+    options |= {"target_share": 1.0, "masked": False}
+    alone = estimate_finetuning(model, [], **options)
+    together = estimate_finetuning(model, [], **options, processes=4)
+    assert together == alone | {"buckets of gradients": 4 * sum(p.numel() for p in model.parameters())}
+    sharded = estimate_finetuning(model, [], **options, processes=4, sharded=True)
+    assert sharded["gradients"] == alone["gradients"] // 4 and "buckets of gradients" not in sharded
+
+
+def test_mask_of_packed_documents_is_what_dense_attention_keeps_of_it() -> None:
+    model, length = tiny_model("llama", attn_implementation="sdpa"), 256
+    kept: dict[int, int] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2:] == (length, length):
+            kept[x.data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    at = torch.cat((torch.arange(96), torch.arange(160)))[None]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = model(input_ids=tokens(1, length), position_ids=at, use_cache=False)
+    options: dict[str, Any] = {"micro_batch_size": 1, "context": length, "autocast": False, "target_share": 1.0}
+    every, one = (estimate_finetuning(model, [], **options, checkpointing=c, masked=True) for c in (False, True))
+    # Beside those of the layers the boolean one that they are made of.
+    assert len(kept) == 2 and every["mask of packed documents"] == sum(kept.values()) + length**2
+    assert one["mask of packed documents"] == sum(kept.values()) // 2 + length**2
+    assert out.logits.requires_grad
+
+
+LLAMA_3 = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+
+
+def test_documented_estimates_are_those_of_the_plan() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    header = next(row for row in rows if row[0].startswith("estimate, GiB"))
+    assert header[1:] == ["1 process", "8, DDP", "8, FSDP2", "16, FSDP2", "32, FSDP2"]
+    ways = [(1, False), (8, False), (8, True), (16, True), (32, True)]
+    found = {row[0]: [int(cell) for cell in row[1:]] for row in rows if row[0][:3] in ("8B,", "70B")}
+    options: dict[str, Any] = {"micro_batch_size": 1, "context": 32768, "checkpointing": True, "target_share": 0.1}
+    gib = 2**30
+    for size, shape in LLAMA_3.items():
+        for dtype, name in ((torch.float32, "fp32 weights, bf16 compute"), (torch.bfloat16, "`--dtype bfloat16`")):
+            with init_empty_weights():
+                base = LlamaForCausalLM(LlamaConfig(vocab_size=128256, num_key_value_heads=8, **shape)).to(dtype)
+            own = 4 * base.num_parameters()
+            model = seerattn.attach(base, AttnGateConfig())
+            gates = [module for module in model.modules() if isinstance(module, AttnGate)]
+            options |= {"autocast": dtype == torch.float32, "masked": False}
+            parts = [estimate_finetuning(model, gates, **options, processes=n, sharded=s) for n, s in ways]
+            row = next(cells for told, cells in found.items() if told.startswith(f"{size}, {name}"))
+            assert row == [round(sum(part.values()) / gib) for part in parts]
+            if dtype == torch.float32:
+                # Read by the first process into the memory of its host.
+                assert f"{round(own / gib)} GiB for {size}" in text
+            if (size, dtype) == ("70B", torch.float32):
+                offloaded = sum(parts[2][part] for part in ("weights", "gradients", "AdamW"))
+                assert f"some {round((sum(parts[2].values()) - offloaded) / gib)} GiB on each GPU" in text
+            masked = estimate_finetuning(model, gates, **options | {"masked": True})
+            assert masked["mask of packed documents"] == 3 * gib

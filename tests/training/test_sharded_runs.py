@@ -48,14 +48,16 @@ OPTIONS = {
     "--init": "normal",
 }
 ONLY_FINETUNE = {"--sparsity": 0.5, "--target-share": 0.5, "--target-every": 2, "--context-factor": 2}
-RUN = """
+ON_CPUS = """
 import sys
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 from seerattn.cli import main
 from seerattn.training.finetune import Plan
+from seerattn.training.finetune_trainer import FinetuneTrainer
 
 def gloo_as_if_on_gpus(self, *_, **__):
     if not dist.is_initialized():
@@ -66,12 +68,61 @@ def read_weights(kind, *args, read=PreTrainedModel.from_pretrained.__func__, **k
     assert dist.get_rank() == 0, "a process read weights that it must be sent"
     return read(kind, *args, **kwargs)
 
-if sys.argv.pop() == "autocast":
-    Plan.autocasts = True
 PartialState._prepare_backend = gloo_as_if_on_gpus
 PreTrainedModel.from_pretrained = classmethod(read_weights)
+"""
+RUN = (
+    ON_CPUS
+    + """
+def step(self, model, *args, run=FinetuneTrainer.training_step, **kwargs):
+    loss = run(self, model, *args, **kwargs)
+    # Gradients that were not reduced yet would be whole, and held by FSDP out of the parameters.
+    missing = [name for name, p in model.named_parameters() if p.grad is None and "seer_gate" not in name]
+    assert not missing, f"gradients were not reduced after a micro-batch: {missing}"
+    return loss
+
+FinetuneTrainer.training_step = step
+if sys.argv.pop() == "autocast":
+    Plan.autocasts = True
 main(sys.argv[1:])
 """
+)
+# Something breaks in the second process alone; what each process says of it goes to a file of its own.
+BREAK = (
+    ON_CPUS
+    + """
+from pathlib import Path
+from seerattn.cli import build_app
+
+def break_loss(self, model, *args, run=FinetuneTrainer.training_step, **kwargs):
+    if dist.get_rank() == 1 and self.state.global_step == 1:
+        layer = self.accelerator.unwrap_model(model).layers()[1]
+        layer.register_forward_hook(lambda module, args, out: out * torch.nan)
+    return run(self, model, *args, **kwargs)
+
+def break_gradient(self, model, run=FinetuneTrainer._clip_grad_norm):
+    for name, p in model.named_parameters():
+        if name.endswith("layers.0.mlp.down_proj.weight") and dist.get_rank() == 1:
+            p.grad.to_local().fill_(torch.inf)
+    return run(self, model)
+
+def swell_gradient(self, model, run=FinetuneTrainer._clip_grad_norm):
+    for name, p in model.named_parameters():
+        p.grad.to_local().fill_(1e30)
+    return run(self, model)
+
+where, told = sys.argv.pop(), Path(sys.argv.pop())
+if where == "loss":
+    FinetuneTrainer.training_step = break_loss
+else:
+    FinetuneTrainer._clip_grad_norm = break_gradient if where == "gradient" else swell_gradient
+try:
+    build_app(sys.argv[1:])(sys.argv[1:])
+except ValueError as error:
+    (told / str(dist.get_rank())).write_text(str(error))
+dist.barrier()
+"""
+)
 PROBE = """
 import sys
 from contextlib import nullcontext
@@ -180,6 +231,27 @@ def test_two_processes_with_the_weights_of_one_match_one_process(
             torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("loss", "loss must be finite, got nan at step 2, first seen in the output of layer 1; "),
+        ("gradient", "gradients must be finite, got others at step 1, first seen in that of "),
+        ("norm", "gradients must have a finite norm, got one that overflows at step 1, though each of them is finite"),
+    ],
+)
+def test_what_breaks_in_one_process_is_told_alike_by_all(
+    broken: str, message: str, folder: Path, tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+    told.mkdir()
+    arguments = [*command("finetune", folder, tmp_path / "out"), str(told), broken]
+    done = two_processes(BREAK, *arguments, ACCELERATE_TORCH_DEVICE="cpu")
+    assert done.returncode == 0, done.stderr
+    first, second = ((told / rank).read_text() for rank in "01")
+    assert first == second and first.startswith(message)
+    assert broken != "gradient" or "layers.0.mlp.down_proj.weight;" in first
+
+
 def test_the_first_process_proves_a_model_for_all() -> None:
     done = two_processes(PROBE.format(tests=str(Path(__file__).parents[1])))
     assert done.returncode == 0, done.stderr
@@ -238,4 +310,4 @@ def test_plan_computes_for_the_device_that_trains(folder: Path) -> None:
         options = {"gate": AttnGateConfig(block_q=32, block_k=32), "device": torch.device(device)}
         prepared = plan(model, tiny_tokenizer(), [folder / "distill.jsonl"], config, **options)
         assert prepared.autocasts == autocasts
-        assert ("working copies" in prepared.describe()["memory (estimate)"]) == autocasts
+        assert ("working copies" in prepared.describe()["memory, one process"]) == autocasts
