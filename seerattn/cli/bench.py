@@ -16,7 +16,7 @@ from seerattn.bench.dense import default_baselines
 from seerattn.bench.inputs import Shape
 from seerattn.bench.session import Session, shown
 from seerattn.cli.values import numbers, words
-from seerattn.eval.arms import choose_device
+from seerattn.eval.arms import choose_device, choose_dtype
 from seerattn.eval.results import Result, ResultsFile
 from seerattn.ops.crossover import table_path
 from seerattn.ops.resolve import preferred
@@ -311,9 +311,7 @@ def _size(model: str, layers: int | None, dtype: torch.dtype) -> Size:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16"
-    return getattr(torch, name)
+    return getattr(torch, choose_dtype(name, device))
 
 
 def _default_impls(device: torch.device, backward: bool) -> list[str]:

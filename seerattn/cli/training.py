@@ -67,7 +67,7 @@ def load_base(name: str, *, device: torch.device, dtype: str, context: int = 0, 
     Args:
         name: a folder or the name of a model on the Hub.
         device: where it will train.
-        dtype: of the weights; "auto" is bfloat16 on an accelerator and float32 on a CPU.
+        dtype: of the weights, see `seerattn.eval.arms.choose_dtype`.
         context: longest context that will be asked for.
         dry_run: whether nothing will be trained.
 
@@ -77,18 +77,16 @@ def load_base(name: str, *, device: torch.device, dtype: str, context: int = 0, 
     import torch
     from transformers.integrations import is_fsdp_enabled
 
-    from seerattn.eval.arms import load_subject
+    from seerattn.eval.arms import choose_dtype, load_subject
     from seerattn.training.runs import is_main, is_sharded
 
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
     place = device
     if dry_run:
         place = torch.device("meta")
     elif is_sharded():
         _begin_fsdp(device)
         place = torch.device("cpu" if is_main() or not is_fsdp_enabled() else "meta")
-    return load_subject(name, device=place, dtype=dtype, context=context)
+    return load_subject(name, device=place, dtype=choose_dtype(dtype, device), context=context)
 
 
 def _begin_fsdp(device: torch.device) -> None:

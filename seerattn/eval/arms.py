@@ -385,6 +385,13 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
+def choose_dtype(name: str, device: torch.device) -> str:
+    """The dtype of that name; "auto" is bfloat16 on an accelerator and float32 on a CPU."""
+    if name != "auto":
+        return name
+    return "float32" if device.type == "cpu" else "bfloat16"
+
+
 def load_subject(
     model: str,
     *,
@@ -401,7 +408,7 @@ def load_subject(
         model: a folder or the name of a model on the Hub.
         gates: folders of gates to load with it.
         device: where to load it; the meta device reads the config alone and gives a model without weights.
-        dtype: of the model; "auto" is bfloat16 on an accelerator and float32 on a CPU.
+        dtype: of the model, see `choose_dtype`.
         impl: implementation of the sparse attention.
         context: longest context that will be asked for.
         name: what results call it; by default the last part of ``model``.
@@ -418,15 +425,14 @@ def load_subject(
         if context > longest:
             raise ValueError(f"contexts must be at most the model's {longest} tokens, got {context}")
         tokenizer = AutoTokenizer.from_pretrained(model)
-        if dtype == "auto":
-            dtype = "float32" if device.type == "cpu" else "bfloat16"
+        weights = getattr(torch, choose_dtype(dtype, device))
         if device.type == "meta":
             with init_empty_weights():
-                loaded = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+                loaded = AutoModelForCausalLM.from_config(config, dtype=weights)
             # Under the context every registered parameter becomes one of its own.
             loaded.tie_weights()
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=weights).to(device)
     except OSError as error:
         raise ValueError(f"model must be a folder or the name of a causal language model, got {model}") from error
     return Subject(loaded, tokenizer, name=name or Path(model).name, gates=gates, impl=impl)

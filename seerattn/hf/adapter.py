@@ -83,13 +83,12 @@ class SeerConfig(PeftConfig):
             ValueError: the folder's gates are missing, truncated or pickled.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if folder.is_dir():
+        if folder.exists():
             check_gate_folder(folder)
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         except ValueError as error:
-            if folder.is_dir():
-                raise
             raise ValueError(
                 f"gates must be a folder or the name of gates on the Hub, got {pretrained_model_name_or_path}"
             ) from error

@@ -23,7 +23,6 @@ from seerattn.hf.attention import (
     check_implementation,
     layer_states,
 )
-from seerattn.hf.checkpoint import check_gate_folder
 from seerattn.hf.probe import dense_implementation, probe, set_implementation
 from seerattn.selection.policies import Policy
 from seerattn.selection.selector import Selector
@@ -101,8 +100,6 @@ def _attach_gates(
     else:
         if layers is not None:
             raise ValueError(f"layers must be None for saved gates, which name their layers, got {layers}")
-        if Path(gates).exists():
-            check_gate_folder(Path(gates))
         config = SeerConfig.from_pretrained(str(gates))
         with _without_deprecation_of_peft():
             peft_model = PeftModel.from_pretrained(model, str(gates), config=config)

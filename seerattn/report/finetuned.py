@@ -14,7 +14,7 @@ from seerattn.eval.results import Result
 from seerattn.eval.statistics import perplexity_difference, proportion
 from seerattn.report.markdown import markdown
 from seerattn.report.parts import Table
-from seerattn.report.select import SHARE_ERROR, group
+from seerattn.report.select import SHARE_ERROR, group, right_answers
 
 REFERENCE = "dense"
 RUN_DENSE = ", run dense"
@@ -72,15 +72,12 @@ def _perplexity(rows: Sequence[Result]) -> Table:
 
 
 def _retrieval(rows: Sequence[Result]) -> Table:
-    def counts(found: Sequence[Result]) -> tuple[int, int]:
-        return sum(round(r.value * r.n) for r in found), sum(r.n for r in found)
-
     def cell(found: Sequence[Result]) -> str:
-        share, error = proportion(*counts(found))
+        share, error = proportion(*right_answers(found))
         return f"{share:.2f} ± {error:.2f}"
 
     lines = _lines(rows)
-    n = max((counts(found)[1] for line in lines.values() for found in line.values()), default=0)
+    n = max((right_answers(found)[1] for line in lines.values() for found in line.values()), default=0)
     task = rows[0].cell["task"].replace("_", "-")
     notes = [f"{n} documents a cell; {SHARE_ERROR}"]
     return _table(f"Fine-tuned: {task}, {_place(rows[0])}", rows, cell, notes)

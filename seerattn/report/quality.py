@@ -10,7 +10,17 @@ from seerattn.eval.statistics import proportion
 from seerattn.report.gap import Closed, closed
 from seerattn.report.grid import Grid, Measured, compare
 from seerattn.report.parts import Section
-from seerattn.report.select import SHARE_ERROR, asked, budget, kind, last_rows_dense, paired, panels, perplexity_key
+from seerattn.report.select import (
+    SHARE_ERROR,
+    asked,
+    budget,
+    kind,
+    last_rows_dense,
+    paired,
+    panels,
+    perplexity_key,
+    right_answers,
+)
 from seerattn.report.speed import is_benchmark
 
 _BUDGETS = {"density": ", by density", "time": ", by share of the time of dense attention"}
@@ -85,7 +95,7 @@ def retrieval_section(results: Sequence[Result]) -> Section | None:
     """Share of right answers by task and density."""
 
     def measure(rows: Sequence[Result]) -> Measured:
-        return Measured(*proportion(sum(round(r.value * r.n) for r in rows), sum(r.n for r in rows)))
+        return Measured(*proportion(*right_answers(rows)))
 
     rows = [r for r in results if r.what == "accuracy" and r.value is not None]
     variants: dict[str, list[str]] = {}

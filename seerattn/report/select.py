@@ -114,6 +114,12 @@ def reached(rows: Sequence[Result]) -> bool:
     return density is None or (rows[0].density is not None and same_density(density, rows[0].density))
 
 
+def right_answers(rows: Iterable[Result]) -> tuple[int, int]:
+    """Right answers that shares of them stand for, and all answers."""
+    counts = [(round(r.value * r.n), r.n) for r in rows]
+    return sum(right for right, _ in counts), sum(n for _, n in counts)
+
+
 def kind(result: Result) -> str:
     """The kind of a way of choosing blocks, among `KINDS`.
 

@@ -8,7 +8,7 @@ from seerattn.eval.results import Result
 from seerattn.eval.statistics import proportion
 from seerattn.report.markdown import at
 from seerattn.report.parts import Section, Table
-from seerattn.report.select import SAME_DENSITY, arms, budget, kind, last_rows_dense, panels, realised
+from seerattn.report.select import SAME_DENSITY, arms, budget, kind, last_rows_dense, panels, realised, right_answers
 
 Columns = dict[str, list[Result]]
 
@@ -96,4 +96,4 @@ def _cell(rows: Sequence[Result]) -> str:
     where = "" if kind(rows[0]) == "dense" else at(rows)
     if rows[0].what == "perplexity":
         return f"{rows[-1].value:.2f}{where}"
-    return f"{proportion(sum(round(r.value * r.n) for r in rows), sum(r.n for r in rows)).value:.2f}{where}"
+    return f"{proportion(*right_answers(rows)).value:.2f}{where}"

@@ -22,6 +22,7 @@ from seerattn.report.select import (
     panels,
     perplexity_key,
     realised,
+    right_answers,
 )
 from seerattn.report.speed_table import speed_tables
 from seerattn.report.summary import summary_tables
@@ -81,8 +82,7 @@ def _gap(results: Sequence[Result]) -> list[str]:
 
 def _retrieval(results: Sequence[Result]) -> list[str]:
     def cell(rows: list[Result]) -> str:
-        right, n = sum(round(r.value * r.n) for r in rows), sum(r.n for r in rows)
-        share, error = proportion(right, n)
+        share, error = proportion(*right_answers(rows))
         return f"{share:.2f} ± {error:.2f}"
 
     parts = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,11 @@ from seerattn.training.runs import (
     check_same_run,
     describe_samples,
     gate_form,
+    gates_start,
     is_main,
     make_samples,
     records,
+    shared_facts,
     training_arguments,
 )
 
@@ -99,10 +101,7 @@ class Plan:
             "base_model": adapter.base_model,
             "gate": adapter.gate,
             "layers": adapter.layers,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "config": asdict(self.config),
-            "data": list(self.samples.corpus.sources),
-            "data_hash": self.samples.corpus.fingerprint(),
+            **shared_facts(self.model, self.samples, self.config),
         }
         return facts if self.start is None else facts | {"gates": list(self.start)}
 
@@ -144,8 +143,6 @@ def plan(
     Raises:
         ValueError: the model, the data, the gates and the config do not fit each other.
     """
-    from seerattn.eval.results import fingerprint
-
     form = gate_form(gates, gate, layers)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.context > longest:
@@ -153,8 +150,7 @@ def plan(
     samples = make_samples(tokenizer, data, config, block=max(form.block_q, form.block_k))
     torch.manual_seed(config.seed)
     gated = attach_gates(model, gates, form, density=config.density, layers=layers)
-    start = None if gates is None else (str(gates), fingerprint(gates))
-    return Plan(gated, samples, config, start, device or model.device)
+    return Plan(gated, samples, config, gates_start(gates), device or model.device)
 
 
 def distill(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +30,13 @@ from seerattn.training.runs import (
     check_same_run,
     describe_samples,
     gate_form,
+    gates_start,
     is_main,
     is_sharded,
     make_samples,
     processes,
     records,
+    shared_facts,
     training_arguments,
 )
 
@@ -134,11 +136,8 @@ class Plan:
         facts = {
             "kind": "finetune",
             "model": self.model.config.name_or_path,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
             "autocasts": self.autocasts,
-            "config": asdict(self.config),
-            "data": list(self.samples.corpus.sources),
-            "data_hash": self.samples.corpus.fingerprint(),
+            **shared_facts(self.model, self.samples, self.config),
         }
         if not self.config.dense:
             adapter = self.model.active_peft_config
@@ -224,7 +223,6 @@ def plan(
     Raises:
         ValueError: the model, the data, the gates and the config do not fit each other.
     """
-    from seerattn.eval.results import fingerprint
     from seerattn.hf.context import extend_context
 
     if config.dense and (gates is not None or gate is not None or layers is not None):
@@ -250,8 +248,7 @@ def plan(
     _check_filled(samples, config)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    start = None if gates is None else (str(gates), fingerprint(gates))
-    return Plan(model, tokenizer, samples, config, start, device or model.device)
+    return Plan(model, tokenizer, samples, config, gates_start(gates), device or model.device)
 
 
 def _check_filled(samples: Samples, config: FinetuneConfig) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -268,6 +268,23 @@ def check_output(output: Path, *, resume: bool) -> None:
         raise ValueError(
             f"output must be a new or empty folder, got {output}; choose another one, or resume the run in it"
         )
+
+
+def gates_start(gates: str | Path | None) -> tuple[str, str] | None:
+    """Folder of the gates that a run starts from, with the hash of their weights; None for fresh ones."""
+    from seerattn.eval.results import fingerprint
+
+    return None if gates is None else (str(gates), fingerprint(gates))
+
+
+def shared_facts(model: PreTrainedModel | PeftModel, samples: Samples, config: RunConfig) -> dict[str, Any]:
+    """What decides any run, in plain JSON types."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": asdict(config),
+        "data": list(samples.corpus.sources),
+        "data_hash": samples.corpus.fingerprint(),
+    }
 
 
 def check_same_run(facts: dict[str, Any], output: Path) -> None:
