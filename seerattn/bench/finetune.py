@@ -4,6 +4,7 @@ ones."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from itertools import product
 from statistics import median
@@ -272,7 +273,8 @@ def check_step(
         tokens: of the sample.
         density: that the gates select.
     """
-    size = Size("narrow", 2, 2, hidden=128, intermediate=128, vocab=256, shape=shape)
+    # transformers refuses a width that is no multiple of the heads.
+    size = Size("narrow", 2, 2, hidden=math.lcm(128, shape.heads), intermediate=128, vocab=256, shape=shape)
     bench, batch = BenchModel(size, device, impl), random_batch(size, tokens, device)
     for name, parameter in bench.base.named_parameters():
         if "q_proj" in name or "k_proj" in name:

@@ -123,7 +123,8 @@ class AttnGate(nn.Module):
         pooled = q.features
         positions = block_positions(q.start, pooled.shape[2], c.q_size, pooled.device)
         if rows is not None:
-            windows = self._windows(rows, q.length).to(pooled.device)
+            # A copy that waited would leave the device idle until all that follows it is launched.
+            windows = self._windows(rows, q.length).to(pooled.device, non_blocking=True)
             pooled, positions = pooled[:, :, windows], positions[windows]
         if c.share == "kv_group":
             batch, _, windows, width = pooled.shape
@@ -214,7 +215,7 @@ class AttnGate(nn.Module):
         grouped = gate_q.reshape(batch, gate_k.shape[1], -1, self.gate_dim)
         # [B, Hm, Wq, Wk]
         s = (grouped * self.gate_dim**-0.5 @ gate_k.transpose(-1, -2)).view(batch, heads, windows, -1)
-        q_window = numbers.to(device)
+        q_window = numbers.to(device, non_blocking=True)
         k_window = torch.arange(s.shape[-1], device=device)
         if self.distance_bias is not None:
             distance = q_window[:, None] // c.query_subblocks * c.block_q - k_window // c.key_subblocks * c.block_k

@@ -97,7 +97,7 @@ class LayerLoss:
             # Made on the device: a copy of the whole map from the host would wait for it.
             start, tokens = (torch.full((1,), n, device=device) for n in (0, document.length))
             forced = forced_block_mask(start, tokens, blocks, scores.shape[3], config.block_q, config.block_k)
-            ignore = forced[:, None, rows[first:].to(device)]
+            ignore = forced[:, None, rows[first:].to(device, non_blocking=True)]
         scores, target = (x[:, :, first:] for x in (scores, group_target(document.target, gate.mask_heads)))
         return gate_loss_sums(scores, target, ignore=ignore, kind=self.loss, row_weight=self.row_weight)
 

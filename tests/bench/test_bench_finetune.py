@@ -1,5 +1,7 @@
 """The fine-tuning benchmark: what its steps compute, the check before them, and the rows that follow."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,11 +24,12 @@ from seerattn.hf import finetuning
 from seerattn.hf.attention import layer_states
 
 CPU = torch.device("cpu")
-SHAPES = [Shape(4, 2, 32, torch.float32), Shape(4, 2, 32, torch.bfloat16)]
+# Six heads do not divide the width of the checked model.
+SHAPES = [Shape(4, 2, 32, torch.float32), Shape(4, 2, 32, torch.bfloat16), Shape(6, 2, 32, torch.float32)]
 TOKENS = 330
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.dtype_name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_step_check_passes_all_blocks_and_fails_fewer_or_wrong_ones(shape, monkeypatch) -> None:
     sizes = {"form": "paper", "impl": "reference", "tokens": TOKENS}
     error, bound = check_step(shape, CPU, **sizes)
@@ -101,3 +104,17 @@ def test_finetune_rows_have_counted_densities_and_speeds_of_their_steps() -> Non
         assert step.value == pytest.approx(1e3 * seconds, abs=0.02) and step.cell["layers"] == 2
         assert speed.value == pytest.approx(step.context / seconds, rel=0.01) and speed.samples == step.samples
         assert {r.cell.get("target_share") for r in (layer, step)} == {None if layer.density is None else 0.5}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_sparse_training_of_a_layer_never_waits_for_the_gpu() -> None:
+    gpu, shape = torch.device("cuda"), Shape(4, 2, 64, torch.bfloat16)
+    model = BenchModel(replace(TINY, hidden=256, shape=shape), gpu).gated("paper")
+    step = layer_step(model, shape, 1000, gpu)
+    for _ in range(2):
+        step(sparse_training(0.5, 0.5))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(sparse_training(0.5, 0.5))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
