@@ -15,10 +15,12 @@ from seerattn.report.select import asked, budget, kind, last_rows_dense, paired,
 
 FRONT = "not beaten"
 Timed = list[tuple[float, Result]]
+# Text, context and sequences a forward.
+Panels = dict[tuple[str, int, int], Timed]
 
 
 def draw_pareto(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Draws a panel for each text and context and a figure for each model and device.
+    """Draws a panel for each text, context and number of sequences a forward, and a figure for each model and device.
 
     Of several numbers of dense last rows the least is drawn. A dotted line joins what nothing measured beats in both,
     the oracle left out: it runs dense attention to choose.
@@ -35,21 +37,22 @@ def draw_pareto(results: Sequence[Result], folder: Path) -> list[Path]:
     return written
 
 
-def timed(results: Sequence[Result]) -> dict[tuple[str, str], dict[tuple[str, int], Timed]]:
-    """Perplexities with milliseconds of attention, by model and device of the clock and by text and context."""
-    clocks: dict[tuple, Result] = {}
-    for r in results:
-        if r.what == "attention_ms" and r.value is not None and not speed.is_benchmark(r):
-            clocks[_place(r)] = clocks[_place(r), r.text] = r
+def timed(results: Sequence[Result]) -> dict[tuple[str, str], Panels]:
+    """Perplexities with milliseconds of attention, by model and device of the clock."""
     rows = [r for r in results if r.what == "perplexity" and r.value is not None]
     fewest = min((last_rows_dense(r) for r in rows if kind(r) != "dense"), default=0)
-    found: dict[tuple[str, str], dict[tuple[str, int], Timed]] = {}
-    for r in rows:
-        # A time that was measured on another text is as good: it depends on the shapes.
-        clock = clocks.get((_place(r), r.text), clocks.get(_place(r)))
-        if clock is not None and (kind(r) == "dense" or last_rows_dense(r) == fewest):
-            panels = found.setdefault((r.model, clock.device), {})
-            panels.setdefault((r.text, r.context), []).append((clock.value, r))
+    rows = [r for r in rows if kind(r) == "dense" or last_rows_dense(r) == fewest]
+    found: dict[tuple[str, str], Panels] = {}
+    for batch, times in speed.in_models(results).items():
+        clocks: dict[tuple, Result] = {}
+        for r in times:
+            clocks[_place(r)] = clocks[_place(r), r.text] = r
+        for r in rows:
+            # A time that was measured on another text is as good: it depends on the shapes.
+            clock = clocks.get((_place(r), r.text), clocks.get(_place(r)))
+            if clock is not None:
+                panels = found.setdefault((r.model, clock.device), {})
+                panels.setdefault((r.text, r.context, batch), []).append((clock.value, r))
     return found
 
 
@@ -60,20 +63,18 @@ def _place(result: Result) -> tuple:
     return result.model, result.weights.get("model"), result.context, *of
 
 
-def _draw(
-    title: str, panels: dict[tuple[str, int], Timed], errors: dict[str, float], folder: Path, name: str
-) -> list[Path]:
+def _draw(title: str, panels: Panels, errors: dict[str, float], folder: Path, name: str) -> list[Path]:
     rows = [r for found in panels.values() for _, r in found]
     looks, names = style.looks(rows), style.names(rows)
-    texts = list(dict.fromkeys(text for text, _ in sorted(panels)))
-    columns = max(sum(text == other for other, _ in panels) for text in texts)
+    texts = list(dict.fromkeys(text for text, *_ in sorted(panels)))
+    columns = max(sum(text == other for other, *_ in panels) for text in texts)
     figure = Figure(figsize=(4.2 * columns + 0.6, 3.3 * len(texts) + 1.2), layout="constrained")
     grid = figure.subplots(len(texts), columns, squeeze=False)
     for line, text in zip(grid, texts):
         keys = sorted(key for key in panels if key[0] == text)
         for axes, key in zip(line, keys):
             _panel(axes, panels[key], errors, looks, names)
-            axes.set_title(f"{text}, {key[1]:,} tokens", parse_math=False)
+            axes.set_title(f"{text}, {key[1]:,} tokens, batch {key[2]}", parse_math=False)
         for axes in line[len(keys) :]:
             axes.remove()
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
@@ -105,5 +106,5 @@ def _panel(axes: Axes, found: Timed, errors: dict[str, float], looks: dict[str, 
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("attention, choice of blocks included, ms")
+    axes.set_xlabel("attention a sequence, choice of blocks included, ms")
     axes.set_ylabel("perplexity")

@@ -21,7 +21,7 @@ from seerattn.report.select import (
     perplexity_key,
     right_answers,
 )
-from seerattn.report.speed import is_benchmark
+from seerattn.report.speed import in_models
 
 _BUDGETS = {"density": ", by density", "time": ", by share of the time of dense attention"}
 # Cell entries that say where and how, not what was asked.
@@ -143,10 +143,12 @@ def time_grids(results: Sequence[Result]) -> list[Grid]:
         return Measured(rows[-1].value, None, more)
 
     grids = []
-    for title, rows in tables([r for r in results if r.what == "attention_ms" and not is_benchmark(r)]):
-        counts = f"Median over {', '.join(sorted({f'{r.n} {r.unit}' for r in rows}))}; on {rows[0].device}."
-        title = f"Milliseconds of attention, all layers: {title}"
-        grids += compare(title, rows, _context, measure, group_name=_tokens, better="lower", form=".3g", notes=[counts])
+    for batch, timed in sorted(in_models(results).items()):
+        for title, rows in tables(timed):
+            counts = f"Median over {', '.join(sorted({f'{r.n} {r.unit}' for r in rows}))}; on {rows[0].device}."
+            title = f"Milliseconds of attention a sequence, all layers, batch {batch}: {title}"
+            options = {"group_name": _tokens, "better": "lower", "form": ".3g", "notes": [counts]}
+            grids += compare(title, rows, _context, measure, **options)
     return grids
 
 

@@ -37,6 +37,15 @@ def is_benchmark(result: Result) -> bool:
     return "device" in result.cell and "budget" not in result.cell
 
 
+def in_models(results: Iterable[Result]) -> dict[int, list[Result]]:
+    """Times of attention that models took with a selector, by sequences a forward: a GPU shares more work out better."""
+    groups: dict[int, list[Result]] = {}
+    for r in results:
+        if r.what == "attention_ms" and r.value is not None and not is_benchmark(r):
+            groups.setdefault(r.cell.get("batch", 1), []).append(r)
+    return groups
+
+
 def contexts(results: Iterable[Result]) -> list[int]:
     """Lengths in tokens, ascending."""
     return sorted({r.context for r in results})

@@ -127,7 +127,7 @@ def accuracy(selector: str, task: str, density: float | None, right: int, n: int
     return replace(row, what="accuracy", n=n, unit="documents", cell=row.cell | more, samples={}, seed=0)
 
 
-def timed(rows: list[Result], milliseconds) -> list[Result]:
+def timed(rows: list[Result], milliseconds, batch: int = 1) -> list[Result]:
     """Times of attention that belong to perplexities, a quarter of them for choosing."""
     found = []
     for r in rows:
@@ -135,7 +135,7 @@ def timed(rows: list[Result], milliseconds) -> list[Result]:
             ms = milliseconds(r)
             share = 0.0 if r.selector == "dense" else 0.25
             samples = {"index": [ms * share], "attention": [ms * (1 - share)]}
-            more = {"value": ms, "n": 3, "unit": "forwards", "samples": samples, "cell": r.cell | {"batch": 1}}
+            more = {"value": ms, "n": 3, "unit": "forwards", "samples": samples, "cell": r.cell | {"batch": batch}}
             found.append(replace(r, what="attention_ms", **more))
     return found
 
@@ -395,6 +395,19 @@ def test_pareto_figure_joins_what_nothing_beats_and_leaves_the_oracle_out(tmp_pa
     assert containers["gates: best"] == [[2.0, 22.0], [4.0, 21.0]] and containers["gates: paper"] == [[5.0, 23.0]]
     cells = [cell for number in range(2, len(page.tables)) for cell in page.grid(number).values()]
     assert any(cell.startswith("2 25% choice") for cell in cells)
+
+
+def test_times_of_other_batches_have_panels_and_tables_of_their_own(tmp_path, drawn) -> None:
+    rows = [perplexity("dense", None, 20.0), perplexity("best", 0.2, 21.0)]
+    both = timed(rows, lambda r: 8.0) + timed(rows, lambda r: 3.0, batch=4)
+    page = report(tmp_path, rows + both)
+    one, four = drawn["pareto"].axes
+    for axes, batch, ms in ((one, 1, 8.0), (four, 4, 3.0)):
+        assert axes.get_title(loc="left").endswith(f"batch {batch}")
+        assert {x for c in axes.containers for x, _ in c[0].get_xydata()} == {ms}
+    cells = [set(page.grid(number).values()) for number in range(2, len(page.tables))]
+    assert [any(c.startswith("8 25%") for c in found) for found in cells].count(True) == 1
+    assert [any(c.startswith("3 25%") for c in found) for found in cells].count(True) == 1
 
 
 def test_times_of_comparisons_are_not_taken_for_benchmarks(tmp_path, drawn) -> None:
