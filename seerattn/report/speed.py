@@ -38,7 +38,7 @@ def is_benchmark(result: Result) -> bool:
 
 
 def in_models(results: Iterable[Result]) -> dict[int, list[Result]]:
-    """Times of attention that models took with a selector, by sequences a forward: a GPU shares more work out better."""
+    """Times of attention that models took with a selector, by the number of sequences that ran at once."""
     groups: dict[int, list[Result]] = {}
     for r in results:
         if r.what == "attention_ms" and r.value is not None and not is_benchmark(r):

@@ -107,6 +107,7 @@ def test_finetune_rows_have_counted_densities_and_speeds_of_their_steps() -> Non
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_sparse_training_of_a_layer_never_waits_for_the_gpu() -> None:
     gpu, shape = torch.device("cuda"), Shape(4, 2, 64, torch.bfloat16)
     model = BenchModel(replace(TINY, hidden=256, shape=shape), gpu).gated("paper")
