@@ -3,7 +3,6 @@
 import bz2
 import copy
 import gzip
-import importlib.util
 import json
 import random
 import sys
@@ -15,12 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-_SPEC = importlib.util.spec_from_file_location(
-    "reference_model", Path(__file__).parents[2] / "recipes" / "reference_model.py"
-)
-reference_model = importlib.util.module_from_spec(_SPEC)
-sys.modules["reference_model"] = reference_model
-_SPEC.loader.exec_module(reference_model)
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+import reference_data
+import reference_model
 
 _NOUNS = ["river", "tower", "harbour", "lantern", "meadow", "orchard", "castle", "bridge"]
 _VERBS = ["crossed", "guarded", "painted", "forgot", "praised", "mended"]
@@ -85,8 +81,8 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory):
 def test_training_loss_falls_below_that_of_word_frequencies(trained, data):
     _, output = trained
     tokenizer = AutoTokenizer.from_pretrained(output)
-    texts = [text for group in reference_model.read_texts(data, "train").values() for text in group]
-    counts = np.bincount(np.concatenate(reference_model.tokenise(tokenizer, texts)))
+    texts = [text for group in reference_data.read_texts(data, "train").values() for text in group]
+    counts = np.bincount(np.concatenate(reference_data.tokenise(tokenizer, texts)))
     shares = counts[counts > 0] / counts.sum()
     unigram = -(shares * np.log(shares)).sum()
     losses = [line["loss"] for line in _log(output, "train")]
@@ -149,13 +145,13 @@ def test_epoch_windows_hold_every_token_once_up_to_one_row():
     for length in (5, 33, 64, 65, 200, 333):
         documents.append(np.arange(token, token + length, dtype=np.uint16))
         token += length
-    rows = list(reference_model.epoch_windows(documents, 64, 1, rng))
+    rows = list(reference_data.epoch_windows(documents, 64, 1, rng))
     assert {len(row) for row in rows} == {65} and {int(row[0]) for row in rows} == {1}
     seen = [int(t) for row in rows for t in row if t != 1]
     assert len(set(seen)) == len(seen)
     assert set(seen) <= set(range(10, token))
     assert token - 10 - len(seen) < 64
-    again = list(reference_model.epoch_windows(documents, 64, 1, rng))
+    again = list(reference_data.epoch_windows(documents, 64, 1, rng))
     assert not all(np.array_equal(a, b) for a, b in zip(rows, again, strict=False)), "the second epoch is cut alike"
 
 
