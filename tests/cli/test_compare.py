@@ -242,11 +242,18 @@ def test_the_quick_recipe_is_valid(capsys) -> None:
     assert "perplexity" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["pg19", "retrieval", "dense_rows", "time"])
+@pytest.mark.parametrize("name", ["pg19", "retrieval", "dense_rows", "time", "long"])
 def test_recipes_of_published_tables_are_valid_with_their_text(name: str, tmp_path, capsys) -> None:
     """They name text that does not come with the project: a copy of the folders around them gets some."""
     for folder in ("recipes", "assets"):
         (tmp_path / folder).symlink_to(Path(folder).absolute())
+    # One is of a model that another recipe makes from the reference model, with plans of it.
+    made, assets = tmp_path / "outputs" / "yarn", Path("assets").absolute()
+    shutil.copytree(assets / "reference-model", made / "runs" / "dense" / "model")
+    config = made / "runs" / "dense" / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 32768}))
+    for plan in ("minference-paper.json", "minference-repository.json"):
+        (made / plan).symlink_to(assets / "reference-plans" / plan)
     recipe = tmp_path / "own" / f"compare_{name}.yaml"
     recipe.parent.mkdir()
     shutil.copy(f"recipes/compare_{name}.yaml", recipe)
