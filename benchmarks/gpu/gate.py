@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from seerattn.bench.attention import Sparse, share_of
 from seerattn.bench.check import gate_scores
 from seerattn.bench.inputs import Shape, random_qkv
 from seerattn.bench.model import GATE_FORMS, layer_context, random_gate
@@ -307,6 +308,8 @@ def measure(file: ResultsFile, name: str, gate: AttnGate, context: AttentionCont
     realised = float(run().density().mean())
     times = {"eager": device_time(run, DEVICE), "graph": device_time(graphed(run), DEVICE)}
     memory = extra_memory(lambda: run().indices, DEVICE) / 2**20
+    cell = {"impl": "triton", "device": torch.cuda.get_device_name(), "dtype": SHAPE.dtype_name}
+    cell |= Sparse("triton", c.block_q, c.block_k, share_of(c)).cell(SHAPE)
     for how, timing in times.items():
         file.setdefault(
             Result(
@@ -321,7 +324,7 @@ def measure(file: ResultsFile, name: str, gate: AttnGate, context: AttentionCont
                 context=tokens,
                 text="random",
                 seed=0,
-                cell={"impl": "triton", "launch": how, "block_q": c.block_q, "block_k": c.block_k, "share": c.share},
+                cell=cell | {"launch": how},
                 **timing.fields(),
             )
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
@@ -89,6 +90,7 @@ def _panel(axes: Axes, found: Timed, errors: dict[str, float], looks: dict[str, 
     lines: dict[str, Timed] = {}
     for time, r in sorted(found, key=lambda one: one[0]):
         lines.setdefault(r.arm, []).append((time, r))
+    drawn: dict[str, ErrorbarContainer] = {}
     for arm, line in lines.items():
         x, y = [time for time, _ in line], [r.value for _, r in line]
         if arm == "dense":
@@ -96,13 +98,17 @@ def _panel(axes: Axes, found: Timed, errors: dict[str, float], looks: dict[str, 
             axes.plot(x, y, color=style.DENSE, marker="*", markersize=9, linestyle="none", label=arm)
         else:
             error = [errors.get(perplexity_key(r), 0.0) for _, r in line]
-            axes.errorbar(x, y, yerr=error, label=names[arm], elinewidth=1.0, **looks[arm])
+            drawn[arm] = axes.errorbar(x, y, yerr=error, label=names[arm], elinewidth=1.0, **looks[arm])
     front: list[tuple[float, float]] = []
     for time, r in sorted(found, key=lambda one: (one[0], one[1].value)):
         if kind(r) != "oracle" and (not front or r.value < front[-1][1]):
             front.append((time, r.value))
     axes.plot(*zip(*front), color="#888888", linewidth=1.2, linestyle=":", drawstyle="steps-post", label=FRONT)
     style.cut_floors(axes, [r for _, r in found])
+    for arm, container in drawn.items():
+        if min(r.value for _, r in lines[arm]) > axes.get_ylim()[1]:
+            # Nothing of it is in sight, and the legend leaves out what begins with an underscore.
+            container.set_label(f"_{names[arm]}")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -79,6 +79,8 @@ def _name(row: Result) -> str:
     name = parts.get(row.selector) or f"gates {row.gates}, {impl}"
     if "share" in cell:
         name += f", {speed.blocks(row)}"
+    if cell.get("launch") == "graph":
+        name += ", CUDA graph"
     if "map" in cell:
         name += ", with the map" if cell["map"] else ", no map"
     # Titles name the work of quantities that belong to one kind of it.
