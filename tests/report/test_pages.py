@@ -1,0 +1,157 @@
+"""Tables that are written by hand on pages, each number against the records that it was taken from."""
+
+import re
+from pathlib import Path
+from statistics import median
+
+from seerattn.eval.results import Result, read_results
+from seerattn.report.finetuned import finetuned_tables
+
+ROOT = Path(__file__).parents[2]
+TEXTS = {"books": "books-test", "proofs": "proofs-test"}
+
+
+def records(*names: str) -> list[Result]:
+    return read_results([ROOT / "benchmarks" / "results" / f"{name}.jsonl" for name in names])
+
+
+def table(page: str, head: str) -> list[list[str]]:
+    """Cells of the table on a page whose first line begins so, without bold letters; the head comes first."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith(head))
+    rows = []
+    for line in lines[begin:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().replace("**", "") for cell in line.strip().strip("|").split("|")])
+    return [rows[0], *rows[2:]]
+
+
+def short(number: str) -> str:
+    """A number as the pages write it: no zero before the point."""
+    return re.sub(r"(?<!\d)0\.", ".", number)
+
+
+def yarn() -> dict[tuple[str, str, str, int], str]:
+    """Cells of the drawn tables by way of training, sparsity, text and context."""
+    found = {}
+    for drawn in finetuned_tables(records("yarn")):
+        place = re.match(r"Fine-tuned: perplexity, (\S+), (\d+) tokens", drawn.title)
+        if place:
+            for name, *cells in drawn.body:
+                for sparsity, cell in zip(drawn.head[1:], cells):
+                    found[name, short(sparsity.split()[0]), place[1], int(place[2])] = short(cell)
+    return found
+
+
+def test_perplexities_of_the_fine_tuning_page_are_those_of_the_records() -> None:
+    drawn = yarn()
+    names = {
+        "YaRN, not trained": "not trained",
+        "trained with dense attention": "dense",
+        "gates distilled afterwards": "gates afterwards",
+        "trained together, a run for each": "trained together",
+        "trained together once, sparsity rising to .9": "trained together, annealed",
+    }
+    places = [(text, context) for text in TEXTS.values() for context in (8192, 16384, 32768)]
+    head, *lines = table("docs/finetuning.md", "| | sparsity | books, 8k")
+    assert len(head) == 2 + len(places) and len(lines) == 18
+    name = ""
+    for label, sparsity, *cells in lines:
+        if label == "the same, run dense":
+            way, at = f"{name}, run dense", ".9"
+        else:
+            way = name = names.get(label, name)
+            at = sparsity
+        for place, cell in zip(places, cells, strict=True):
+            value = drawn[(way, at, *place)]
+            inside = re.search(r"\((.*) %\)", value)
+            assert cell == (inside[1] if inside and way != "not trained" else value.split()[0]), (way, at, place)
+
+
+def test_partial_targets_of_the_fine_tuning_page_are_those_of_the_records() -> None:
+    drawn = next(t for t in finetuned_tables(records("yarn")) if "targets of some rows" in t.title)
+    _, whole, tenth, every = table("docs/finetuning.md", "| targets | books, 8k")
+    for written, line in zip((whole, tenth, every), drawn.body, strict=True):
+        for cell, value in zip(written[1:], line[1:], strict=True):
+            inside = re.search(r"\((.*)\)", value)
+            assert cell == short(inside[1]) if inside else value.startswith(cell) or f"{float(value):.2f}" == cell
+
+
+def test_longer_contexts_in_the_readme_are_those_of_the_records() -> None:
+    drawn = yarn()
+    ways = {
+        "trained with dense attention": ("dense", "0"),
+        "gates distilled for it": ("gates afterwards", ".9"),
+        "weights and gates trained together": ("trained together", ".9"),
+        "the same, once": ("trained together, annealed", ".9"),
+    }
+    _, *lines = table("README.md", "| reference model at 32k tokens")
+    assert len(lines) == len(ways)
+    for label, sparsity, *cells in lines:
+        way, at = next(found for start, found in ways.items() if label.startswith(start))
+        assert sparsity == at
+        for text, cell in zip(TEXTS.values(), cells, strict=True):
+            value = drawn[way, at, text, 32768]
+            assert cell == re.sub(r" ± [\d.]+", "", value), (label, text)
+
+
+def test_comparison_at_32k_tokens_is_that_of_the_records() -> None:
+    names = {
+        "gates, top-k": "top-k",
+        "gates, top-p": "top-p",
+        "gates, one threshold": "one threshold",
+        "vertical-slash": "vertical_slash",
+        "MInference, search of the repository": "minference repository",
+        "MInference, search of the paper": "minference paper",
+        "mean-pooled q.k": "pooled",
+        "A-shape": "a_shape",
+        "tri-shape": "tri_shape",
+        "XAttention, stride 8, blocks of 64": "xattention 64",
+        "XAttention, stride 16, blocks of 128": "xattention",
+        "FlexPrefill, blocks of 64": "flexprefill 64",
+        "FlexPrefill, blocks of 128": "flexprefill",
+    }
+    rows = [r for r in records("compare-long", "compare-long-time") if r.cell.get("budget") != "time"]
+    found = {(r.what, r.gates or r.selector, r.density, r.cell.get("batch")): r for r in reversed(rows)}
+    _, *lines = table("docs/comparison.md", "| selector | perplexity, .2")
+    assert len(lines) == 17
+    for label, *cells in lines:
+        arm = names.get(label, label)
+        asked = (None, None, None) if arm == "dense" else (0.2, 0.1, 0.05)
+        for density, cell in zip(asked, cells[:3], strict=True):
+            if cell:
+                value = f"{found['perplexity', arm, density, None].value:.2f}"
+                error = found.get(("perplexity_difference", arm, density, None))
+                assert cell == (value if error is None else short(f"{value} ± {error.stderr:.2f}")), (arm, density)
+        four, one = (found["attention_ms", arm, asked[1], batch] for batch in (4, 1))
+        alone = median(four.samples["attention"])
+        assert cells[3:] == [f"{ms:.2f}" for ms in (four.value, alone, one.value)], arm
+
+
+def test_fine_tuning_steps_of_the_speed_page_are_those_of_the_records() -> None:
+    """In brackets stands how many times as fast as FlashAttention-2 a line is, then as cuDNN."""
+    shapes = {"Llama-3.2-3B": "24/8 heads of 128", "Llama-3.2-1B": "32/8 heads of 64"}
+    shapes["Llama-3.1-8B"] = "32/8 heads of 128"
+    found: dict[tuple, float] = {}
+    for r in records("h200-finetune"):
+        found[r.what, r.model, r.cell["impl"], r.density, r.cell.get("target_share")] = r.value
+    _, *lines = table("docs/speed.md", "| | sparsity | layer, ms | step, ms")
+    assert len(lines) == 14
+    shape, share = "", 0.1
+    for label, sparsity, *cells in lines:
+        shape = next((name for name in shapes if label.startswith(name)), shape)
+        share = 1.0 if "all query blocks" in label else 0.1 if "10 %" in label else share
+        dense = "flash" if "FlashAttention" in label else "cudnn" if "cuDNN" in label else None
+        way = (dense, None, None) if dense else ("gluon", round(1 - float(sparsity), 6), share)
+        for what, model, cell, digits in (
+            ("finetune_layer_ms", shapes[shape], cells[0], 1),
+            ("finetune_step_ms", f"{shape} shape", cells[1], 2),
+        ):
+            ms = found[(what, model, *way)]
+            slower = {"flash": (), "cudnn": ("flash",), "gluon": ("flash", "cudnn")}[way[0]]
+            digits = 2 if way[0] == "cudnn" else digits
+            times = ", ".join(f"{found[what, model, other, None, None] / ms:.{digits}f}x" for other in slower)
+            written = f"{ms:,.0f}" if ms >= 100 else f"{ms:#.3g}"
+            assert cell == (f"{written} ({times})" if times else written), (label, cell)
+        assert cells[2] == f"{found[('tokens_per_second', f'{shape} shape', *way)]:,.0f}"
