@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from seerattn.eval.results import package_version
+from seerattn.training.runs import MODEL_NAME
 
 
 def model_card(facts: dict[str, Any], parameters: int, records: list[dict[str, Any]]) -> str:
@@ -18,7 +19,7 @@ def model_card(facts: dict[str, Any], parameters: int, records: list[dict[str, A
         records: of the run, the first before any training.
     """
     config, last = facts["config"], records[-1]
-    name = Path(facts["model"]).name or facts["base_model"]["architecture"]
+    name = model_name(facts["model"]) or facts["base_model"]["architecture"]
     rows = [f"| {config['loss']} loss | {records[0]['loss']:.4f} | {last['loss']:.4f} | |"]
     for key in sorted(key for key in last if key.startswith("recall@")):
         before, after, best = (f"{x:.4f}" for x in (records[0][key], last[key], last[f"oracle_{key}"]))
@@ -70,7 +71,7 @@ def finetuned_card(facts: dict[str, Any], model: str, records: list[dict[str, An
     """
     config, first, last = facts["config"], records[0], records[-1]
     learned = [record for record in records if "gate_loss" in record]
-    name = Path(facts["model"]).name or facts["base_model"]["architecture"]
+    name = model_name(facts["model"]) or facts["base_model"]["architecture"]
     documents = _documents(facts)
     rising = f", rising from 0 over the first {config['anneal']:.0%} of the steps" if config["anneal"] else ""
     start = "fresh gates" if facts["gates"] is None else f"the gates in {facts['gates'][0]}"
@@ -105,6 +106,15 @@ times (YaRN), peak learning rate {config["lr"]:g}, of the gates {config["gate_lr
 
 Made with {_versions()}.
 """
+
+
+def model_name(model: str) -> str:
+    """What cards call a model, by its folder or its name on the Hub; "" if it has none.
+
+    `seerattn finetune` puts every model into a folder of the same name, where the folder around it says more.
+    """
+    path = Path(model)
+    return (path.name == MODEL_NAME and path.parent.name) or path.name
 
 
 def _metadata(model: str) -> str:

@@ -21,6 +21,7 @@ from seerattn.training.memory import estimate_finetuning
 from seerattn.training.runs import (
     CHECKPOINTS_NAME,
     LOG_NAME,
+    MODEL_NAME,
     RunConfig,
     as_bytes,
     attach_gates,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MODEL_NAME = "model"
 GATES_NAME = "gates"
 
 

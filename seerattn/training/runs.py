@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 LOG_NAME = "training.jsonl"
 RUN_NAME = "run.json"
 CHECKPOINTS_NAME = "checkpoints"
+# Folder of the weights that `seerattn finetune` writes.
+MODEL_NAME = "model"
 # What may differ between a run and its continuation: nothing that changes a weight or a record.
 _FREE_TO_CHANGE = ("save_steps", "keep_checkpoints", "micro_batch_size", "report_to", "gradient_checkpointing")
 
