@@ -448,6 +448,7 @@ def test_training_rejects(name: str, options: dict, message: str) -> None:
 
 
 FSDP = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -474,7 +475,9 @@ for own in (True, False):
         grad = parameter.grad.full_tensor()
         error = float((grad - wanted[name]).norm() / wanted[name].norm())
         assert error < 1e-6, (own, name, error)
-dist.destroy_process_group()
+dist.barrier()
+# Without taking torch's threads down: in 1 of some 60 runs that aborted the process.
+os._exit(0)
 """
 
 
