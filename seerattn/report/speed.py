@@ -42,7 +42,7 @@ def in_models(results: Iterable[Result]) -> dict[int, list[Result]]:
     groups: dict[int, list[Result]] = {}
     for r in results:
         if r.what == "attention_ms" and r.value is not None and not is_benchmark(r):
-            groups.setdefault(r.cell.get("batch", 1), []).append(r)
+            groups.setdefault(r.cell["batch"], []).append(r)
     return groups
 
 

@@ -1,30 +1,90 @@
-"""Tables that are written by hand on pages, each number against the records that it was taken from."""
+"""Tables on the project's pages, each number against the records that it was taken from."""
 
 import re
-from pathlib import Path
 from statistics import median
 
-from seerattn.eval.results import Result, read_results
+from written_tables import records, table, text_of
+
+from seerattn.eval.results import Result
 from seerattn.report.finetuned import finetuned_tables
+from seerattn.report.parts import Table
+from seerattn.report.select import latest
+from seerattn.report.summary import summary_tables
+from seerattn.report.table import render_tables
 
-ROOT = Path(__file__).parents[2]
-TEXTS = {"books": "books-test", "proofs": "proofs-test"}
+TEXTS = ("books-test", "proofs-test")
+# Lines of the table in the README by what they begin with, longest first, and columns by their head.
+ARMS = {
+    "dense": "dense",
+    "oracle": "oracle",
+    "`fine` gates": "fine",
+    "`salient` gates": "salient",
+    "`best` gates": "best",
+    "`paper` gates": "paper",
+    "MInference, search of the repository": "minference repository",
+    "MInference, search of the paper": "minference paper",
+    "mean-pooled": "pooled",
+    "streaming": "streaming",
+    "XAttention": "xattention 128",
+    "MoA": "moa",
+    "FlexPrefill": "flexprefill 128",
+}
+COLUMNS = {
+    "density": "density",
+    "perplexity, books": "perplexity, books-test",
+    "proofs": "perplexity, proofs-test",
+    "pass keys": "passkey",
+    "key-value": "key-value",
+    "32 keys": "multi-key",
+}
 
 
-def records(*names: str) -> list[Result]:
-    return read_results([ROOT / "benchmarks" / "results" / f"{name}.jsonl" for name in names])
+def numbers(text: str) -> set[float]:
+    return {float(number) for number in re.findall(r"\d+\.?\d*", text)}
 
 
-def table(page: str, head: str) -> list[list[str]]:
-    """Cells of the table on a page whose first line begins so, without bold letters; the head comes first."""
-    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
-    begin = next(i for i, line in enumerate(lines) if line.startswith(head))
-    rows = []
-    for line in lines[begin:]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip().replace("**", "") for cell in line.strip().strip("|").split("|")])
-    return [rows[0], *rows[2:]]
+def test_every_number_of_the_table_in_the_readme_is_drawn(compared: list[Result]) -> None:
+    tables: dict[str, Table] = {table.title: table for table in summary_tables(compared)}
+    summary = tables["Summary: density 0.1, 8192 tokens, reference-model"]
+    drawn = {line[0]: dict(zip(summary.head, line)) for line in summary.body}
+    head, *lines = table("README.md", "| reference model, 8k tokens")
+    found = []
+    for label, *cells in lines:
+        found.append(next(arm for start, arm in ARMS.items() if label.startswith(start)))
+        for name, cell in zip(head[1:], cells, strict=True):
+            shown = drawn[found[-1]][COLUMNS[name]]
+            assert numbers(cell) and numbers(cell) <= numbers(shown), (label, name, cell, shown)
+    assert len(found) >= 10 and len(set(found)) == len(found)
+
+
+def test_tables_of_the_comparison_page_are_those_that_are_drawn(compared: list[Result]) -> None:
+    tables = render_tables(compared)
+    recall, gates = (render_tables(latest(records(f"compare-{name}"))) for name in ("recall", "gates"))
+    page = text_of("docs/comparison.md")
+    drawn = f"{tables}\n{recall}\n# Policies, poolings and RoPE\n\n{gates}".replace("### ", "## ")
+    assert page[page.index("## Summary") :] == drawn
+
+
+def test_tables_of_the_results_page_are_those_that_are_drawn() -> None:
+    page = text_of("docs/results.md")
+    drawn = render_tables(latest(records("reference-perplexity", "reference-retrieval", "reference-recall")))
+    assert page[page.index("## Tables") :] == f"## Tables\n\n{drawn}"
+
+
+def test_counts_of_cells_on_the_comparison_page_are_those_of_the_records(compared: list[Result]) -> None:
+    cells: dict[tuple, list[Result]] = {}
+    for r in compared:
+        if r.what in ("perplexity", "accuracy") and r.policy is not None and not r.policy["last_rows_dense"]:
+            cells.setdefault((r.what, r.context, r.text, r.cell.get("task"), r.arm, r.density), []).append(r)
+    counts: dict[tuple, list[bool]] = {}
+    for (what, context, *_, density), rows in cells.items():
+        off = abs(sum(r.realised_density for r in rows) / len(rows) - density)
+        counts.setdefault((what, context), []).append(off <= 0.01 + 1e-9)
+    page = " ".join(text_of("docs/comparison.md").split())
+    found = {place: f"{sum(near)} of {len(near)}" for place, near in counts.items()}
+    ours = [found["perplexity", context] for context in (8192, 4096, 2048)]
+    text = "{} came within .01 of what was asked for at 8192 tokens, {} at 4096 and {} at 2048".format(*ours)
+    assert text in page and f"of retrieval, all at 8192 tokens, {found['accuracy', 8192]}" in page
 
 
 def short(number: str) -> str:
@@ -53,7 +113,7 @@ def test_perplexities_of_the_fine_tuning_page_are_those_of_the_records() -> None
         "trained together, a run for each": "trained together",
         "trained together once, sparsity rising to .9": "trained together, annealed",
     }
-    places = [(text, context) for text in TEXTS.values() for context in (8192, 16384, 32768)]
+    places = [(text, context) for text in TEXTS for context in (8192, 16384, 32768)]
     head, *lines = table("docs/finetuning.md", "| | sparsity | books, 8k")
     assert len(head) == 2 + len(places) and len(lines) == 18
     name = ""
@@ -91,7 +151,7 @@ def test_longer_contexts_in_the_readme_are_those_of_the_records() -> None:
     for label, sparsity, *cells in lines:
         way, at = next(found for start, found in ways.items() if label.startswith(start))
         assert sparsity == at
-        for text, cell in zip(TEXTS.values(), cells, strict=True):
+        for text, cell in zip(TEXTS, cells, strict=True):
             value = drawn[way, at, text, 32768]
             assert cell == re.sub(r" ± [\d.]+", "", value), (label, text)
 
@@ -113,6 +173,7 @@ def test_comparison_at_32k_tokens_is_that_of_the_records() -> None:
         "FlexPrefill, blocks of 128": "flexprefill",
     }
     rows = [r for r in records("compare-long", "compare-long-time") if r.cell.get("budget") != "time"]
+    # Dense attention was timed in two processes, first in that of the others.
     found = {(r.what, r.gates or r.selector, r.density, r.cell.get("batch")): r for r in reversed(rows)}
     _, *lines = table("docs/comparison.md", "| selector | perplexity, .2")
     assert len(lines) == 17

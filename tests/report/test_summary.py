@@ -1,23 +1,16 @@
-"""The summary: its table against a written-out one and against the README, and which arms its figure shows."""
+"""The summary: its table against a written-out one, and which arms its figure shows."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from seerattn.eval.results import Result, read_results
+from seerattn.eval.results import Result
 from seerattn.report import style
 from seerattn.report.names import name_of
-from seerattn.report.parts import Table
-from seerattn.report.select import latest
 from seerattn.report.summary import summary_tables
 from seerattn.report.summary_figure import draw_summary, representatives
-from seerattn.report.table import render_tables
-
-ROOT = Path(__file__).parents[2]
-RECORDS = [ROOT / "benchmarks" / "results" / f"compare-{name}.jsonl" for name in ("perplexity", "retrieval")]
 
 
 def result(what: str, arm: str, density: float | None, value: float, **more) -> Result:
@@ -73,97 +66,6 @@ def test_summary_keeps_other_documents_and_other_weights_apart() -> None:
     assert table.body[0][2:5] == ["20.00", "50.00", ""]
     trained = [replace(r, weights={"model": "w"}) for r in rows]
     assert len(summary_tables([*rows, *trained])) == 2
-
-
-@pytest.fixture(scope="module")
-def compared() -> list[Result]:
-    return latest(read_results(RECORDS))
-
-
-# Lines of the table in the README by what they begin with, longest first, and columns by their head.
-ARMS = {
-    "dense": "dense",
-    "oracle": "oracle",
-    "`fine` gates": "fine",
-    "`salient` gates": "salient",
-    "`best` gates": "best",
-    "`paper` gates": "paper",
-    "MInference, search of the repository": "minference repository",
-    "MInference, search of the paper": "minference paper",
-    "mean-pooled": "pooled",
-    "streaming": "streaming",
-    "XAttention": "xattention 128",
-    "MoA": "moa",
-    "FlexPrefill": "flexprefill 128",
-}
-COLUMNS = {
-    "density": "density",
-    "perplexity, books": "perplexity, books-test",
-    "proofs": "perplexity, proofs-test",
-    "pass keys": "passkey",
-    "key-value": "key-value",
-    "32 keys": "multi-key",
-}
-
-
-def cells_of(line: str) -> list[str]:
-    return [cell.strip().replace("**", "") for cell in line.strip("|").split("|")]
-
-
-def numbers(text: str) -> set[float]:
-    return {float(number) for number in re.findall(r"\d+\.?\d*", text)}
-
-
-def test_every_number_of_the_table_in_the_readme_is_drawn(compared: list[Result]) -> None:
-    tables: dict[str, Table] = {table.title: table for table in summary_tables(compared)}
-    table = tables["Summary: density 0.1, 8192 tokens, reference-model"]
-    drawn = {line[0]: dict(zip(table.head, line)) for line in table.body}
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    begin = next(i for i, line in enumerate(lines) if line.startswith("| reference model, 8k tokens"))
-    head = cells_of(lines[begin])[1:]
-    found = []
-    for line in lines[begin + 2 :]:
-        if not line.startswith("|"):
-            break
-        label, *cells = cells_of(line)
-        found.append(next(arm for start, arm in ARMS.items() if label.startswith(start)))
-        for name, cell in zip(head, cells, strict=True):
-            shown = drawn[found[-1]][COLUMNS[name]]
-            assert numbers(cell) and numbers(cell) <= numbers(shown), (label, name, cell, shown)
-    assert len(found) >= 10 and len(set(found)) == len(found)
-
-
-def records(*names: str) -> list[Result]:
-    return latest(read_results([ROOT / "benchmarks" / "results" / f"{name}.jsonl" for name in names]))
-
-
-def test_tables_of_the_comparison_page_are_those_that_are_drawn(compared: list[Result]) -> None:
-    tables, recall, gates = map(render_tables, (compared, records("compare-recall"), records("compare-gates")))
-    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
-    drawn = f"{tables}\n{recall}\n# Policies, poolings and RoPE\n\n{gates}".replace("### ", "## ")
-    assert page[page.index("## Summary") :] == drawn
-
-
-def test_tables_of_the_results_page_are_those_that_are_drawn() -> None:
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    drawn = render_tables(records("reference-perplexity", "reference-retrieval", "reference-recall"))
-    assert page[page.index("## Tables") :] == f"## Tables\n\n{drawn}"
-
-
-def test_counts_of_cells_on_the_comparison_page_are_those_of_the_records(compared: list[Result]) -> None:
-    cells: dict[tuple, list[Result]] = {}
-    for r in compared:
-        if r.what in ("perplexity", "accuracy") and r.policy is not None and not r.policy["last_rows_dense"]:
-            cells.setdefault((r.what, r.context, r.text, r.cell.get("task"), r.arm, r.density), []).append(r)
-    counts: dict[tuple, list[bool]] = {}
-    for (what, context, *_, density), rows in cells.items():
-        off = abs(sum(r.realised_density for r in rows) / len(rows) - density)
-        counts.setdefault((what, context), []).append(off <= 0.01 + 1e-9)
-    page = " ".join((ROOT / "docs" / "comparison.md").read_text(encoding="utf-8").split())
-    found = {place: f"{sum(near)} of {len(near)}" for place, near in counts.items()}
-    ours = [found["perplexity", context] for context in (8192, 4096, 2048)]
-    text = "{} came within .01 of what was asked for at 8192 tokens, {} at 4096 and {} at 2048".format(*ours)
-    assert text in page and f"of retrieval, all at 8192 tokens, {found['accuracy', 8192]}" in page
 
 
 def rows_of(losses: dict[str, float], densities: tuple[float, ...] = (0.2, 0.1)) -> list[Result]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from tiny_models import tiny_model, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
+from written_tables import table, text_of
 
 import seerattn
 from seerattn.gate import AttnGate, AttnGateConfig
@@ -91,12 +91,11 @@ LLAMA_3 = {
 
 
 def test_documented_estimates_are_those_of_the_plan() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    header = next(row for row in rows if row[0].startswith("estimate, GiB"))
+    text = text_of("docs/finetuning.md")
+    header, *rows = table("docs/finetuning.md", "| estimate, GiB")
     assert header[1:] == ["1 process", "8, DDP", "8, FSDP2", "16, FSDP2", "32, FSDP2"]
     ways = [(1, False), (8, False), (8, True), (16, True), (32, True)]
-    found = {row[0]: [int(cell) for cell in row[1:]] for row in rows if row[0][:3] in ("8B,", "70B")}
+    found = {row[0]: [int(cell) for cell in row[1:]] for row in rows}
     options: dict[str, Any] = {"micro_batch_size": 1, "context": 32768, "checkpointing": True, "target_share": 0.1}
     gib = 2**30
     for size, shape in LLAMA_3.items():

@@ -1,0 +1,13 @@
+"""What the tests of reports share."""
+
+import pytest
+from written_tables import records
+
+from seerattn.eval.results import Result
+from seerattn.report.select import latest
+
+
+@pytest.fixture(scope="session")
+def compared() -> list[Result]:
+    """The comparison that is published."""
+    return latest(records("compare-perplexity", "compare-retrieval"))
