@@ -19,6 +19,7 @@ from seerattn.eval.arms import choose_device, load_subject
 from seerattn.eval.compare import Cell, Comparison, Outcome, gates_of, make_cells, make_jobs
 from seerattn.eval.recipe import check_files, read_recipe
 from seerattn.eval.results import ResultsFile
+from seerattn.hf.loading import read_config, read_tokenizer
 
 console = Console(stderr=True)
 
@@ -51,18 +52,12 @@ def compare(
     Each knob is tuned to every density or time. A cell that fails is written down with its reason and the rest goes
     on; the exit code is 1 then, and the next start tries it again.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     asked = read_recipe(recipe, only_selectors=words(only_selectors), only_tasks=words(only_tasks), batch=batch or None)
     where = choose_device(device or None)
     file = ResultsFile(output, where)
     jobs = {}
     for model in asked.models:
-        try:
-            config = AutoConfig.from_pretrained(model.source)
-            tokenizer = AutoTokenizer.from_pretrained(model.source)
-        except OSError as error:
-            raise ValueError(f"model must be a folder or the name of one on the Hub, got {model.source}") from error
+        config, tokenizer = read_config(model.source), read_tokenizer(model.source)
         check_files(asked, model, config)
         jobs[model] = make_jobs(asked, tokenizer, limit=limit)
     cells = {model: make_cells(asked, jobs[model]) for model in asked.models}

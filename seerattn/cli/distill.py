@@ -24,6 +24,7 @@ from seerattn.cli.training import (
     SaveStepsOption,
     SeedOption,
     StepsOption,
+    TrustOption,
     WarmupStepsOption,
     load_base,
     local_device,
@@ -56,6 +57,7 @@ def distill(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Of the base; auto: bfloat16 on an accelerator, else float32.", rich_help_panel=TRAINING),
     ] = "auto",
+    trust_remote_code: TrustOption = False,
     resume: ResumeOption = False,
     dry_run: DryRunOption = False,
     loss: Annotated[str, typer.Option(help=f"{LOSSES}.", rich_help_panel=_ABOUT)] = "kl",
@@ -105,7 +107,14 @@ def distill(
     gate, indices = gate_config(form), parse_layers(form.get("layers"))
     check_output(output, resume=resume)
     where = local_device(device)
-    base = load_base(model, device=where, dtype=dtype, context=context, dry_run=dry_run)
+    base = load_base(
+        model,
+        device=where,
+        dtype=dtype,
+        context=context,
+        dry_run=dry_run,
+        trust_remote_code=trust_remote_code,
+    )
     prepared = plan(base.model, base.tokenizer, data, config, gates=gates, gate=gate, layers=indices, device=where)
     if is_main():
         show_plan(prepared.describe())

@@ -24,6 +24,7 @@ from seerattn.cli.training import (
     SaveStepsOption,
     SeedOption,
     StepsOption,
+    TrustOption,
     WarmupStepsOption,
     load_base,
     local_device,
@@ -92,6 +93,7 @@ def finetune(
             help="Of the weights; auto: float32 that compute in bfloat16 on an accelerator.", rich_help_panel=TRAINING
         ),
     ] = "auto",
+    trust_remote_code: TrustOption = False,
     resume: ResumeOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
@@ -134,7 +136,7 @@ def finetune(
     gate, layers = gate_config(form), parse_layers(form.get("layers"))
     check_output(output, resume=resume)
     weights, where = "bfloat16" if dtype == "bfloat16" else "float32", local_device(device)
-    base = load_base(model, device=where, dtype=weights, dry_run=dry_run)
+    base = load_base(model, device=where, dtype=weights, dry_run=dry_run, trust_remote_code=trust_remote_code)
     prepared = plan(base.model, base.tokenizer, data, config, gates=gates, gate=gate, layers=layers, device=where)
     if is_main():
         show_plan(prepared.describe())

@@ -41,6 +41,9 @@ ResumeOption = Annotated[
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=TRAINING)
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=TRAINING)
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of gates and data.", rich_help_panel=TRAINING)]
 
 
@@ -52,13 +55,22 @@ def local_device(name: str | None) -> torch.device:
     """
     from seerattn.eval.arms import choose_device
 
-    place = choose_device(name)
-    if place.type == "cuda" and "LOCAL_RANK" in os.environ:
-        place = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    return place
+    # Each process asks for its own GPU alone: a context of every process on the first one would fill it.
+    on_gpu = choose_device().type == "cuda" if name is None else name == "cuda"
+    if on_gpu and "LOCAL_RANK" in os.environ:
+        return choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    return choose_device(name)
 
 
-def load_base(name: str, *, device: torch.device, dtype: str, context: int = 0, dry_run: bool) -> Subject:
+def load_base(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: str,
+    context: int = 0,
+    dry_run: bool,
+    trust_remote_code: bool = False,
+) -> Subject:
     """Loads a model to be trained and its tokenizer, for a dry run without its weights.
 
     Under FSDP of accelerate weights go to the memory of the host, to be sharded from there when training begins; with
@@ -70,6 +82,7 @@ def load_base(name: str, *, device: torch.device, dtype: str, context: int = 0, 
         dtype: of the weights, see `seerattn.eval.arms.choose_dtype`.
         context: longest context that will be asked for.
         dry_run: whether nothing will be trained.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         ValueError: no such model, a context longer than the model's, or FSDP that cannot be used.
@@ -86,7 +99,13 @@ def load_base(name: str, *, device: torch.device, dtype: str, context: int = 0, 
     elif is_sharded():
         _begin_fsdp(device)
         place = torch.device("cpu" if is_main() or not is_fsdp_enabled() else "meta")
-    return load_subject(name, device=place, dtype=choose_dtype(dtype, device), context=context)
+    return load_subject(
+        name,
+        device=place,
+        dtype=choose_dtype(dtype, device),
+        context=context,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _begin_fsdp(device: torch.device) -> None:

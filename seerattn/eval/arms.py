@@ -22,6 +22,7 @@ from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import GateSelector
 from seerattn.hf.attach import attach, detach
 from seerattn.hf.attention import layer_states
+from seerattn.hf.loading import read_config, read_model, read_tokenizer
 from seerattn.hf.meters import AttentionTimes, DensityMeter, TimeMeter, record_density, record_time
 from seerattn.ops.resolve import check_impl
 from seerattn.selection.policies import Policy, TopK, policy_from_dict
@@ -372,17 +373,21 @@ def choose_device(name: str | None = None) -> torch.device:
     """The device of that name, or the accelerator if there is one.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: there is no such device here, or it does not compute.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda or the like, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must exist, got {name!r} where torch sees {torch.cuda.device_count()} GPUs")
-    return device
+    if name.isascii():
+        try:
+            device = torch.device(name)
+            # Names of devices that torch was not built for, or that hold no numbers, are found out by a sum alone.
+            if (torch.ones(1, device=device) + 1).item() == 2:
+                return device
+        # By the kind of device it is one or the other.
+        except (RuntimeError, AssertionError, ImportError):
+            pass
+    seen = torch.cuda.device_count()
+    raise ValueError(f"device must be cpu, cuda or another that computes, got {name!r} where torch sees {seen} GPUs")
 
 
 def choose_dtype(name: str, device: torch.device) -> str:
@@ -401,6 +406,7 @@ def load_subject(
     impl: str = "auto",
     context: int = 0,
     name: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Subject:
     """Loads a model and its tokenizer.
 
@@ -412,27 +418,17 @@ def load_subject(
         impl: implementation of the sparse attention.
         context: longest context that will be asked for.
         name: what results call it; by default the last part of ``model``.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        ValueError: no such model, gates of another model, or a context longer than the model's.
+        ValueError: no such model or one that is not whole, gates of another model, or a context longer than the
+            model's.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-        longest = getattr(config.get_text_config(), "max_position_embeddings", context)
-        if context > longest:
-            raise ValueError(f"contexts must be at most the model's {longest} tokens, got {context}")
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        weights = getattr(torch, choose_dtype(dtype, device))
-        if device.type == "meta":
-            with init_empty_weights():
-                loaded = AutoModelForCausalLM.from_config(config, dtype=weights)
-            # Under the context every registered parameter becomes one of its own.
-            loaded.tie_weights()
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=weights).to(device)
-    except OSError as error:
-        raise ValueError(f"model must be a folder or the name of a causal language model, got {model}") from error
+    config = read_config(model, trust_remote_code=trust_remote_code)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", context)
+    if context > longest:
+        raise ValueError(f"contexts must be at most the model's {longest} tokens, got {context}")
+    tokenizer = read_tokenizer(model, trust_remote_code=trust_remote_code)
+    weights = getattr(torch, choose_dtype(dtype, device))
+    loaded = read_model(model, dtype=weights, device=device, config=config, trust_remote_code=trust_remote_code)
     return Subject(loaded, tokenizer, name=name or Path(model).name, gates=gates, impl=impl)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from seerattn.baselines.plan import describe_model
 from seerattn.eval.results import fingerprint
+from seerattn.hf.loading import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -19,15 +20,10 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
     return describe_model(config.get_text_config(), weights)
 
 
-def describe_named(model: str) -> dict[str, Any]:
+def describe_named(model: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """`describe` of a folder or the name of a model on the Hub, without loading its weights.
 
     Raises:
         ValueError: there is no such model.
     """
-    from transformers import AutoConfig
-
-    try:
-        return describe(AutoConfig.from_pretrained(model))
-    except OSError as error:
-        raise ValueError(f"model must be a folder or the name of a causal language model, got {model}") from error
+    return describe(read_config(model, trust_remote_code=trust_remote_code))
