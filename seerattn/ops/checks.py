@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,24 @@ def check_sinks(q: Tensor, sinks: Tensor | None) -> None:
     """One logit a query head."""
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks must be [{q.shape[1]}], one logit a query head, got {list(sinks.shape)}")
+
+
+def check_logits(scale: float | None, softcap: float | None) -> None:
+    """What makes logits of q.k: any finite scale, of either sign, and a cap above 0."""
+    if scale is not None and not _is_finite(scale):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r:.40}; leave it out for D ** -0.5")
+    if softcap is not None and not (_is_finite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be a finite number above 0 or None, got {softcap!r:.40}; None caps nothing")
+
+
+def _is_finite(value: object) -> bool:
+    # Kernels compute in fp32. A comparison also serves integers that no float can hold, and refuses NaN.
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
+
+
+def scale_refusal(scale: float) -> str | None:
+    """Why a kernel that masks logits before it scales them cannot serve a call; None if it can."""
+    return None if scale > 0 else f"it takes positive scales, got {scale}"
 
 
 def check_lengths(k: Tensor, lengths: Tensor | None) -> list[int]:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from seerattn.ops.block_sparse_attention import block_sparse_attention, reference
+from seerattn.ops.pooled_attention import pooled_attention
 from seerattn.selection.block_indices import BlockIndices
 
 DIM = 32
@@ -102,7 +103,18 @@ def test_all_blocks_selected_matches_sdpa(q_tokens, k_tokens):
     assert_exact(block_sparse_attention(q, k, v, blocks), expected)
 
 
-@pytest.mark.parametrize("extra", [{"scale": 0.3}, {"softcap": 2.0}, {"sinks": True}, {"softcap": 3.0, "sinks": True}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"scale": 0.3},
+        {"scale": 0.0},
+        {"scale": -0.4, "sinks": True},
+        {"scale": -0.4, "softcap": 2.0},
+        {"softcap": 2.0},
+        {"sinks": True},
+        {"softcap": 3.0, "sinks": True},
+    ],
+)
 def test_scale_softcap_and_sinks_match_dense_oracle(extra):
     q, k, v = make_qkv(2, 6, 2, 100, 140)
     if "sinks" in extra:
@@ -243,3 +255,32 @@ def test_bad_arguments_are_rejected():
     for message, (q_, k_, v_, blocks_, kwargs) in wrong.items():
         with pytest.raises(ValueError, match=message):
             block_sparse_attention(q_, k_, v_, blocks_, **kwargs)
+
+
+MEANINGLESS = [
+    ("scale", float("nan")),
+    ("scale", float("inf")),
+    ("scale", -float("inf")),
+    ("scale", "x"),
+    ("scale", [1.0]),
+    ("scale", True),
+    ("scale", 1e39),
+    ("scale", 10**400),
+    ("softcap", 0.0),
+    ("softcap", -1.0),
+    ("softcap", float("nan")),
+    ("softcap", float("inf")),
+    ("softcap", "x"),
+    ("softcap", 10**400),
+]
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("name, value", MEANINGLESS, ids=lambda x: f"{x!s:.9}")
+def test_logits_without_a_meaning_are_rejected_by_every_impl(name, value, impl):
+    q, k, v = make_qkv(1, 2, 1, 40, 40, torch.float32)
+    blocks = make_blocks(1, 2, 40, 40, 32, 32)
+    with pytest.raises(ValueError, match=f"{name} must be a finite number"):
+        block_sparse_attention(q, k, v, blocks, impl=impl, **{name: value})
+    with pytest.raises(ValueError, match=f"{name} must be a finite number"):
+        pooled_attention(q, k, v, impl=impl, **{name: value})

@@ -198,3 +198,12 @@ def test_what_it_cannot_do_is_refused_in_a_sentence():
         run(q.float(), k.float(), v.float(), make_blocks(1, 4, 40, 40, 16, 32))
     with pytest.raises(ValueError, match="it takes head dims of whole 16 bytes, got 34 x 4 bytes"):
         run(*(torch.zeros(1, h, 40, 34) for h in (4, 2, 2)), blocks)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_are_not_positive_are_refused_and_served_by_auto(scale):
+    q, k, v = make_qkv(1, 4, 2, 60, 90, torch.float32)
+    blocks = make_blocks(1, 4, 60, 90, 32, 32)
+    with pytest.raises(ValueError, match=f"it takes positive scales, got {scale}; use another impl"):
+        run(q, k, v, blocks, scale=scale)
+    assert_within_budget(q, k, v, blocks, "auto", scale=scale)

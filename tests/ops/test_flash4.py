@@ -166,10 +166,10 @@ def test_tiles_hold_whole_tokens_of_one_query_block(heads, kv_heads, mask_heads,
     assert (form and (form.packed, form.tile_m, form.tiles)) == expected
 
 
-def refusal(dim=64, heads=4, kv_heads=2, mask_heads=4, block_q=64, block_k=64, dtype=torch.bfloat16):
+def refusal(dim=64, heads=4, kv_heads=2, mask_heads=4, block_q=64, block_k=64, dtype=torch.bfloat16, scale=1.0):
     q, k, v = (torch.zeros(1, h, 8, dim, dtype=dtype) for h in (heads, kv_heads, kv_heads))
     blocks = make_blocks(1, mask_heads, 8, 8, block_q, block_k)
-    return flash4.refusal(q, k, v, blocks, lengths=[8], softcap=None, sinks=None)
+    return flash4.refusal(q, k, v, blocks, scale=scale, lengths=[8], softcap=None, sinks=None)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,7 @@ def refusal(dim=64, heads=4, kv_heads=2, mask_heads=4, block_q=64, block_k=64, d
         ({"block_k": 32}, "key blocks of"),
         ({"block_q": 32}, "whole 64 rows"),
         ({"dim": 256, "block_k": 128}, "shared memory"),
+        ({"scale": 0.0}, "positive scales, got 0.0"),
         ({}, "CUDA device"),
     ],
 )
@@ -190,7 +191,7 @@ def test_refusal_names_what_the_kernel_cannot_serve(call, reason):
 def test_refusal_of_gradients():
     q, k, v = (torch.zeros(1, 2, 8, 64, dtype=torch.bfloat16) for _ in range(3))
     blocks = make_blocks(1, 2, 8, 8, 64, 64)
-    reason = flash4.refusal(q, k, v.requires_grad_(), blocks, softcap=None, sinks=None)
+    reason = flash4.refusal(q, k, v.requires_grad_(), blocks, scale=1.0, softcap=None, sinks=None)
     assert "backward" in reason
 
 

@@ -65,7 +65,7 @@ def test_ragged_calls_match_dense_oracle(q_tokens, past, block_q, block_k, budge
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (3, 1), (8, 2)])
-@pytest.mark.parametrize("extra", [{}, {"scale": 0.4}, {"softcap": 1.5}, {"sinks": True}])
+@pytest.mark.parametrize("extra", [{}, *({"scale": s} for s in (0.4, 0.0, -0.4)), {"softcap": 1.5}, {"sinks": True}])
 def test_heads_softcap_and_sinks_match_dense_oracle(heads, kv_heads, extra):
     if "sinks" in extra:
         extra = {"sinks": torch.linspace(-1, 4, heads, dtype=torch.float64)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seerattn.ops.block_sparse_attention import reference
-from seerattn.ops.checks import check_cu_seqlens, check_lengths, check_qkv, check_sinks
+from seerattn.ops.checks import check_cu_seqlens, check_lengths, check_logits, check_qkv, check_sinks
 from seerattn.ops.launch import needs_gradients
 from seerattn.ops.resolve import check_impl, implementation
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
@@ -42,7 +42,7 @@ def block_sparse_attention(
         v: values ``[B, HKV, S, D]``.
         blocks: lists of ``Hm = H`` or ``HKV`` heads for just these tokens: row ``b`` must have
             ``q_start + q_len == lengths[b]`` and ``q_len == min(T, lengths[b])``.
-        scale: factor of q.k, by default ``D ** -0.5``.
+        scale: factor of q.k, by default ``D ** -0.5``; one that is not positive is left to `reference`.
         lengths: int ``[B]``, real tokens of every row of a left-padded batch; by default all ``S``. Row ``b`` uses
             its last ``lengths[b]`` keys and last ``min(T, lengths[b])`` queries.
         cu_seqlens: int ``[N + 1]``, ascending from 0 to ``T``: the only batch row holds ``N`` sequences one after the
@@ -63,6 +63,7 @@ def block_sparse_attention(
     check_impl("block_sparse_attention", impl)
     check_qkv(q, k, v)
     check_sinks(q, sinks)
+    check_logits(scale, softcap)
     bounds = check_cu_seqlens(q, k, lengths, cu_seqlens)
     rows = check_lengths(k, lengths) if bounds is None else [end - begin for begin, end in pairwise(bounds)]
     _check_blocks(q, k, blocks, rows)

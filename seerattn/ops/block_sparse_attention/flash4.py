@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seerattn.ops.checks import scale_refusal
 from seerattn.ops.launch import needs_gradients, new_output
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 
@@ -97,6 +98,7 @@ def refusal(
     v: Tensor,
     blocks: BlockIndices,
     *,
+    scale: float,
     softcap: float | None,
     sinks: Tensor | None,
     **_: object,
@@ -116,7 +118,7 @@ def refusal(
         return f"it takes query blocks of whole 64 rows, a row being a token of a head that shares lists, got {rows}"
     if form.shared_bytes > SHARED_BYTES:
         return f"key blocks of {blocks.block_k} x head dim {q.shape[3]} do not fit into shared memory"
-    return _unsupported_device(q.device) or _wrong_installation()
+    return scale_refusal(scale) or _unsupported_device(q.device) or _wrong_installation()
 
 
 @functools.cache

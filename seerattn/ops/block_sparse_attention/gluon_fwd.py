@@ -21,6 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from seerattn.ops.checks import scale_refusal
 from seerattn.ops.launch import new_output, on_device, tma_ready
 from seerattn.selection.block_indices import BlockIndices
 
@@ -113,15 +114,13 @@ def refusal(
         return f"it takes head dims of {HEAD_DIMS}, got {q.shape[3]}"
     if softcap is not None or sinks is not None or cu_seqlens is not None:
         return "it has no softcap, sinks or packed sequences"
-    if scale <= 0:
-        return f"it takes positive scales, got {scale}"
     if blocks.block_k not in BLOCK_K:
         return f"it takes key blocks of {BLOCK_K} tokens, got {blocks.block_k}"
     sharing = q.shape[1] // blocks.num_heads
     if choose_plan(block_q=blocks.block_q, sharing=sharing) is None:
         rows = f"{blocks.block_q} tokens x {sharing} heads"
         return f"it takes query blocks of 64 tokens or more, or of 32 where 4 heads share their lists, got {rows}"
-    return None
+    return scale_refusal(scale)
 
 
 @torch.no_grad()

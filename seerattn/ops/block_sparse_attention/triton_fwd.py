@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from seerattn.ops.block_sparse_attention.triton_rows import LOG2_E, capped, query_tile, row_offset, row_table
+from seerattn.ops.checks import scale_refusal
 from seerattn.ops.launch import new_output, tma_ready
 from seerattn.selection.block_indices import BlockIndices
 
@@ -61,7 +62,7 @@ def choose_launch(*, block_q: int, block_k: int, members: int, head_dim: int, el
     return Launch(rows=min(block_q * members, 64), keys=keys, num_warps=4, num_stages=2)
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, sinks: Tensor | None, **_: object) -> str | None:
+def refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, scale: float, **_: object) -> str | None:
     """Why this implementation cannot serve a call, in a sentence; None if it can."""
     if q.dtype not in DTYPES:
         return f"it takes fp16, bf16 or fp32, got {q.dtype}"
@@ -69,7 +70,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, sinks: Ten
         return f"it takes head dims of whole 16 bytes, got {q.shape[3]} x {q.element_size()} bytes"
     if blocks.block_q not in BLOCK_SIZES or blocks.block_k not in BLOCK_SIZES:
         return f"it takes blocks of {BLOCK_SIZES} tokens, got {blocks.block_q} x {blocks.block_k}"
-    return None
+    return scale_refusal(scale)
 
 
 @torch.no_grad()

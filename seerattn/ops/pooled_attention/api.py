@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from seerattn.ops.checks import check_lengths, check_qkv, check_sinks
+from seerattn.ops.checks import check_lengths, check_logits, check_qkv, check_sinks
 from seerattn.ops.pooled_attention.maps import AttentionMaps
 from seerattn.ops.resolve import check_impl, implementation
 
@@ -38,7 +38,7 @@ def pooled_attention(
         v: values ``[B, HKV, S, D]``.
         block_q: query block size in tokens.
         block_k: key block size in tokens.
-        scale: factor of q.k, by default ``D ** -0.5``.
+        scale: factor of q.k, by default ``D ** -0.5``; one that is not positive is left to `reference`.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the softmax.
         sinks: ``[H]`` logits of one more key without a value per head; it takes probability but has no block.
         lengths: int ``[B]``, real tokens of every row of a left-padded batch; by default all ``S``.
@@ -139,6 +139,7 @@ def _run(
     check_impl("pooled_attention", impl)
     check_qkv(q, k, k if v is None else v)
     check_sinks(q, sinks)
+    check_logits(scale, softcap)
     k_len = check_lengths(k, lengths)
     if block_q < 1 or block_k < 1:
         raise ValueError(f"block_q and block_k must be at least 1, got {block_q} and {block_k}")

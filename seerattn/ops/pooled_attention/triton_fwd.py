@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from seerattn.ops.checks import scale_refusal
 from seerattn.ops.launch import new_output, on_device, row_geometry, tma_ready
 from seerattn.ops.pooled_attention.kernel import pooled_attention_fwd
 from seerattn.ops.pooled_attention.maps import AttentionMaps
@@ -82,9 +83,7 @@ def refusal(
         return f"it takes head dims that are multiples of 8, got {q.shape[3]}"
     if block_q not in BLOCK_SIZES or block_k not in BLOCK_SIZES:
         return f"it takes blocks of {BLOCK_SIZES} tokens, got {block_q} x {block_k}"
-    if scale <= 0:
-        return f"it takes a positive scale, got {scale}"
-    return None
+    return scale_refusal(scale)
 
 
 @torch.no_grad()
