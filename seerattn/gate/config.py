@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal, get_args
+from reprlib import repr as short
+from typing import Any, Literal, get_args
 
 Pooling = Literal["avg", "max", "min", "salient"]
 Share = Literal["query_head", "kv_group"]
@@ -11,6 +12,9 @@ Init = Literal["identity", "normal"]
 
 BLOCK_SIZES = (32, 64, 128)
 POOLINGS: tuple[str, ...] = get_args(Pooling)
+# Nothing that is of use comes near these, and a slip of the keyboard must not fill the memory.
+MAX_GATE_DIM = 1024
+MAX_DISTANCES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -81,29 +85,35 @@ class AttnGateConfig:
 
     def __post_init__(self) -> None:
         for name in ("q_pooling", "k_pooling"):
-            kinds = tuple(getattr(self, name))
-            object.__setattr__(self, name, kinds)
-            if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(POOLINGS):
-                raise ValueError(f"{name} must be a non-empty subset of {list(POOLINGS)}, got {list(kinds)}")
-        for name, pieces in (("block_q", self.query_subblocks), ("block_k", self.key_subblocks)):
-            block = getattr(self, name)
-            if block not in BLOCK_SIZES:
-                raise ValueError(f"{name} must be one of {list(BLOCK_SIZES)}, got {block}")
-            if pieces < 1 or block % pieces:
-                raise ValueError(f"sub-blocks must divide {name} = {block}, got {pieces}")
-        if self.share not in get_args(Share):
-            raise ValueError(f"share must be one of {list(get_args(Share))}, got {self.share!r}")
-        if self.init not in get_args(Init):
-            raise ValueError(f"init must be one of {list(get_args(Init))}, got {self.init!r}")
-        if self.gate_dim is not None and (self.gate_dim < 2 or self.gate_dim % 2):
-            raise ValueError(f"gate_dim must be a positive even number or None, got {self.gate_dim}")
+            kinds = getattr(self, name)
+            listed = isinstance(kinds, (list, tuple)) and all(isinstance(kind, str) for kind in kinds)
+            if not listed or not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(POOLINGS):
+                raise ValueError(f"{name} must be a non-empty subset of {list(POOLINGS)}, got {short(kinds)}")
+            object.__setattr__(self, name, tuple(kinds))
+        for name, pieces in (("block_q", "query_subblocks"), ("block_k", "key_subblocks")):
+            block, count = getattr(self, name), getattr(self, pieces)
+            if not _is_int(block) or block not in BLOCK_SIZES:
+                raise ValueError(f"{name} must be one of {list(BLOCK_SIZES)}, got {short(block)}")
+            if not _is_int(count) or count < 1 or block % count:
+                raise ValueError(f"sub-blocks must divide {name} = {block}, got {short(count)}")
+        for name in ("q_linear", "rope", "qk_norm", "normalize_subblocks", "exclude_forced"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {short(getattr(self, name))}")
+        for name, choices in (("share", get_args(Share)), ("init", get_args(Init))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {list(choices)}, got {short(getattr(self, name))}")
+        width = self.gate_dim
+        if width is not None and not (_is_int(width) and 2 <= width <= MAX_GATE_DIM and width % 2 == 0):
+            raise ValueError(f"gate_dim must be an even number of 2 to {MAX_GATE_DIM} or None, got {short(width)}")
         if not self.q_linear and (len(self.q_pooling) > 1 or self.share == "kv_group"):
             raise ValueError(
                 "q_linear=False needs a single query pooling and share='query_head', "
                 f"got {list(self.q_pooling)} and {self.share!r}; set q_linear=True"
             )
-        if self.distance_bias < 0:
-            raise ValueError(f"distance_bias must be 0 or a number of blocks, got {self.distance_bias}")
+        if not (_is_int(self.distance_bias) and 0 <= self.distance_bias <= MAX_DISTANCES):
+            raise ValueError(
+                f"distance_bias must be 0 or a number of blocks up to {MAX_DISTANCES}, got {short(self.distance_bias)}"
+            )
 
     @property
     def q_size(self) -> int:
@@ -124,9 +134,15 @@ class AttnGateConfig:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError: a key is unknown.
+            ValueError: it is no dictionary, a key is unknown or a value is none that a gate can have.
         """
-        unknown = set(values) - {f.name for f in fields(cls)}
+        if not isinstance(values, dict):
+            raise ValueError(f"gate config must be a dictionary of fields of AttnGateConfig, got {short(values)}")
+        unknown = [key for key in values if key not in {f.name for f in fields(cls)}]
         if unknown:
-            raise ValueError(f"gate config must only hold fields of AttnGateConfig, got unknown {sorted(unknown)}")
+            raise ValueError(f"gate config must only hold fields of AttnGateConfig, got unknown {short(unknown)}")
         return cls(**values)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

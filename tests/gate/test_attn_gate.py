@@ -214,7 +214,7 @@ def test_config_survives_a_round_trip_through_json_types(name: str) -> None:
         ({"q_linear": False}, "q_linear=False needs a single query pooling"),
         ({"share": "layer"}, "share must be one of"),
         ({"init": "zeros"}, "init must be one of"),
-        ({"gate_dim": 7}, "gate_dim must be a positive even number"),
+        ({"gate_dim": 7}, "gate_dim must be an even number of 2 to 1024 or None, got 7"),
         ({"distance_bias": -1}, "distance_bias must be"),
     ],
 )
@@ -223,9 +223,30 @@ def test_config_rejects_what_no_gate_can_be(values: dict, sentence: str) -> None
         AttnGateConfig(**values)
 
 
+@pytest.mark.parametrize("field", AttnGateConfig().to_dict())
+@pytest.mark.parametrize(
+    "value", [[], [64], ["avg", 1], {}, "x", "", 1.5, 64.0, -2, 10**9, 10**400, math.nan, math.inf, None, True, b"avg"]
+)
+def test_config_takes_values_of_its_own_kinds_alone(field: str, value: object) -> None:
+    if (field, value) == ("gate_dim", None) or (value is True and isinstance(getattr(AttnGateConfig(), field), bool)):
+        return
+    with pytest.raises(ValueError, match=r"^\S+ must .*, got .{0,60}$"):
+        AttnGateConfig.from_dict({field: value})
+    with pytest.raises(ValueError, match=r"^\S+ must .*, got .{0,60}$"):
+        AttnGateConfig(**{field: value})
+
+
+@pytest.mark.parametrize("values", [None, [], "x", 3, [("block_q", 64)]])
+def test_config_is_made_of_dictionaries_alone(values: object) -> None:
+    with pytest.raises(ValueError, match="gate config must be a dictionary"):
+        AttnGateConfig.from_dict(values)
+
+
 def test_config_rejects_unknown_fields() -> None:
     with pytest.raises(ValueError, match=r"unknown \['block'\]"):
         AttnGateConfig.from_dict({"block": 64})
+    with pytest.raises(ValueError, match=r"unknown \[3, 'block', None\]"):
+        AttnGateConfig.from_dict({3: 1, "block": 64, None: 2})
 
 
 def test_gate_rejects_missing_frequencies_and_a_query_without_its_key() -> None:
