@@ -15,10 +15,8 @@ import random
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count as endless
-from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from seerattn.eval.documents import training_document
+from seerattn.training.packing import SamplePlan, Segment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,14 +84,26 @@ def _read_file(path: Path) -> Iterator[str]:
             for number, line in enumerate(file, 1):
                 try:
                     text = json.loads(line)["text"] if line.strip() else ""
-                except (ValueError, KeyError, TypeError) as error:
+                # An array in an array in an array ends the recursion before it ends.
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise ValueError(f'data must hold an object with a "text", got line {number} of {path}') from error
                 if not isinstance(text, str):
                     raise ValueError(f'"text" must be a string, got {type(text).__name__} in line {number} of {path}')
+                if not _encodes(text):
+                    raise ValueError(f'"text" must be Unicode text, got half a surrogate in line {number} of {path}')
                 yield text
     # What damaged archives and files that are no text raise.
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"data must be readable UTF-8 text, got {path}: {error}") from error
+
+
+def _encodes(text: str) -> bool:
+    """Whether UTF-8 and with it any tokenizer can hold a text; JSON can say what they cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_dataset(source: str) -> list[str]:
@@ -107,7 +118,13 @@ def _read_dataset(source: str) -> list[str]:
         raise ValueError(f"data must exist or be the name of a dataset, got {source}: {error}") from error
     if "text" not in dataset.column_names:
         raise ValueError(f"data must have a text column, got {dataset.column_names} in {source}")
-    return [text for text in dataset["text"] if text.strip()]
+    texts = [text for text in dataset["text"] if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"data must have text in its text column, got {dataset.features['text']} in {source}")
+    found = [text for text in texts if text.strip()]
+    if not found:
+        raise ValueError(f"data must hold text, got none in {source}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -202,66 +219,6 @@ class _Bar:
         self.progress.stop()
 
 
-class Segment(NamedTuple):
-    """Consecutive tokens of one document."""
-
-    document: int
-    start: int
-    length: int
-
-
-def plan_samples(
-    lengths: Sequence[int], *, count: int, context: int, head: int, block: int, seed: int
-) -> list[list[Segment]]:
-    """Cuts documents into samples of ``context`` tokens.
-
-    Every pass over the documents cuts long ones into windows at another offset, and packs short ones in another order.
-    Packed documents are cut to whole blocks, so that each lies on the block grid as it would alone, and the last one
-    of a sample to what is left of it. The samples of a pass are shuffled.
-
-    Args:
-        lengths: tokens of every document, two blocks at least.
-        count: number of samples.
-        context: tokens of a sample, a multiple of ``block``.
-        head: tokens put before every segment: 1 for a model with a beginning-of-sequence token, else 0.
-        block: tokens of a block.
-        seed: draws offsets and orders.
-    """
-    room = context - head
-    samples: list[list[Segment]] = []
-    for epoch in endless():
-        rng = random.Random(f"samples {seed} {epoch}")
-        short, drawn = [], []
-        for document, length in enumerate(lengths):
-            windows = length // room
-            if not windows:
-                short.append(document)
-                continue
-            offset = rng.randrange(length - windows * room + 1)
-            drawn += [[Segment(document, offset + window * room, room)] for window in range(windows)]
-        rng.shuffle(short)
-        drawn += _packed([(d, (lengths[d] + head) // block * block) for d in short], context, head)
-        rng.shuffle(drawn)
-        samples += drawn
-        if len(samples) >= count:
-            return samples[:count]
-    raise AssertionError
-
-
-def _packed(short: list[tuple[int, int]], context: int, head: int) -> Iterator[list[Segment]]:
-    """Samples that hold each document, given with its tokens, once; the last one is filled up with the first ones."""
-    waiting, documents = len(short), cycle(short)
-    while waiting > 0:
-        sample, room = [], context
-        while room > 0:
-            document, tokens = next(documents)
-            taken = min(tokens, room)
-            sample.append(Segment(document, 0, taken - head))
-            room -= taken
-            waiting -= 1
-        yield sample
-
-
 class Samples(Dataset):
     """Samples of ``context`` tokens, by index.
 
@@ -292,14 +249,18 @@ class Samples(Dataset):
         recall_share: float,
         seed: int,
     ) -> None:
-        self.corpus, self.tokenizer, self.context, self.seed = corpus, tokenizer, context, seed
+        self.corpus, self.tokenizer, self.context = corpus, tokenizer, context
         self.bos_token_id = tokenizer.bos_token_id
-        head = 0 if self.bos_token_id is None else 1
         lengths = corpus.lengths
-        plan = iter(plan_samples(lengths, count=count, context=context, head=head, block=block, seed=seed))
-        self.plan: list[list[Segment] | None] = [
-            None if self._rng(index).random() < recall_share else next(plan) for index in range(count)
-        ]
+        self.plan = SamplePlan(
+            lengths,
+            count=count,
+            context=context,
+            head=0 if self.bos_token_id is None else 1,
+            block=block,
+            recall_share=recall_share,
+            seed=seed,
+        )
         self.haystacks = [i for i, length in enumerate(lengths) if length >= context]
         if recall_share:
             if not self.haystacks:
@@ -315,7 +276,7 @@ class Samples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         segments = self.plan[index]
         if segments is None:
-            rng = self._rng(index)
+            rng = self.plan.rng(index)
             rng.random()
             return {
                 "input_ids": torch.tensor(self._recall_document(rng)),
@@ -327,9 +288,6 @@ class Samples(Dataset):
             "input_ids": torch.from_numpy(np.concatenate(pieces)),
             "position_ids": torch.from_numpy(np.concatenate([np.arange(len(piece)) for piece in pieces])),
         }
-
-    def _rng(self, index: int) -> random.Random:
-        return random.Random(f"sample {self.seed} {index}")
 
     def _tokens(self, segment: Segment) -> np.ndarray:
         begin = self.corpus.offsets[segment.document] + segment.start

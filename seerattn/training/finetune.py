@@ -202,7 +202,7 @@ class Plan:
         config = self.config
         layers = self.model.config.get_text_config().num_hidden_layers
         dense = config.dense or config.sparsity_at(0) == 0 or len(self.gates) < layers
-        return dense and any(segments is not None and len(segments) > 1 for segments in self.samples.plan)
+        return dense and self.samples.plan.has_packed()
 
 
 def plan(

@@ -206,13 +206,13 @@ def make_samples(
 
 def describe_samples(samples: Samples) -> dict[str, str]:
     """Documents and samples, for people."""
-    corpus = samples.corpus
-    recall = sum(segments is None for segments in samples.plan)
-    packed = sum(segments is not None and len(segments) > 1 for segments in samples.plan)
-    passes = (len(samples) - recall) * samples.context / len(corpus.tokens)
+    corpus, plan = samples.corpus, samples.plan
+    # Not counted one by one: a run may be of millions.
+    passes = len(samples) * (1 - plan.recall_share) * samples.context / len(corpus.tokens)
     return {
-        "documents": f"{len(corpus.lengths)} with {len(corpus.tokens):,} tokens, {corpus.dropped} too short",
-        "samples": f"{len(samples)} of {samples.context} tokens: {packed} packed, {recall} recall documents; "
+        "documents": f"{len(corpus.lengths)} with {len(corpus.tokens):,} tokens, {plan.short} of them packed, "
+        f"{corpus.dropped} too short",
+        "samples": f"{len(samples)} of {samples.context} tokens, {plan.recall_share:.0%} recall documents; "
         f"the text {passes:,.1f} times over",
     }
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
+import random
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_corpus import tiny_tokenizer, topical_text
 
-from seerattn.training.data import Samples, collate, plan_samples, read_documents, tokenize
+from seerattn.training.data import Samples, collate, read_documents, tokenize
+from seerattn.training.packing import SamplePlan
 
 TOKENIZER = tiny_tokenizer()
 BOS = TOKENIZER.bos_token_id
@@ -54,6 +58,9 @@ def test_read_documents_matches_what_was_written_in_every_format(tmp_path: Path)
         ("other.jsonl", b'{"content": "x"}\n', "line 1"),
         ("number.jsonl", b'{"text": 3}\n', "must be a string"),
         ("list.jsonl", b"[1]\n", "line 1"),
+        ("deep.jsonl", b'{"text": "x"}\n' + b"[" * 100_000 + b"\n", "line 2"),
+        ("deep object.jsonl", b'{"text": ' * 100_000, "line 1"),
+        ("surrogate.jsonl", b'{"text": "x"}\n{"text": "half \\ud83d of it"}\n', "half a surrogate in line 2"),
         ("latin.txt", "caf\u00e9".encode("latin-1"), "must be readable UTF-8"),
         ("cut.txt.gz", gzip.compress(bytes(range(256)) * 9)[:40], "must be readable UTF-8"),
         ("fake.txt.gz", b"plain text", "must be readable UTF-8"),
@@ -116,10 +123,14 @@ def test_tokenize_shows_a_progress_bar_where_it_takes_long(monkeypatch, capsys: 
     assert "Tokenising" in shown and "100%" in shown
 
 
+def make_plan(lengths: list[int], *, count: int, recall_share: float = 0.0, seed: int = 0) -> SamplePlan:
+    return SamplePlan(lengths, count=count, context=256, head=1, block=32, recall_share=recall_share, seed=seed)
+
+
 def test_plan_covers_every_document_once_a_pass_in_whole_blocks() -> None:
     lengths = [1000, 255, 254, 200, 100, 70, 63]
-    plan = plan_samples(lengths, count=40, context=256, head=1, block=32, seed=3)
-    assert len(plan) == 40
+    plan = make_plan(lengths, count=40, seed=3)
+    assert len(plan) == len(list(plan)) == 40 and plan.short == 5
     for sample in plan:
         assert sum(segment.length + 1 for segment in sample) == 256
         assert all((segment.length + 1) % 32 == 0 for segment in sample)
@@ -130,6 +141,50 @@ def test_plan_covers_every_document_once_a_pass_in_whole_blocks() -> None:
     assert first[0] == 3 and first[1] == 1 and all(first[d] >= 1 for d in range(7))
     starts = {segment.start for sample in plan for segment in sample if segment.document == 0}
     assert len(starts) > 6, "every pass cuts elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "digest"),
+    [
+        ((1000, 255, 254, 200, 100, 70, 63), {"count": 60, "seed": 3}, "2ba411fc6fe4ca85"),
+        ((700, 400, 90), {"count": 50, "recall_share": 0.5, "seed": 5}, "b75f73eed649a1a8"),
+        ((100, 64, 150), {"count": 40}, "7628e9ccf273f59d"),
+        ((900,), {"count": 30, "recall_share": 1.0}, "0b38ebf2d22bfac1"),
+    ],
+)
+def test_samples_are_those_of_runs_that_were_begun_earlier(
+    lengths: tuple[int, ...], options: dict[str, Any], digest: str
+) -> None:
+    # Digests of the lists that versions before made of all samples at once.
+    plan = make_samples(*lengths, **options).plan
+    listed = repr([None if sample is None else [tuple(segment) for segment in sample] for sample in plan])
+    assert hashlib.blake2b(listed.encode(), digest_size=8).hexdigest() == digest
+    # Whatever was looked at before.
+    again = make_samples(*lengths, **options).plan
+    order = random.Random(0).sample(range(len(plan)), len(plan))
+    assert {index: again[index] for index in order} == dict(enumerate(plan))
+
+
+def test_plan_of_any_length_costs_what_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    draw = SamplePlan._draw
+    monkeypatch.setattr(SamplePlan, "_draw", lambda self, number: passes.append(number) or draw(self, number))
+    endless = make_plan([1000, 255, 100, 90, 70], count=10**15)
+    short = make_plan([1000, 255, 100, 90, 70], count=50)
+    assert len(endless) == 10**15 and endless.has_packed() and passes == [0]
+    assert endless[:50] == list(short)
+    # A pass is at least 5 samples, and each was drawn once.
+    assert passes == list(range(max(passes) + 1)) + list(range(max(passes) + 1)) and max(passes) <= 10
+
+
+@pytest.mark.parametrize("recall_share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("lengths", [[1000, 600], [1000, 100, 90], [100, 64, 150]])
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_plan_knows_whether_a_sample_is_packed(lengths: list[int], count: int, recall_share: float) -> None:
+    for seed in range(5):
+        plan = make_plan(lengths, count=count, recall_share=recall_share, seed=seed)
+        counted = any(sample is not None and len(sample) > 1 for sample in plan)
+        assert make_plan(lengths, count=count, recall_share=recall_share, seed=seed).has_packed() == counted
 
 
 def test_samples_match_the_documents_and_their_positions() -> None:
