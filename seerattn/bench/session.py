@@ -102,7 +102,8 @@ class Session:
             self._fail(f"{blanks[0].cell['impl']}: {_sentence(error)}")
             return found
         seconds = round(time.perf_counter() - begin, 3)
-        rows = [self.file.setdefault(replace(blank, **fields[blank.what]), seconds) for blank in blanks]
+        with self.file.together() as cell:
+            rows = [cell.setdefault(replace(blank, **fields[blank.what]), seconds) for blank in blanks]
         self.say(f"{label}: {', '.join(map(shown, rows))}")
         return rows
 

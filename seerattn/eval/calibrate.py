@@ -216,19 +216,20 @@ def evaluate_calibration(
         save_policy(folder.path, policy)
     rows = []
     density = float(meter.table("gate", "density")[1].mean())
-    for what, quantity in (("calibrated_density", "density"), ("calibrated_recall", "target_recall")):
-        found = meter.table("gate", quantity)[1]
-        estimate = statistics.mean(found.flatten(1).mean(1).tolist())
-        blank = subject.result(
-            arm,
-            what=what,
-            unit="sequences",
-            context=context,
-            text=text,
-            cell=settings | {"goal": goal, "goal_value": value, "per_head": per_head},
-        )
-        row = replace(blank, **estimate._asdict(), n=len(found), realised_density=density)
-        rows.append(output.setdefault(row, watch.seconds()))
+    with output.together() as cell:
+        for what, quantity in (("calibrated_density", "density"), ("calibrated_recall", "target_recall")):
+            found = meter.table("gate", quantity)[1]
+            estimate = statistics.mean(found.flatten(1).mean(1).tolist())
+            blank = subject.result(
+                arm,
+                what=what,
+                unit="sequences",
+                context=context,
+                text=text,
+                cell=settings | {"goal": goal, "goal_value": value, "per_head": per_head},
+            )
+            row = replace(blank, **estimate._asdict(), n=len(found), realised_density=density)
+            rows.append(cell.setdefault(row, watch.seconds()))
     return rows
 
 

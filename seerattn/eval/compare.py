@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from seerattn.baselines.family import Family
+from seerattn.eval.appending import NotWritten
 from seerattn.eval.arms import DENSE, Arm, Budget, Gates, Subject, TunedArm
 from seerattn.eval.calibrate import Calibrator, threshold_level
 from seerattn.eval.data import Window, cut_windows, digest, token_documents
@@ -206,6 +207,8 @@ class Comparison:
     def _attempt(self, cell: Cell) -> Outcome:
         try:
             return self._measure(cell)
+        except NotWritten:
+            raise
         # Whatever a method raises, out of memory included, the other cells go on.
         except Exception as error:
             return self._failed(cell, error)
@@ -246,6 +249,8 @@ class Comparison:
         for cell in cells:
             try:
                 arms[cell] = self._tuned(cell)
+            except NotWritten:
+                raise
             except Exception as error:
                 failed[cell] = self._failed(cell, error)
         draft = self._output.draft()

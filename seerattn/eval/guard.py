@@ -26,7 +26,7 @@ def guard(sparse: Result, dense: Result) -> Result:
         sparse: a "task_score".
         dense: that of the dense model on the same documents.
     """
-    ours, theirs = sparse.samples["scores"], dense.samples["scores"]
+    ours, theirs = sparse.sampled("scores"), dense.sampled("scores")
     difference = sparse.value - dense.value
     if ours and theirs:
         gaps = np.subtract(ours, theirs)

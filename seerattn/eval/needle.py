@@ -208,23 +208,25 @@ def evaluate_needle(
                 cell=needle.cell | (settings or {}),
                 seed=needle.seed,
             )
-            row = output.find(blank)
-            if row is None:
-                if documents is None:
-                    documents = needle.documents(subject.tokenizer, haystacks, subject.bos_token_id)
-                watch = Stopwatch(subject.device)
-                advance = progress(f"{arm}, {needle.task} at {needle.length}", len(documents)) if progress else None
-                with subject.attached(arm) as run:
-                    given = answers(run.model, documents, batch=batch, advance=advance)
-                row = replace(
-                    blank,
-                    **statistics.proportion(sum(answer.correct for answer in given), len(given))._asdict(),
-                    n=len(given),
-                    realised_density=run.density(),
-                    samples={name: [getattr(answer, name) for answer in given] for name in Answer._fields},
-                )
-                row = output.append(row, watch.seconds())
-            likely = statistics.mean(row.samples["log_prob"])
-            likely = replace(row, what="answer_log_prob", samples={}, **likely._asdict())
-            rows += [row, output.setdefault(likely, row.seconds)]
+            with output.together() as cell:
+                row = cell.find(blank)
+                if row is None:
+                    if documents is None:
+                        documents = needle.documents(subject.tokenizer, haystacks, subject.bos_token_id)
+                    watch = Stopwatch(subject.device)
+                    label = f"{arm}, {needle.task} at {needle.length}"
+                    advance = progress(label, len(documents)) if progress else None
+                    with subject.attached(arm) as run:
+                        given = answers(run.model, documents, batch=batch, advance=advance)
+                    row = replace(
+                        blank,
+                        **statistics.proportion(sum(answer.correct for answer in given), len(given))._asdict(),
+                        n=len(given),
+                        realised_density=run.density(),
+                        samples={name: [getattr(answer, name) for answer in given] for name in Answer._fields},
+                    )
+                    row = cell.append(row, watch.seconds())
+                likely = statistics.mean(row.sampled("log_prob"))
+                likely = replace(row, what="answer_log_prob", samples={}, **likely._asdict())
+                rows += [row, cell.setdefault(likely, row.seconds)]
     return rows

@@ -122,22 +122,26 @@ def evaluate_perplexity(
         baseline = None
         for arm in [DENSE, *(arm for arm in arms if arm != DENSE)]:
             blank = subject.result(arm, what="perplexity", unit="tokens", context=context, text=text, cell=settings)
-            row, times = output.find(blank), None
-            if row is None:
-                advance = progress(f"{arm} at {context}", len(pieces)) if progress else None
-                row, seconds, times = _measure(subject, arm, pieces, blank, batch=batch, timed=timed, advance=advance)
-                row = output.append(row, seconds)
-            rows.append(row)
-            if baseline is None:
-                baseline = row
-            else:
-                gap = statistics.perplexity_difference(
-                    row.samples["losses"], baseline.samples["losses"], row.samples["tokens"]
-                )
-                difference = replace(row, what="perplexity_difference", samples={}, **gap._asdict())
-                rows.append(output.setdefault(difference, row.seconds))
-            if timed:
-                rows += _time_rows(blank, row, times, batch, output)
+            time = replace(blank, what="attention_ms", unit="forwards", cell=blank.cell | {"batch": batch})
+            with output.together() as cell:
+                row, times = cell.find(blank), cell.find(time)
+                if row is None or (timed and times is None):
+                    advance = progress(f"{arm} at {context}", len(pieces)) if progress else None
+                    measured, seconds, taken = _measure(
+                        subject, arm, pieces, blank, batch=batch, timed=timed, advance=advance
+                    )
+                    row = cell.setdefault(measured, seconds)
+                    times = cell.setdefault(_time_row(time, row, taken), seconds) if taken else None
+                rows.append(row)
+                if baseline is None:
+                    baseline = row
+                else:
+                    gap = statistics.perplexity_difference(
+                        row.sampled("losses"), baseline.sampled("losses"), row.sampled("tokens")
+                    )
+                    difference = replace(row, what="perplexity_difference", samples={}, **gap._asdict())
+                    rows.append(cell.setdefault(difference, row.seconds))
+                rows += [times] if timed else []
     return rows
 
 
@@ -173,20 +177,13 @@ def _measure(
     return row, watch.seconds(), times
 
 
-def _time_rows(
-    blank: Result, row: Result, times: AttentionTimes | None, batch: int, output: ResultsFile
-) -> list[Result]:
-    """The row of times that was measured with a perplexity, now or before; none if that was not timed."""
-    blank = replace(blank, what="attention_ms", unit="forwards", cell=blank.cell | {"batch": batch})
-    if times is None:
-        found = output.find(blank)
-        return [found] if found else []
+def _time_row(blank: Result, row: Result, times: AttentionTimes) -> Result:
+    """The times that were taken with a perplexity."""
     totals = [index + attention for index, attention in zip(*times)]
-    measured = replace(
+    return replace(
         blank,
         value=median(totals),
         n=len(totals),
         realised_density=row.realised_density,
         samples=times._asdict(),
     )
-    return [output.append(measured, row.seconds)]

@@ -166,14 +166,14 @@ def evaluate_recall(
             seconds = watch.seconds()
             for arm in together:
                 density = meter.table(str(arm), "density")[1]
-                for blank in blanks[arm]:
-                    layers, recall = meter.table(str(arm), blank.what)
-                    for i, layer in enumerate(layers):
-                        one = _summary(blank, recall[:, i], density[:, i])
-                        heads = {"heads": recall[:, i].mean(0).tolist()}
-                        output.setdefault(replace(one, cell=one.cell | {"layer": layer}, samples=heads), seconds)
-                    # Last, because it is what marks the cell as finished.
-                    output.setdefault(_summary(blank, recall, density), seconds)
+                with output.together() as cell:
+                    for blank in blanks[arm]:
+                        layers, recall = meter.table(str(arm), blank.what)
+                        for i, layer in enumerate(layers):
+                            one = _summary(blank, recall[:, i], density[:, i])
+                            heads = {"heads": recall[:, i].mean(0).tolist()}
+                            cell.setdefault(replace(one, cell=one.cell | {"layer": layer}, samples=heads), seconds)
+                        cell.setdefault(_summary(blank, recall, density), seconds)
         rows += [output.find(blank) for arm in arms for blank in blanks[arm]]
     return rows
 

@@ -7,107 +7,36 @@ fills, so an interrupted evaluation that is started again measures only what is 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
 from collections import ChainMap
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from seerattn.eval.appending import Appended
+from seerattn.eval.record import Result, could_be_cut, parse_line, to_line
+from seerattn.outputs import check_output
+
 _FINGERPRINT_BYTES = 1 << 20
 _WEIGHTS = (".safetensors", ".bin", ".pth")
-# What a result says of how it came about; two results that differ in nothing else fill the same cell.
-_PROVENANCE = ("value", "n", "stderr", "realised_density", "samples", "versions", "device", "git", "command")
-_PROVENANCE += ("seconds", "timestamp")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One measured value.
-
-    Attributes:
-        what: the quantity, such as "perplexity", "accuracy" or "target_recall".
-        value: the value; None where it is not finite, which JSON cannot hold.
-        n: how many samples it rests on, in `unit`.
-        unit: what `n` counts: "tokens", "documents", "sequences".
-        stderr: standard error of the value, None where it is not known.
-        model: name or folder of the base model.
-        gates: name of the gates, None for selectors without.
-        weights: fingerprints of the model's and the gates' weights, see `fingerprint`.
-        selector: "dense", "gate", or the name of another way of choosing blocks.
-        policy: `Policy.to_dict`, or the settings of a family with the "knob" that was tuned; None for dense.
-        density: density that was asked for, None if the policy has none.
-        realised_density: counted, forced blocks included, averaged over layers, heads and documents.
-        context: tokens of the context.
-        text: kind of text.
-        seed: seed of generated documents, None where nothing is drawn.
-        cell: everything else that sets this value apart: layer, head, depth, limits of the data, dtype, "budget" (what
-            was asked for, a density or a share of the time of dense attention) and "share". A "note" there is a
-            sentence for the reader and sets nothing apart.
-        samples: what a reader needs to compare rows sample by sample, such as the summed loss of each document.
-        versions: of seerattn, torch, transformers and python.
-        device: the accelerator or processor.
-        git: commit of the source, "+" appended if files were changed; None outside of a checkout.
-        command: the command line.
-        seconds: wall time of the measurement; values measured together share it.
-        timestamp: UTC, ISO 8601.
-    """
-
-    what: str
-    value: float | None
-    n: int
-    unit: str
-    model: str
-    selector: str
-    context: int
-    text: str
-    stderr: float | None = None
-    gates: str | None = None
-    weights: dict[str, str] = field(default_factory=dict)
-    policy: dict[str, Any] | None = None
-    density: float | None = None
-    realised_density: float | None = None
-    seed: int | None = None
-    cell: dict[str, Any] = field(default_factory=dict)
-    samples: dict[str, list] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    device: str = ""
-    git: str | None = None
-    command: str = ""
-    seconds: float | None = None
-    timestamp: str = ""
-
-    @property
-    def key(self) -> str:
-        """Canonical JSON of what was asked for: equal for two measurements of the same cell."""
-        asked = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _PROVENANCE}
-        asked["cell"] = {name: value for name, value in self.cell.items() if name != "note"}
-        return json.dumps(asked, sort_keys=True)
-
-    @property
-    def arm(self) -> str:
-        """Name of the line this value belongs to in a table or figure: the gates' name, or the selector's."""
-        blocks = self.cell.get("block_k", 64)
-        return self.gates or (self.selector if blocks == 64 else f"{self.selector} {blocks}")
 
 
 class ResultsFile:
-    """A file of results that is appended to, one whole line at a time.
+    """A file of results that is appended to. Results that were measured together are there together, or none of them.
 
-    Nothing is created before the first `append`. A last line without a line end was cut off by an interruption: it is
-    ignored, and removed when writing goes on.
+    Nothing is created before the first `append`. What an interruption left at the end, a line that was cut off or a
+    part of a group, is ignored, and removed when writing goes on. One process writes at a time.
 
     Args:
         path: the file; None keeps results in memory only.
@@ -115,17 +44,20 @@ class ResultsFile:
 
     Raises:
         ValueError: the file holds something else, or cannot be written.
+        OSError: another process is writing it.
     """
 
     def __init__(self, path: Path | None, device: torch.device | str = "cpu") -> None:
         self.path = path
-        if path is not None:
-            there = next(p for p in (path, *path.absolute().parents) if p.exists())
-            if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
-                raise ValueError(f"output must be a file that can be written, got {path}")
-        found = read_results([path]) if path is not None and path.exists() else []
-        self._by_key = {result.key: result for result in found}
+        self._by_key: MutableMapping[str, Result] = {}
         self._provenance = environment(device)
+        if path is not None:
+            # Locked before it is read, or another process may write in between.
+            self._file = Appended(path)
+            found = check_output(path, "output", "results", _scan)
+            if found is not None:
+                self._file.begin(size=found.size, whole=found.whole)
+                self._by_key |= {result.key: result for result in found.results}
 
     def find(self, result: Result) -> Result | None:
         """The finished result of the same cell, if there is one."""
@@ -136,12 +68,13 @@ class ResultsFile:
 
         Returns:
             The result as it stands in the file.
+
+        Raises:
+            OSError: it could not be written; the file holds what it held before.
         """
         stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
         result = replace(result, **self._provenance, seconds=seconds, timestamp=stamp)
-        if self.path is not None:
-            self._write(json.dumps(_finite(asdict(result))) + "\n")
-        self._by_key[result.key] = result
+        self._write([result])
         return result
 
     def draft(self) -> ResultsFile:
@@ -151,59 +84,75 @@ class ResultsFile:
         return draft
 
     def adopt(self, draft: ResultsFile, note: str | None = None) -> None:
-        """Writes the results of a draft, with a sentence for the reader if there is something to say."""
-        for result in draft._by_key.maps[0].values():
-            noted = replace(result, cell=result.cell | {"note": note}) if note else result
-            self.append(noted, result.seconds)
+        """Writes the results of a draft as one, with a sentence for the reader if there is something to say."""
+        results = list(draft._by_key.maps[0].values())
+        self._write([replace(r, cell=r.cell | {"note": note}) for r in results] if note else results)
+
+    @contextmanager
+    def together(self) -> Iterator[ResultsFile]:
+        """A draft that is adopted when the ``with`` ends, and dropped if it raises."""
+        draft = self.draft()
+        yield draft
+        self.adopt(draft)
 
     def setdefault(self, result: Result, seconds: float | None = None) -> Result:
         """The finished result of the same cell, or else this one, appended."""
         return self.find(result) or self.append(result, seconds)
 
-    def _write(self, line: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":
-                    file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(line.encode())
-            file.flush()
+    def _write(self, results: Sequence[Result]) -> None:
+        if self.path is not None and results:
+            count = len(results)
+            parts = [[number, count] if count > 1 else None for number in range(1, count + 1)]
+            lines = [to_line(replace(result, part=part)) for result, part in zip(results, parts)]
+            self._file.append("".join(lines).encode())
+        self._by_key.update({result.key: result for result in results})
+
+
+class _Scan(NamedTuple):
+    """What a results file holds: its results, its bytes, and those up to the end of the last whole group."""
+
+    results: list[Result]
+    size: int
+    whole: int
+
+
+def _scan(path: Path) -> _Scan:
+    content = path.read_bytes()
+    results: list[Result] = []
+    starts = [0]
+    *lines, rest = content.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            results.append(parse_line(line.decode("utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path} must hold a result in every line, line {number} is none: {error}") from error
+        starts.append(starts[-1] + len(line) + 1)
+    if rest and not could_be_cut(rest.decode("utf-8", errors="replace")):
+        raise ValueError(f"{path} must hold a result in every line, line {len(lines) + 1} is none, nor part of one")
+    kept = len(results) - _unfinished(results)
+    return _Scan(results[:kept], len(content), starts[kept])
+
+
+def _unfinished(results: Sequence[Result]) -> int:
+    """How many results at the end are the first ones of a group whose last ones are missing."""
+    number, count = (results and results[-1].part) or (0, 0)
+    first = [result.part for result in results[len(results) - number :]]
+    # Where somebody took lines out of a file, those that are left stand for themselves.
+    return number if number < count and first == [[n, count] for n in range(1, number + 1)] else 0
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
-    """Reads results files; a half-written last line is ignored.
+    """Reads results files; what an interruption left at the end, half a line or a part of a group, is ignored.
 
     Raises:
         ValueError: a file is missing or a line is not a result.
     """
-    names = {f.name for f in fields(Result)}
     results = []
     for path in paths:
         if not path.is_file():
             raise ValueError(f"results must be files of JSON lines, got {path}, which is none")
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(True), 1):
-            if not line.endswith("\n"):
-                break
-            try:
-                values = json.loads(line)
-                unknown = set(values) - names
-                results.append(Result(**{name: values[name] for name in set(values) - unknown}))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} must hold a result in every line, line {number} is none") from error
-            if unknown:
-                raise ValueError(f"{path} must hold results of this version, line {number} has {sorted(unknown)}")
+        results += _scan(path).results
     return results
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for NaN and infinities, which are not JSON."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:

@@ -255,19 +255,20 @@ def evaluate_tasks(
         dense: list[Result] = []
         for arm in [DENSE, *(arm for arm in arms if arm != DENSE)]:
             blanks = [runner.blank(arm, loaded, *metric) for metric in loaded.metrics]
-            found = [output.find(blank) for blank in blanks]
-            if None in found:
-                watch = Stopwatch(subject.device)
-                start = progress and (lambda total, label=f"{arm}, {loaded}": progress(label, total))
-                scores, density = runner.run(arm, loaded, start)
-                found = [
-                    output.append(_filled(blank, scores[metric], len(loaded.chosen), density), watch.seconds())
-                    for blank, metric in zip(blanks, loaded.metrics, strict=True)
-                ]
-            rows += found
-            dense = dense or found
-            if arm != DENSE:
-                rows += [output.setdefault(guard(*pair), pair[0].seconds) for pair in zip(found, dense, strict=True)]
+            with output.together() as cell:
+                found = [cell.find(blank) for blank in blanks]
+                if None in found:
+                    watch = Stopwatch(subject.device)
+                    start = progress and (lambda total, label=f"{arm}, {loaded}": progress(label, total))
+                    scores, density = runner.run(arm, loaded, start)
+                    found = [
+                        cell.setdefault(_filled(blank, scores[metric], len(loaded.chosen), density), watch.seconds())
+                        for blank, metric in zip(blanks, loaded.metrics, strict=True)
+                    ]
+                rows += found
+                dense = dense or found
+                if arm != DENSE:
+                    rows += [cell.setdefault(guard(*pair), pair[0].seconds) for pair in zip(found, dense, strict=True)]
     return rows
 
 

@@ -51,7 +51,7 @@ def _stacks(rows: list[Result]) -> dict[str, dict[int, list[tuple[Result, Result
 
 
 def _place(result: Result) -> tuple:
-    return result.context, result.density, *(result.cell[name] for name in ("block_q", "block_k", "mask_heads"))
+    return result.context, result.density, *(result.cell.get(name) for name in ("block_q", "block_k", "mask_heads"))
 
 
 def _draw(rows: list[Result], stacks: dict[str, dict[int, list]], folder: Path, name: str) -> list[Path]:

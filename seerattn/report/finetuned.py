@@ -65,7 +65,7 @@ def _perplexity(rows: Sequence[Result]) -> Table:
 
     notes = ["Columns are the sparsity asked for, realised in brackets; the first one is dense attention."]
     if reference is not None:
-        size = f"{len(reference.samples['documents'])} documents, {reference.n} tokens"
+        size = f"{len(reference.sampled('documents'))} documents, {reference.n} tokens"
         notes.append(f"{size}; in brackets the difference from {REFERENCE}, ± its paired standard error.")
     first = rows[0]
     return _table(f"Fine-tuned: perplexity, {_place(first)}", rows, cell, notes)
@@ -127,8 +127,8 @@ def _reference(rows: Iterable[Result]) -> Result | None:
 
 def _percent(row: Result, base: Result) -> str:
     """Difference of two perplexities of the same documents in percent of the second."""
-    losses, tokens = row.samples["losses"], base.samples["tokens"]
-    gap = perplexity_difference(losses, base.samples["losses"], tokens)
+    losses, tokens = row.sampled("losses"), base.sampled("tokens")
+    gap = perplexity_difference(losses, base.sampled("losses"), tokens)
     error = "" if gap.stderr is None else f" ± {100 * gap.stderr / base.value:.2f}"
     return f"{100 * gap.value / base.value:+.2f}{error} %"
 

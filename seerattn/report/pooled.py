@@ -32,7 +32,7 @@ def draw_pooled(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def _draw(rows: list[Result], folder: Path, name: str) -> list[Path]:
-    variants = {r.cell["impl"]: r.cell["map"] for r in rows}
+    variants = {r.cell["impl"]: r.cell.get("map", False) for r in rows}
     variants = dict(sorted(variants.items(), key=lambda item: not item[1]))
     colours = iter(style.PALETTE), iter(_GREYS)
     looks = {impl: next(colours[0 if made else 1]) for impl, made in variants.items()}

@@ -138,8 +138,8 @@ def time_grids(results: Sequence[Result]) -> list[Grid]:
     """Measured times of attention, the choice of blocks included."""
 
     def measure(rows: Sequence[Result]) -> Measured:
-        index, total = sum(rows[-1].samples["index"]), sum(rows[-1].samples["index"] + rows[-1].samples["attention"])
-        more = f"{index / total:.0%} choice" if index else ""
+        index, attention = (sum(rows[-1].sampled(name)) for name in ("index", "attention"))
+        more = f"{index / (index + attention):.0%} choice" if index else ""
         return Measured(rows[-1].value, None, more)
 
     grids = []

@@ -28,7 +28,7 @@ def machines(results: Iterable[Result], *whats: str) -> dict[tuple[str, str, str
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for r in results:
         if r.what in whats and is_benchmark(r) and r.cell.get("clock") != "pipeline":
-            groups.setdefault((r.cell["device"], r.model, r.cell["dtype"]), []).append(r)
+            groups.setdefault((r.cell["device"], r.model, r.cell.get("dtype", "")), []).append(r)
     return groups
 
 
@@ -42,7 +42,7 @@ def in_models(results: Iterable[Result]) -> dict[int, list[Result]]:
     groups: dict[int, list[Result]] = {}
     for r in results:
         if r.what == "attention_ms" and r.value is not None and not is_benchmark(r):
-            groups.setdefault(r.cell["batch"], []).append(r)
+            groups.setdefault(r.cell.get("batch", 1), []).append(r)
     return groups
 
 
@@ -66,7 +66,7 @@ def blocks(result: Result) -> str:
 
 def caption(figure: Figure, row: Result, *more: str) -> None:
     """Says above a figure what was measured on which device."""
-    title = ", ".join((row.cell["device"], row.model, *more, row.cell["dtype"]))
+    title = ", ".join((row.cell["device"], row.model, *more, row.cell.get("dtype", "")))
     figure.suptitle(title, fontsize=8, x=0.01, ha="left")
 
 

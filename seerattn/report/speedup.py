@@ -95,7 +95,7 @@ def _looks(sparse: Sequence[Result]) -> dict[str, dict]:
     for r in sparse:
         kind = (r.cell["impl"], r.cell["block_q"], r.cell["block_k"])
         kinds += [] if kind in kinds else [kind]
-        alike = r.cell["rows_alike"] > 1
+        alike = r.cell.get("rows_alike", 1) > 1
         looks[_line(r)] = {
             "color": style.PALETTE[kinds.index(kind) % len(style.PALETTE)],
             "linestyle": "-" if r.cell["share"] == "head" else (0, (4, 1.5)),

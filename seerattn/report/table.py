@@ -53,7 +53,7 @@ def _perplexity(results: Sequence[Result]) -> list[str]:
         dense = next((r for r in panel if r.arm == "dense"), None)
         note = "± is the standard error of the paired difference from dense, over documents."
         if dense is not None:
-            note = f"{len(dense.samples['documents'])} documents, {dense.n} tokens; {note}"
+            note = f"{len(dense.samples.get('documents', ()))} documents, {dense.n} tokens; {note}"
         parts += [f"### Perplexity: {text}, {context} tokens, {model}{_of_time(panel)}", *_grid(panel, cell, note)]
     return parts
 

@@ -146,8 +146,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(subject, documents, 
     kept = path.read_bytes()
     path.write_bytes(kept[:-20])
     rows = perplexity.evaluate_perplexity(subject, arms, cut, ResultsFile(path), text="t", settings={})
-    # Dense and two arms before the kill; the cut-off line was a difference, which needs no model.
-    assert len(measured) == 4 + 2
+    # Dense and two arms before the kill; the cut took a part of the second one's results, and so all of them.
+    assert len(measured) == 4 + 3
     assert [row.key for row in rows] == [row.key for row in read_results([path])]
     fresh = perplexity.evaluate_perplexity(subject, arms, cut, ResultsFile(None), text="t", settings={})
     assert [row.value for row in rows] == pytest.approx([row.value for row in fresh], rel=1e-6)

@@ -1,0 +1,266 @@
+"""A record: one measured value with all that it was measured on, as a line of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from seerattn.texts import parse_json, short
+
+# What a result says of how it came about; two results that differ in nothing else fill the same cell.
+_PROVENANCE = ("value", "n", "stderr", "realised_density", "samples", "versions", "device", "git", "command")
+_PROVENANCE += ("seconds", "timestamp", "part")
+
+# Kinds of what readers of records know by name, where it is there at all.
+_CELL: dict[str, Any] = (
+    dict.fromkeys(("task", "metric", "filter", "note", "dtype", "device", "impl", "work", "launch", "clock"), str)
+    | dict.fromkeys(("block_q", "block_k", "rows_alike", "mask_heads", "layers", "layer", "batch"), int)
+    | {"budget": str, "depth": float | None, "share": float | str, "target_share": float, "map": bool}
+    | {"training": dict[str, Any]}
+)
+_SAMPLES: dict[str, Any] = (
+    dict.fromkeys(("losses", "tokens", "index", "attention", "scores", "log_prob"), list[float | None])
+    | dict.fromkeys(("p", "dense", "score"), list[float | None])
+    | {"documents": list[int], "error": list[str], "head_density": list[list[float | None]]}
+)
+_TRAINING: dict[str, Any] = {
+    "name": str,
+    "sparsity": float | None,
+    "target_share": float | None,
+    "target_every": int | None,
+    "annealed": Any,
+}
+_POLICY: dict[str, Any] = {"last_rows_dense": int}
+# What a quantity is nothing without: of its cell, of its samples.
+_NEEDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "accuracy": (("task",), ()),
+    "task_score": (("task", "metric"), ()),
+    "task_guard": (("task", "metric"), ("p", "dense", "score")),
+}
+# Of a measurement by `seerattn bench`, which says the device in its cell; with blocks, and of a whole model.
+_BENCH, _BENCH_BLOCKS, _BENCH_MODEL = ("impl",), ("block_q", "block_k", "share"), ("layers",)
+_BUDGETS = ("density", "time")
+# Of what others are divided by, or drawn on a logarithmic axis.
+_POSITIVE = ("perplexity", "attention_ms", "selection_ms", "pooled_ms", "ttft_s", "finetune_layer_ms")
+_POSITIVE += ("finetune_step_ms", "tokens_per_second", "distill_hours")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One measured value.
+
+    Attributes:
+        what: the quantity, such as "perplexity", "accuracy" or "target_recall".
+        value: the value; None where it is not finite, which JSON cannot hold.
+        n: how many samples it rests on, in `unit`.
+        unit: what `n` counts: "tokens", "documents", "sequences".
+        stderr: standard error of the value, None where it is not known.
+        model: name or folder of the base model.
+        gates: name of the gates, None for selectors without.
+        weights: fingerprints of the model's and the gates' weights, see `fingerprint`.
+        selector: "dense", "gate", or the name of another way of choosing blocks.
+        policy: `Policy.to_dict`, or the settings of a family with the "knob" that was tuned; None for dense.
+        density: density that was asked for, None if the policy has none.
+        realised_density: counted, forced blocks included, averaged over layers, heads and documents.
+        context: tokens of the context.
+        text: kind of text.
+        seed: seed of generated documents, None where nothing is drawn.
+        cell: everything else that sets this value apart: layer, head, depth, limits of the data, dtype, "budget" (what
+            was asked for, a density or a share of the time of dense attention) and "share". A "note" there is a
+            sentence for the reader and sets nothing apart.
+        samples: what a reader needs to compare rows sample by sample, such as the summed loss of each document.
+        versions: of seerattn, torch, transformers and python.
+        device: the accelerator or processor.
+        git: commit of the source, "+" appended if files were changed; None outside of a checkout.
+        command: the command line.
+        seconds: wall time of the measurement; values measured together share it.
+        timestamp: UTC, ISO 8601.
+        part: place in a group of results that were written as one, from 1, and the size of that group; None alone.
+    """
+
+    what: str
+    value: float | None
+    n: int
+    unit: str
+    model: str
+    selector: str
+    context: int
+    text: str
+    stderr: float | None = None
+    gates: str | None = None
+    weights: dict[str, str] = field(default_factory=dict)
+    policy: dict[str, Any] | None = None
+    density: float | None = None
+    realised_density: float | None = None
+    seed: int | None = None
+    cell: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, list] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+    git: str | None = None
+    command: str = ""
+    seconds: float | None = None
+    timestamp: str = ""
+    part: list[int] | None = field(default=None, compare=False)
+
+    @property
+    def key(self) -> str:
+        """Canonical JSON of what was asked for: equal for two measurements of the same cell."""
+        asked = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _PROVENANCE}
+        asked["cell"] = {name: value for name, value in self.cell.items() if name != "note"}
+        return json.dumps(asked, sort_keys=True)
+
+    @property
+    def arm(self) -> str:
+        """Name of the line this value belongs to in a table or figure: the gates' name, or the selector's."""
+        blocks = self.cell.get("block_k", 64)
+        return self.gates or (self.selector if blocks == 64 else f"{self.selector} {blocks}")
+
+    def sampled(self, name: str) -> list:
+        """The samples of a name, of a record that is to be computed with.
+
+        Raises:
+            ValueError: it has none, as where somebody took them out.
+        """
+        if name not in self.samples:
+            raise ValueError(f"results must hold the {name} of every {self.what}, got one of {self.arm} without")
+        return self.samples[name]
+
+
+def to_line(result: Result) -> str:
+    """The result as a line of JSON."""
+    return json.dumps(_finite(asdict(result))) + "\n"
+
+
+def parse_line(line: str | bytes) -> Result:
+    """Reads what `to_line` wrote.
+
+    Raises:
+        ValueError: it is something else; says what.
+    """
+    values = parse_json(line)
+    if not isinstance(values, dict):
+        raise ValueError(f"it must be an object, got {short(values)}")
+    hints = _hints()
+    unknown, missing = sorted(values.keys() - hints), [name for name in _required() if name not in values]
+    if unknown or missing:
+        raise ValueError(f"it must have fields of this version, got {short(unknown)}, without {missing}")
+    _check(values, hints, "")
+    cell, samples = values.get("cell", {}), values.get("samples", {})
+    for known, of, where in (
+        (_CELL, cell, "cell."),
+        (_SAMPLES, samples, "samples."),
+        (_TRAINING, cell.get("training", {}), "cell.training."),
+        (_POLICY, values.get("policy") or {}, "policy."),
+    ):
+        _check(of, known, where)
+    _check_whole(values, cell, samples)
+    return Result(**values)
+
+
+def _check(values: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> None:
+    wrong = [name for name in hints if name in values and not _fits(values[name], hints[name])]
+    if wrong:
+        kind = getattr(hints[wrong[0]], "__name__", str(hints[wrong[0]]))
+        raise ValueError(f"{where}{wrong[0]} must be {kind}, got {short(values[wrong[0]])}")
+
+
+def _check_whole(values: Mapping[str, Any], cell: Mapping[str, Any], samples: Mapping[str, Any]) -> None:
+    """Refuses a record without what its quantity needs, or at odds with itself."""
+    needed, of_samples = _NEEDED.get(values["what"], ((), ()))
+    if values.get("value") is None:
+        of_samples = ()
+    if "device" in cell:
+        needed += _BENCH
+        if values["what"] in ("attention_ms", "selection_ms") and values["selector"] != "dense":
+            needed += _BENCH_BLOCKS
+        if values["what"] == "ttft_s":
+            needed += _BENCH_MODEL
+    if cell.get("task") == "passkey" and values["what"] == "accuracy":
+        needed += ("depth",)
+    lacking = [f"cell.{name}" for name in needed if name not in cell]
+    lacking += [
+        f"cell.training.{name}" for name in ("training" in cell and _TRAINING) or () if name not in cell["training"]
+    ]
+    lacking += [f"samples.{name}" for name in of_samples if name not in samples]
+    if lacking:
+        raise ValueError(f"a record of {short(values['what'])} must have {', '.join(lacking)}, got none")
+    if cell.get("budget", "density") not in _BUDGETS:
+        raise ValueError(f"cell.budget must be {' or '.join(_BUDGETS)}, got {short(cell['budget'])}")
+    if cell.get("budget") == "time" and not _fits(cell.get("share"), float):
+        raise ValueError(f"cell.share must be a number where the budget is time, got {short(cell.get('share'))}")
+    value = values["value"]
+    if value is not None and value <= 0 and values["what"] in _POSITIVE:
+        raise ValueError(f"value of {short(values['what'])} must be above 0, got {value}")
+    for name in ("n", "context"):
+        if values[name] < 0:
+            raise ValueError(f"{name} must be at least 0, got {values[name]}")
+    part = values.get("part")
+    if part is not None and not (len(part) == 2 and 1 <= part[0] <= part[1]):
+        raise ValueError(f"part must be a place in a group and the group's size, got {short(part)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type, numbers finite."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(one, inner[1]) for one in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    if hint is float:
+        # A whole number may have more digits than any float.
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return isinstance(value, hint) and (hint is not int or abs(value) < 2**63)
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Result)
+
+
+@cache
+def _required() -> list[str]:
+    """The fields that have no default."""
+    return [f.name for f in fields(Result) if f.default is MISSING and f.default_factory is MISSING]
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for NaN and infinities, which are not JSON."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def could_be_cut(line: str) -> bool:
+    """Whether a text may be the beginning of a line that `to_line` wrote and an interruption cut."""
+    place, decoder = 0, json.JSONDecoder()
+    for number, (name, hint) in enumerate(_hints().items()):
+        head = f"{', ' if number else '{'}{json.dumps(name)}: "
+        if len(line) - place < len(head):
+            return head.startswith(line[place:]) or line[place:] == "}"
+        if not line.startswith(head, place):
+            return False
+        try:
+            value, place = decoder.raw_decode(line, place + len(head))
+        except (ValueError, RecursionError):
+            return True
+        # The beginning of a number is a number, too.
+        if not set(line[place:]) - set("0123456789.eE+-"):
+            return True
+        if not _fits(value, hint):
+            return False
+    return line[place:] == "}"
