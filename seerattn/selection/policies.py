@@ -7,10 +7,12 @@ the density. A knob is one number for the whole model or, as calibration makes t
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property, lru_cache
+from reprlib import repr as short  # a value may be of any size
 from typing import Literal
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, forced_block_mask, num_query_blocks
 
 Knob = float | Sequence[Sequence[float]]
+# Blocks, rows and tokens are counted in 32 bits.
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,7 @@ class Policy(ABC):
 
     def __post_init__(self) -> None:
         for name in ("sink_blocks", "last_rows_dense"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            _check_whole(name, getattr(self, name), 0)
 
     def select(
         self,
@@ -139,7 +142,9 @@ class TopK(Policy):
         super().__post_init__()
         _check_share("density", self.density)
         if self.rule not in ("same_k", "row_share"):
-            raise ValueError(f"rule must be 'same_k' or 'row_share', got {self.rule!r}")
+            raise ValueError(f"rule must be 'same_k' or 'row_share', got {short(self.rule)}")
+        if self.length is not None:
+            _check_whole("length", self.length, 1)
 
     @property
     def follows_chunks(self) -> bool:
@@ -164,8 +169,7 @@ class TokenBudget(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+        _check_whole("tokens", self.tokens, 1)
 
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
         return _ranks(scores, rows.forced) < -(-self.tokens // rows.block_k)
@@ -188,7 +192,8 @@ class Threshold(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.on not in ("softmax", "score"):
-            raise ValueError(f"on must be 'softmax' or 'score', got {self.on!r}")
+            raise ValueError(f"on must be 'softmax' or 'score', got {short(self.on)}")
+        _values("threshold", self.threshold)
 
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
         level = scores if self.on == "score" else _softmax(scores)
@@ -219,16 +224,22 @@ def policy_from_dict(values: dict) -> Policy:
     """Inverse of `Policy.to_dict`.
 
     Raises:
-        ValueError: the policy or one of its fields is unknown.
+        ValueError: it is no policy: names what is unknown, missing or of a wrong kind.
     """
-    values = dict(values)
-    name = values.pop("policy", None)
-    if name not in POLICIES:
-        raise ValueError(f"policy must be one of {sorted(POLICIES)}, got {name!r}")
-    unknown = set(values) - {f.name for f in fields(POLICIES[name])}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"policy must be an object with a name under 'policy', got {short(values)}")
+    name = values.get("policy")
+    if not isinstance(name, str) or name not in POLICIES:
+        raise ValueError(f"policy must be one of {sorted(POLICIES)}, got {short(name)}")
+    known = {f.name: f.default is MISSING for f in fields(POLICIES[name])}
+    given = {key: value for key, value in values.items() if key != "policy"}
+    unknown = [key for key in given if key not in known]
+    missing = [key for key, needed in known.items() if needed and key not in given]
     if unknown:
-        raise ValueError(f"{name} has no fields {sorted(unknown)}")
-    return POLICIES[name](**values)
+        raise ValueError(f"{name} must have no other fields than {', '.join(known)}, got {short(unknown)}")
+    if missing:
+        raise ValueError(f"{name} must have {', '.join(missing)}, got none")
+    return POLICIES[name](**given)
 
 
 @lru_cache(maxsize=1024)
@@ -270,16 +281,36 @@ def _map_knob(knob: Knob, layer: int, scores: Tensor, f: Callable[[float], float
     """``f`` of the knob: a number, or ``[Hm, 1, 1]`` where the knob has a value a head."""
     if isinstance(knob, (int, float)):
         return f(knob)
-    values = knob[layer]
+    values = knob[layer] if layer < len(knob) else ()
     if len(values) != scores.shape[1]:
         raise ValueError(f"a knob per head must have {scores.shape[1]} values a layer, got {len(values)}")
     return torch.tensor([f(value) for value in values], device=scores.device, dtype=torch.float32)[:, None, None]
 
 
-def _check_share(name: str, knob: Knob) -> None:
-    try:
-        wrong = [v for row in ([[knob]] if isinstance(knob, (int, float)) else knob) for v in row if not 0 < v <= 1]
-    except TypeError:
-        raise ValueError(f"{name} must be a number in (0, 1], or one a layer and head, got {knob!r}") from None
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
+        raise ValueError(f"{name} must be a whole number of at least {least}, at most {_MOST}, got {short(value)}")
+
+
+def _check_share(name: str, knob: object) -> None:
+    wrong = [value for value in _values(name, knob) if not 0 < value <= 1]
     if wrong:
-        raise ValueError(f"{name} must be in (0, 1], got {wrong[0]}")
+        raise ValueError(f"{name} must be in (0, 1], got {short(wrong[0])}")
+
+
+def _values(name: str, knob: object) -> list[float]:
+    """The numbers of a knob, of which a list by layer may leave layers empty but not all.
+
+    Raises:
+        ValueError: it is none.
+    """
+    rows = knob if isinstance(knob, (list, tuple)) else [[knob]]
+    values = [value for row in rows for value in (row if isinstance(row, (list, tuple)) else [None])]
+    # NaN compares with nothing; a whole number may have more digits than any float.
+    if not values or not all(_is_number(value) and abs(value) <= sys.float_info.max for value in values):
+        raise ValueError(f"{name} must be a finite number, or one a layer and head, got {short(knob)}")
+    return values
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

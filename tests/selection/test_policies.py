@@ -164,20 +164,80 @@ def test_policies_survive_a_round_trip_through_plain_types(policy) -> None:
     [
         (lambda: TopK(density=0.0), r"density must be in \(0, 1\], got 0.0"),
         (lambda: TopK(density=[[0.5, 1.5]]), r"density must be in \(0, 1\], got 1.5"),
-        (lambda: TopK(density="0.1"), "density must be a number in .* got '0.1'"),
-        (lambda: TopK(density=[0.1, 0.2]), "density must be a number in .* or one a layer and head"),
+        (lambda: TopK(density="0.1"), "density must be a finite number.* got '0.1'"),
+        (lambda: TopK(density=[0.1, 0.2]), "density must be a finite number, or one a layer and head"),
         (lambda: TopK(density=0.5, rule="best"), "rule must be"),
         (lambda: TopP(p=1.1), r"p must be in \(0, 1\]"),
-        (lambda: TokenBudget(tokens=0), "tokens must be at least 1"),
+        (lambda: TokenBudget(tokens=0), "tokens must be a whole number of at least 1"),
         (lambda: Threshold(threshold=0.1, on="mass"), "on must be"),
-        (lambda: KeepAll(sink_blocks=-1), "sink_blocks must be at least 0"),
+        (lambda: KeepAll(sink_blocks=-1), "sink_blocks must be a whole number of at least 0"),
         (lambda: policy_from_dict({"policy": "Best"}), "policy must be one of"),
-        (lambda: policy_from_dict({"policy": "TopK", "share": 1}), "no fields"),
+        (
+            lambda: policy_from_dict({"policy": "TopK", "share": 1}),
+            "TopK must have no other fields than .*, got \\['share'\\]",
+        ),
     ],
 )
 def test_policies_reject_what_makes_no_sense(make, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+NO_NUMBERS = [
+    [],
+    [[]],
+    {},
+    "x",
+    "0.5",
+    True,
+    None,
+    float("nan"),
+    float("inf"),
+    10**400,
+    [None],
+    [[True]],
+    [["x"]],
+    [0.5],
+]
+NO_WHOLE_NUMBERS = [[], "x", True, None, 1.5, float("nan"), 10**400, -1, {}]
+NUMBERS = {"TopK": "density", "TopP": "p", "Threshold": "threshold"}
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_policies_reject_a_knob_that_is_no_number_where_they_are_made(name: str, value) -> None:
+    with pytest.raises(ValueError, match=f"^{NUMBERS[name]} must be .*, got "):
+        policy_from_dict({"policy": name, NUMBERS[name]: value})
+
+
+@pytest.mark.parametrize("value", NO_WHOLE_NUMBERS, ids=repr)
+@pytest.mark.parametrize("field", ["sink_blocks", "last_rows_dense", "tokens", "length"])
+def test_policies_reject_a_count_that_is_no_whole_number_where_they_are_made(field: str, value) -> None:
+    values = {"tokens": {"policy": "TokenBudget"}, "length": {"policy": "TopK", "density": 0.5}}
+    if field == "length" and value is None:
+        return
+    with pytest.raises(ValueError, match=f"^{field} must be a whole number of at least [01], at most 2147483647, got "):
+        policy_from_dict(values.get(field, {"policy": "KeepAll"}) | {field: value})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], "x", 1.5, True, None, {}, {"policy": []}, {"policy": None}, {"policy": "TopK"}, {"policy": "KeepAll", 1: 2},
+     {"policy": "TopK", "density": 0.5, "rule": []}, {"policy": "Threshold", "threshold": 0.5, "on": {}}],
+    ids=repr,
+)  # fmt: skip
+def test_policy_from_dict_rejects_what_is_no_policy(values) -> None:
+    with pytest.raises(ValueError, match=r"^(policy|TopK|KeepAll|rule|on) must "):
+        policy_from_dict(values)
+
+
+def test_layers_without_a_gate_have_no_values_of_a_knob() -> None:
+    scores, _, _ = random_scores(0, 1000)
+    policy = TopP(p=[[], [0.5, 0.5]])
+    assert torch.equal(select(policy, scores, 0, 1000, layer=1), select(TopP(p=0.5), scores, 0, 1000))
+    for layer in (0, 2):
+        with pytest.raises(ValueError, match="must have 2 values a layer, got 0"):
+            select(policy, scores, 0, 1000, layer=layer)
 
 
 def test_policies_reject_scores_of_another_geometry_and_a_knob_of_another_model() -> None:
