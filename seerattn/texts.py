@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -20,13 +21,25 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def all_visible(value: Any) -> Any:
-    """`visible` of every text in plain JSON values, names included."""
+def in_markdown(text: str) -> str:
+    """The text so that Markdown shows it as it is, also in a cell of a table."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # Underscores inside of words mark nothing up.
+    return re.sub(r"[\\|*`~\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", visible(text))
+
+
+def in_figure(text: str) -> str:
+    """The text so that matplotlib shows it as it is: between two dollar signs it would read a formula."""
+    return visible(text).replace("$", r"\$")
+
+
+def map_texts(value: Any, f: Callable[[str], str]) -> Any:
+    """``f`` of every text in plain JSON values, names of entries included."""
     if isinstance(value, str):
-        return visible(value)
+        return f(value)
     if isinstance(value, Mapping):
-        return {all_visible(name): all_visible(inner) for name, inner in value.items()}
-    return [all_visible(inner) for inner in value] if isinstance(value, list) else value
+        return {f(name): map_texts(inner, f) for name, inner in value.items()}
+    return [map_texts(inner, f) for inner in value] if isinstance(value, list) else value
 
 
 def short(value: Any) -> str:
@@ -36,14 +49,18 @@ def short(value: Any) -> str:
     return shown.repr(value)
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, constants: bool = False) -> Any:
     """The value of a JSON text.
 
+    Args:
+        text: the text.
+        constants: read NaN and infinities, which are not JSON, as None.
+
     Raises:
-        ValueError: it is none, says NaN or Infinity, which are not JSON, or is nested deeper than Python follows.
+        ValueError: it is none, or is nested deeper than Python follows.
     """
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=(lambda constant: None) if constants else _refuse)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

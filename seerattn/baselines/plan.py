@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from seerattn.outputs import check_output
 from seerattn.saving import write_whole
+from seerattn.texts import parse_json, short
 
 Rule = dict[str, Any]
 
@@ -37,16 +39,27 @@ class Plan:
     made: dict[str, Any]
 
     def __post_init__(self) -> None:
-        missing = [name for name in _SIZES if not isinstance(self.model.get(name), int)]
+        for name, value, kind in (
+            ("method", self.method, str),
+            ("model", self.model, dict),
+            ("rules", self.rules, list),
+            ("made", self.made, dict),
+        ):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} of a plan must be of type {kind.__name__}, got {short(value)}")
+        missing = [name for name in _SIZES if not _is_size(self.model.get(name))]
         if missing:
             raise ValueError(f"model of a plan must have whole numbers {', '.join(_SIZES)}, got none for {missing}")
+        if not isinstance(self.model.get("weights", ""), str):
+            raise ValueError(f"weights of a plan's model must be text, got {short(self.model['weights'])}")
         if len(self.rules) != self.model["layers"]:
             raise ValueError(f"rules must be of {self.model['layers']} layers, got {len(self.rules)}")
         for layer, heads in enumerate(self.rules):
-            if len(heads) not in (0, self.model["heads"]) or not all(isinstance(rule, dict) for rule in heads):
+            whole = isinstance(heads, list) and len(heads) in (0, self.model["heads"])
+            if not whole or not all(isinstance(rule, dict) for rule in heads):
                 raise ValueError(
                     f"rules of a layer must be an object for each of {self.model['heads']} heads, "
-                    f"got {len(heads)} in layer {layer}"
+                    f"got {short(heads)} in layer {layer}"
                 )
 
     @property
@@ -79,9 +92,11 @@ class Plan:
         """Writes the plan, whole or not at all, one head a line; the folder is made if it is missing.
 
         Raises:
+            ValueError: the file holds something else than a plan.
             OSError: it could not be written; what was there before is as it was.
         """
         path = Path(path)
+        check_output(path, "output", "a plan", Plan.load)
         path.parent.mkdir(parents=True, exist_ok=True)
         layers = [",\n".join(f"      {json.dumps(rule, allow_nan=False)}" for rule in heads) for heads in self.rules]
         rules = ",\n".join(f"    [\n{heads}\n    ]" if heads else "    []" for heads in layers)
@@ -103,11 +118,11 @@ class Plan:
             OSError: there is no such file.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            if values["plan"] != _FORMAT:
-                raise ValueError(f"format {values['plan']}")
-            plan = cls(values["method"], values["model"], values["rules"], values["made"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            values = parse_json(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(values, dict) or values.get("plan") != _FORMAT:
+                raise ValueError(f'it must be an object with "plan": {_FORMAT}, got {short(values)}')
+            plan = cls(*(values.get(name) for name in ("method", "model", "rules", "made")))
+        except ValueError as error:
             raise ValueError(
                 f"plan must be a whole file that a search wrote, got {path}: {error}; search it again"
             ) from error
@@ -116,6 +131,10 @@ class Plan:
         if model is not None:
             plan.check(model)
         return plan
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def describe_model(config: Any, weights: str | None = None) -> dict[str, Any]:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 
+from seerattn.outputs import check_output
 from seerattn.saving import staged
+from seerattn.texts import visible
+
+# Whatever numpy and zipfile raise of a file that is something else, or was damaged.
+_DAMAGED = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, SyntaxError, MemoryError)
+_DAMAGED += (BadZipFile, zlib.error, struct.error)
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,13 @@ class BlockMaps:
         return causal & ~self.forced
 
     def save(self, path: Path) -> None:
-        """Writes a compressed .npz, whole or not at all."""
+        """Writes a compressed .npz, whole or not at all.
+
+        Raises:
+            ValueError: the file holds something else than block maps.
+            OSError: it could not be written; what was there before is as it was.
+        """
+        check_maps(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged(path.parent, path.name) as staging, (staging / path.name).open("wb") as file:
             np.savez_compressed(file, **vars(self))
@@ -54,14 +68,38 @@ class BlockMaps:
         """
         try:
             with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-                return cls(
+                maps = cls(
                     [(int(layer), int(head)) for layer, head in file["heads"]],
                     file["target"],
                     file["gate"],
                     file["chosen"],
                     file["forced"],
-                    str(file["gates"]),
+                    visible(str(file["gates"])),
                     float(file["density"]),
                 )
-        except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
-            raise ValueError(f"maps must be a file that seerattn eval recall --maps wrote, got {path}") from error
+                maps._check()
+                return maps
+        except _DAMAGED as error:
+            raise ValueError(
+                f"maps must be a file that seerattn eval recall --maps wrote, got {path}: {error}"
+            ) from error
+
+    def _check(self) -> None:
+        """Refuses arrays that do not belong together."""
+        shape = (len(self.heads), *self.forced.shape)
+        kinds = {"target": "f", "gate": "f", "chosen": "b"}
+        wrong = [n for n, k in kinds.items() if getattr(self, n).shape != shape or getattr(self, n).dtype.kind != k]
+        if wrong or self.forced.dtype.kind != "b" or self.forced.ndim != 2 or 0 in shape:
+            raise ValueError(f"maps of {len(self.heads)} heads must be of one shape [heads, Nq, Nk], got others")
+        finite = np.isfinite(self.target).all() and np.isfinite(self.gate).all() and np.isfinite(self.density)
+        if not finite or not self.forced.any(-1).all():
+            raise ValueError("maps must be finite, with a forced block in every row, got others")
+
+
+def check_maps(path: Path) -> None:
+    """Refuses a place for block maps that holds something else.
+
+    Raises:
+        ValueError: says so.
+    """
+    check_output(path, "maps", "block maps", BlockMaps.load)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from seerattn.texts import parse_json, short
+from seerattn.texts import map_texts, parse_json, short
 
 # What a result says of how it came about; two results that differ in nothing else fill the same cell.
 _PROVENANCE = ("value", "n", "stderr", "realised_density", "samples", "versions", "device", "git", "command")
@@ -151,7 +151,7 @@ def parse_line(line: str | bytes) -> Result:
     unknown, missing = sorted(values.keys() - hints), [name for name in _required() if name not in values]
     if unknown or missing:
         raise ValueError(f"it must have fields of this version, got {short(unknown)}, without {missing}")
-    _check(values, hints, "")
+    check_kinds(values, hints)
     cell, samples = values.get("cell", {}), values.get("samples", {})
     for known, of, where in (
         (_CELL, cell, "cell."),
@@ -159,12 +159,17 @@ def parse_line(line: str | bytes) -> Result:
         (_TRAINING, cell.get("training", {}), "cell.training."),
         (_POLICY, values.get("policy") or {}, "policy."),
     ):
-        _check(of, known, where)
+        check_kinds(of, known, where)
     _check_whole(values, cell, samples)
     return Result(**values)
 
 
-def _check(values: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> None:
+def check_kinds(values: Mapping[str, Any], hints: Mapping[str, Any], where: str = "") -> None:
+    """Refuses JSON values that are not of the types that they have where they are there.
+
+    Raises:
+        ValueError: names the first one.
+    """
     wrong = [name for name in hints if name in values and not _fits(values[name], hints[name])]
     if wrong:
         kind = getattr(hints[wrong[0]], "__name__", str(hints[wrong[0]]))
@@ -243,6 +248,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def with_texts(result: Result, f: Callable[[str], str]) -> Result:
+    """The result with ``f`` of every text in it, samples aside but for errors."""
+    texts = {x.name: map_texts(getattr(result, x.name), f) for x in fields(Result) if x.name not in ("what", "samples")}
+    errors = {name: map_texts(result.samples[name], f) for name in ("error",) if name in result.samples}
+    return replace(result, **texts, samples=result.samples | errors)
 
 
 def could_be_cut(line: str) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,7 +16,9 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from seerattn.eval.record import check_kinds
 from seerattn.report import style
+from seerattn.texts import parse_json, short, visible
 
 # Curves are smoothed over so much of the longest run.
 SMOOTHED_SHARE = 0.05
@@ -28,6 +30,9 @@ _OTHERS = (("#e69f00", (0, (5, 1.5))), ("#cc79a7", (0, (1.5, 1.2))), ("#d55e00",
 RISE = 0.05
 # What every record of training has.
 _FIELDS = {"step", "loss", "tokens_per_second"}
+_KINDS: dict[str, Any] = {"step": int, "arm": str, "layer_loss": dict[str, float]}
+_KINDS |= dict.fromkeys(("loss", "gate_loss", "sparsity"), float | None)
+_KINDS |= {"layer_gate_loss": dict[str, float] | None}
 Panel = dict[str, tuple[list[int], np.ndarray]]
 
 
@@ -71,10 +76,10 @@ def is_curves(path: Path) -> bool:
     """Whether a file holds records of training, of one run or of several, and not results."""
     if path.suffix != ".jsonl" or not path.is_file():
         return False
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         first = file.readline()
     try:
-        record = json.loads(first)
+        record = parse_json(first, constants=True)
     except ValueError:
         return False
     return isinstance(record, dict) and record.keys() >= _FIELDS
@@ -87,7 +92,7 @@ def as_finetuning(record: Mapping) -> dict:
     """
     record = dict(record)
     if "layer_loss" in record:
-        record |= {"gate_loss": record["loss"], "loss": None, "layer_gate_loss": record.pop("layer_loss")}
+        record |= {"gate_loss": record.get("loss"), "loss": None, "layer_gate_loss": record.pop("layer_loss")}
     return record
 
 
@@ -101,17 +106,24 @@ def read_curves(paths: Sequence[Path]) -> list[Curve]:
     """
     found: dict[str, list[dict]] = {}
     for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(True), 1):
-            if not line.endswith("\n"):
-                break
+        *lines, _ = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
             try:
-                record = as_finetuning(json.loads(line))
-                name = record.get("arm", path.absolute().parent.name)
-                found.setdefault(name, []).append(record | {"step": record["step"]})
-            except (ValueError, TypeError, KeyError) as error:
+                record = parse_json(line, constants=True)
+                if not isinstance(record, dict):
+                    raise ValueError(f"it must be an object, got {short(record)}")
+                check_kinds(record, _KINDS)
+                if "step" not in record:
+                    raise ValueError("it must have a step, got none")
+                layers = record.get("layer_loss") or record.get("layer_gate_loss") or {}
+                if not all(map(str.isdecimal, layers)):
+                    raise ValueError(f"losses of layers must be named by their numbers, got {short(list(layers))}")
+            except ValueError as error:
                 raise ValueError(
-                    f"{path} must hold a record of training in every line, line {number} is none"
+                    f"{path} must hold a record of training in every line, line {number} is none: {error}"
                 ) from error
+            name = record.get("arm", path.absolute().parent.name)
+            found.setdefault(visible(name), []).append(as_finetuning(record))
     return [Curve(name, records) for name, records in found.items()]
 
 

@@ -103,8 +103,8 @@ def _draw(rows: list[Result], folder: Path, name: str) -> list[Path]:
         bar.set_label("realised density", fontsize=8)
     centres = [place * pitch + (layers - 1) / 2 for place in range(len(names))]
     shown = style.names(rows)
-    columns[0].set_yticks(centres, [shown[arm] for arm in names], parse_math=False)
+    columns[0].set_yticks(centres, [shown[arm] for arm in names])
     columns[0].set_ylabel("layers from top to bottom")
     title = f"{rows[0].text}, {rows[0].context:,} tokens, {rows[0].model}"
-    figure.suptitle(title, fontsize=8, x=0.01, ha="left", parse_math=False)
+    figure.suptitle(title, fontsize=8, x=0.01, ha="left")
     return style.save(figure, folder, name)

@@ -48,7 +48,7 @@ def draw_maps(maps: BlockMaps, folder: Path) -> list[Path]:
             line[0].set_ylabel("layer {}, head {}\nquery block".format(*maps.heads[i]))
         titles = ("true map", f"map of the gate: {maps.gates}", f"chosen blocks, density {maps.density:g}")
         for axes, title in zip(grid[0], titles):
-            axes.set_title(title, parse_math=False)
+            axes.set_title(title)
         for axes in grid[-1]:
             axes.set_xlabel("key block")
         note = "Grey blocks are kept in any case; the rows of both maps are normalised over the others."

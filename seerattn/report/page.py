@@ -20,6 +20,7 @@ from seerattn.report.quality import gap_section, perplexity_section, recall_sect
 from seerattn.report.runs import failure_section, run_section
 from seerattn.report.select import arms
 from seerattn.report.speed_table import speed_grids
+from seerattn.report.style import MARK
 from seerattn.report.summary import summary_section
 from seerattn.report.tasks import task_section
 
@@ -88,6 +89,7 @@ def render_page(results: Sequence[Result], maps: BlockMaps | None, figures: Sequ
     environment.filters["inline"] = lambda path: inline_svg(path, prefix=f"f{next(numbers)}-")
     models = sorted({r.model for r in results})
     return environment.get_template("page.html.j2").render(
+        mark=MARK,
         sections=[section for section in sections if section is not None],
         results=len(results),
         models=models,

@@ -75,14 +75,14 @@ def _draw(title: str, panels: Panels, errors: dict[str, float], folder: Path, na
         keys = sorted(key for key in panels if key[0] == text)
         for axes, key in zip(line, keys):
             _panel(axes, panels[key], errors, looks, names)
-            axes.set_title(f"{text}, {key[1]:,} tokens, batch {key[2]}", parse_math=False)
+            axes.set_title(f"{text}, {key[1]:,} tokens, batch {key[2]}")
         for axes in line[len(keys) :]:
             axes.remove()
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
     order = [name for name in (*names.values(), FRONT) if name in handles]
     legend = {"loc": "outside lower center", "ncols": 5, "fontsize": 8, "frameon": False, "handlelength": 4.5}
     figure.legend([handles[name] for name in order], order, **legend)
-    figure.suptitle(title, fontsize=8, x=0.01, ha="left", parse_math=False)
+    figure.suptitle(title, fontsize=8, x=0.01, ha="left")
     return style.save(figure, folder, name)
 
 

@@ -57,7 +57,7 @@ def _panel(
     names: dict[str, str],
 ) -> None:
     _, text, context, _ = key
-    axes.set_title(f"{text}, {context:,} tokens", parse_math=False)
+    axes.set_title(f"{text}, {context:,} tokens")
     for (arm,), line in sorted(group(rows, "arm").items()):
         if arm == "dense":
             axes.axhline(line[0].value, color=style.DENSE, linewidth=1.2, linestyle=(0, (5, 3)), label="dense")

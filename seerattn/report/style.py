@@ -13,6 +13,8 @@ from seerattn.eval.results import Result
 from seerattn.report.names import family_of, name_of
 from seerattn.report.select import arms, kind
 
+# Stands near the beginning of every file that a report writes, and says that it may be replaced.
+MARK = "Made by seerattn report"
 STYLE = Path(__file__).with_name("seerattn.mplstyle")
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -97,7 +99,6 @@ def label_lines(axes: Axes) -> None:
             fontsize=8,
             va="center",
             annotation_clip=False,
-            parse_math=False,
         )
 
 
@@ -125,7 +126,7 @@ def context():
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Writes NAME.png and NAME.svg, byte for byte the same for the same figure."""
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    for path, metadata in zip(paths, ({"Software": None}, {"Date": None})):
+    for path, metadata in zip(paths, ({"Software": MARK}, {"Date": None, "Creator": MARK})):
         figure.savefig(path, metadata=metadata)
     return paths
 

@@ -74,7 +74,7 @@ def _draw(rows: Sequence[Result], errors: dict[str, float], folder: Path, name: 
     figure = Figure(figsize=(5.4 * len(found), 4.4), layout="constrained")
     for axes, (key, panel) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
         _panel(axes, panel, errors, looks, names)
-        axes.set_title(f"{key[1]}, {key[2]:,} tokens", parse_math=False)
+        axes.set_title(f"{key[1]}, {key[2]:,} tokens")
     figure.canvas.draw()
     for axes in figure.axes:
         style.label_lines(axes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from seerattn.eval.results import Result
+from seerattn.eval.record import Result, with_texts
 from seerattn.eval.statistics import proportion
 from seerattn.report.finetuned import finetuned_markdown, is_finetuned
 from seerattn.report.gap import closed
@@ -26,10 +26,12 @@ from seerattn.report.select import (
 )
 from seerattn.report.speed_table import speed_tables
 from seerattn.report.summary import summary_tables
+from seerattn.texts import in_markdown
 
 
 def render_tables(results: Sequence[Result]) -> str:
     """All tables that the results allow, as Markdown."""
+    results = [with_texts(r, in_markdown) for r in results]
     finetuned = finetuned_markdown(results)
     results = [r for r in results if not is_finetuned(r)]
     parts = [part for t in summary_tables(results) for part in (f"### {t.title}", *t.notes, markdown(t.head, t.body))]

@@ -1,12 +1,17 @@
+import errno
+import html
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from seerattn import report
 from seerattn.eval.maps import BlockMaps
 from seerattn.eval.results import Result, ResultsFile
 from seerattn.report import style, write_report
 from seerattn.report.select import SHARE_ERROR
+from seerattn.texts import visible
 
 DATA = {"data": "abc", "windows": 1, "min_tokens": 0, "dtype": "float32"}
 
@@ -71,6 +76,7 @@ def table_of(tmp_path, rows) -> str:
 
 def test_perplexity_table_matches_a_written_out_one(tmp_path) -> None:
     assert table_of(tmp_path, perplexities()) == (
+        "<!-- Made by seerattn report -->\n\n"
         "### Perplexity: books, 4096 tokens, m\n\n"
         "3 documents, 1000 tokens; ± is the standard error of the paired difference from dense, over documents.\n\n"
         "| selector | 1 | 0.2 (0.204) | 0.1 (0.102) |\n"
@@ -204,4 +210,94 @@ def test_report_rejects_missing_and_empty_files_and_writes_nothing(tmp_path) -> 
     for path, message in ((tmp_path / "none.jsonl", "must be files"), (tmp_path / "empty.jsonl", "at least one line")):
         with pytest.raises(ValueError, match=message):
             write_report([path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+NAMES = ["[/]", "a|b", "<script>alert(1)</script>", "new\nline", "\x1b[2Jclear", "$x$", "\ud800", "*stars*", "`code`"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_names_are_shown_as_they_are_and_mark_nothing_up(tmp_path, name: str) -> None:
+    rows = [replace(row, model=name, text=name, gates=row.gates and name) for row in perplexities() + accuracies()]
+    table = table_of(tmp_path, rows)
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    heads = [line for line in lines if line.startswith("| selector")]
+    # Cells of a table are divided by bars that nothing escapes; a name makes no cell, no line and no tag.
+    cells = [len(re.findall(r"(?<!\\)\|", line)) for line in lines]
+    assert heads and len(set(cells)) <= len(heads)
+    assert "<script" not in table and "\x1b" not in table
+    assert all(not re.search(r"(?<!\\)[*`]", line) for line in lines if name.strip("*`") in line)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "\x1b" not in page
+    assert html.escape(visible(name)) in page
+
+
+def test_a_report_replaces_reports_and_nothing_else(tmp_path) -> None:
+    rows = write(tmp_path / "r.jsonl", perplexities())
+    made = write_report([rows], tmp_path / "out")
+    assert write_report([rows], tmp_path / "out") == made
+    before = {path: path.read_bytes() for path in made}
+    for path in made:
+        path.write_bytes(b"mine")
+        with pytest.raises(ValueError, match=f"output must be a new file or a report, got .*{path.name}"):
+            write_report([rows], tmp_path / "out")
+        assert path.read_bytes() == b"mine"
+        path.write_bytes(before[path])
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_full_disk_leaves_no_part_of_a_report(tmp_path, monkeypatch) -> None:
+    rows = write(tmp_path / "r.jsonl", perplexities())
+    write_report([rows], tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    copy, copied = report.shutil.copyfile, []
+
+    def full(source, target) -> None:
+        copied.append(target)
+        if len(copied) == 3:
+            target.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copy(source, target)
+
+    more = write(tmp_path / "more.jsonl", accuracies())
+    monkeypatch.setattr(report.shutil, "copyfile", full)
+    for folder in ("out", "new"):
+        copied.clear()
+        with pytest.raises(OSError, match="the report could not be saved"):
+            write_report([rows, more], tmp_path / folder)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_report_goes_into_folders_alone(tmp_path) -> None:
+    rows = write(tmp_path / "r.jsonl", perplexities())
+    for output in (rows, rows / "out"):
+        with pytest.raises(ValueError, match="output must be a folder that can be written"):
+            write_report([rows], output)
+
+
+def test_maps_replace_maps_and_nothing_else(tmp_path) -> None:
+    path = tmp_path / "maps.npz"
+    ones = np.ones((1, 2, 2), np.float32)
+    maps = BlockMaps([(0, 0)], ones, ones, ones > 0, np.eye(2) > 0, "g", 0.5)
+    maps.save(path)
+    maps.save(path)
+    path.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="maps must be a new file or block maps"):
+        maps.save(path)
+    assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"target": np.ones((1, 3, 2), np.float32)}, {"chosen": np.ones((1, 2, 2))}, {"forced": np.zeros((2, 2)) > 0},
+     {"gate": np.full((1, 2, 2), np.nan, np.float32)}, {"density": np.nan}, {"heads": np.zeros((0, 2), int)}],
+    ids=str,
+)  # fmt: skip
+def test_maps_that_do_not_belong_together_are_refused(tmp_path, change: dict) -> None:
+    ones = np.ones((1, 2, 2), np.float32)
+    good = {"heads": [(0, 0)], "target": ones, "gate": ones, "chosen": ones > 0, "forced": np.eye(2) > 0}
+    np.savez(tmp_path / "maps.npz", **good | {"gates": "g", "density": 0.5} | change)
+    with pytest.raises(ValueError, match="maps must be a file that seerattn eval recall --maps wrote"):
+        write_report([tmp_path / "maps.npz"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
