@@ -1,12 +1,14 @@
-"""Texts from elsewhere: names shown as they are, values cut short in errors, and JSON that may be anything."""
+"""Texts and values from elsewhere: names shown as they are, values cut short in errors, JSON of the expected kinds."""
 
 from __future__ import annotations
 
 import json
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def visible(text: str) -> str:
@@ -67,3 +69,36 @@ def parse_json(text: str | bytes, *, constants: bool = False) -> Any:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def check_kinds(values: Mapping[str, Any], hints: Mapping[str, Any], where: str = "") -> None:
+    """Refuses JSON values that are not of the types that they have where they are there.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    wrong = [name for name in hints if name in values and not fits(values[name], hints[name])]
+    if wrong:
+        kind = getattr(hints[wrong[0]], "__name__", str(hints[wrong[0]]))
+        raise ValueError(f"{where}{wrong[0]} must be {kind}, got {short(values[wrong[0]])}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type, numbers finite."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(one, inner[1]) for one in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(fits(one, inner[0]) for one in value)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    if hint is float:
+        # A whole number may have more digits than any float.
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return isinstance(value, hint) and (hint is not int or abs(value) < 2**63)

@@ -11,7 +11,9 @@ from seerattn.bench.attention import Layer, Sparse, share_of
 from seerattn.bench.inputs import Shape
 from seerattn.bench.model import gate_form
 from seerattn.bench.session import Session
+from seerattn.outputs import check_output
 from seerattn.saving import write_whole
+from seerattn.texts import fits, parse_json, short
 
 
 def bench_crossover(
@@ -70,7 +72,25 @@ def save_table(table: dict[str, Any], path: Path) -> None:
     """Writes a table, whole or not at all.
 
     Raises:
+        ValueError: the file holds something else than a table.
         OSError: it cannot be written; an older one is as it was.
     """
+    check_table(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(table, indent=2) + "\n")
+
+
+def check_table(path: Path) -> None:
+    """Refuses a place for a table that holds something else.
+
+    Raises:
+        ValueError: says so.
+    """
+    check_output(path, "table", "a crossover table", _read_rows)
+
+
+def _read_rows(path: Path) -> list[Any]:
+    values = parse_json(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or not fits(values.get("rows"), list[dict[str, Any]]):
+        raise ValueError(f"it must be an object with rows, got {short(values)}")
+    return values["rows"]

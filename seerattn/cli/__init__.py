@@ -10,6 +10,8 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from seerattn.cli.terminal import Group, open_streams, sentences
+
 
 class _Command(NamedTuple):
     module: str
@@ -34,7 +36,7 @@ COMMANDS = {
 
 def build_app(args: Sequence[str]) -> typer.Typer:
     """The app with the one sub-command that `args` name imported, and the others known by name and help alone."""
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     app.callback()(_root)
     called = next((arg for arg in args if not arg.startswith("-")), None)
     for name, command in COMMANDS.items():
@@ -52,11 +54,10 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(before[1:] if args is None else args)
     # Results say by which command they were made.
     sys.argv = ["seerattn", *args]
+    open_streams()
     try:
-        build_app(args)(args, prog_name="seerattn")
-    except (ValueError, OSError) as error:
-        typer.echo(f"seerattn: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+        with sentences():
+            build_app(args)(args, prog_name="seerattn")
     finally:
         sys.argv = before
 

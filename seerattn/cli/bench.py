@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
 from seerattn.bench.dense import default_baselines
 from seerattn.bench.inputs import Shape
 from seerattn.bench.session import Session, shown
+from seerattn.cli.terminal import print_table, say
 from seerattn.cli.values import numbers, words
 from seerattn.eval.arms import choose_device, choose_dtype
 from seerattn.eval.results import Result, ResultsFile
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from seerattn.bench.model import Size
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(stderr=True, highlight=False)
 
 PAPER_SPARSITIES = "0.5,0.6,0.7,0.8,0.9,0.95"
 MODELS = "llama-3.1-8b, llama-3.2-3b, llama-3.2-1b, or tiny to try the command out"
@@ -161,11 +159,13 @@ def crossover(
 
     The table goes to the user's cache folder, where every attached model finds it.
     """
-    from seerattn.bench.crossover import bench_crossover, save_table
+    from seerattn.bench.crossover import bench_crossover, check_table, save_table
 
     session, shape = _session(device, output, time_limit), _shape(device, heads, kv_heads, head_dim, dtype)
     if table is None and session.device.type != "cuda":
         raise ValueError('table must be given on a CPU, where impl="auto" decides by a formula and looks for no table')
+    path = table or table_path(session.device_name)
+    check_table(path)
     shares = numbers("densities", densities, float, 0)
     if min(shares) == 0 or max(shares) > 1:
         raise ValueError(f"densities must be in (0, 1], got {densities!r}")
@@ -179,10 +179,9 @@ def crossover(
         impl=impl,
     )
     _print_crossover(found)
-    path = table or table_path(session.device_name)
     if found["rows"]:
         save_table(found, path)
-        console.print(f"the table is in {path}", soft_wrap=True)
+        say(f"the table is in {path}")
     _finish(session, None, output)
 
 
@@ -237,7 +236,7 @@ def distill(
     session = _session(device, output, time_limit)
     size = _size(model, layers, _dtype(dtype, session.device))
     if size.layers != size.whole:
-        console.print(f"measuring {size.layers} of {size.whole} layers; hours are scaled to all of them")
+        say(f"measuring {size.layers} of {size.whole} layers; hours are scaled to all of them")
     rows = bench_distill(
         session,
         size,
@@ -288,11 +287,7 @@ def finetune(
 
 def _session(device: str, output: Path | None, time_limit: float) -> Session:
     where = choose_device(device or None)
-    return Session(where, ResultsFile(output, where), _say, time_limit=time_limit or None)
-
-
-def _say(text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False)
+    return Session(where, ResultsFile(output, where), say, time_limit=time_limit or None)
 
 
 def _shape(device: str, heads: int, kv_heads: int, head_dim: int, dtype: str) -> Shape:
@@ -343,11 +338,11 @@ def _finish(session: Session, rows: list[Result] | None, output: Path | None) ->
     if rows is not None:
         _print_results(rows)
     if output is not None and output.exists():
-        console.print(f"results are in {output}", soft_wrap=True)
+        say(f"results are in {output}")
     if session.left_out:
-        console.print(f"{len(session.left_out)} cells were left out for the time limit; run again to measure them")
+        say(f"{len(session.left_out)} cells were left out for the time limit; run again to measure them")
     for failure in session.failures:
-        console.print(f"failed: {failure}", soft_wrap=True, markup=False)
+        say(f"failed: {failure}")
     if session.failures:
         raise typer.Exit(1)
     if rows == [] and not session.left_out:
@@ -361,7 +356,7 @@ def _print_results(rows: Iterable[Result]) -> None:
         cell = {name: value for name, value in row.cell.items() if name not in ("device", "dtype", "clock")}
         lines.setdefault((row.context, row.selector, row.gates, row.density, str(cell)), []).append(row)
     heads = ("tokens", "what", "impl", "blocks", "lists", "density", "realised", "measured")
-    table = Table(*(Column(name, no_wrap=True) for name in heads), box=None)
+    body = []
     for found in lines.values():
         row = found[0]
         name = {"dense": "dense", "random": "sparse, random blocks"}.get(row.selector, f"gate {row.gates}")
@@ -369,25 +364,27 @@ def _print_results(rows: Iterable[Result]) -> None:
             name = "dense with the map"
         targets = [f"{row.cell['target_share']:.0%} of the targets"] if "target_share" in row.cell else []
         blocks = f"{row.cell['block_q']}x{row.cell['block_k']}" if "block_q" in row.cell else ""
-        table.add_row(
-            f"{row.context:,}",
-            ", ".join([name, *([row.cell["work"]] if "work" in row.cell else []), *targets]),
-            row.cell["impl"],
-            blocks,
-            f"per {row.cell['share']}" if "share" in row.cell else "",
-            "" if row.density is None else f"{row.density:g}",
-            "" if row.realised_density is None else f"{row.realised_density:.3f}",
-            ", ".join(map(shown, found)),
+        body.append(
+            [
+                f"{row.context:,}",
+                ", ".join([name, *([row.cell["work"]] if "work" in row.cell else []), *targets]),
+                row.cell["impl"],
+                blocks,
+                f"per {row.cell['share']}" if "share" in row.cell else "",
+                "" if row.density is None else f"{row.density:g}",
+                "" if row.realised_density is None else f"{row.realised_density:.3f}",
+                ", ".join(map(shown, found)),
+            ]
         )
-    Console(width=None if console.is_terminal else 160).print(table)
+    print_table(heads, body, texts=heads)
 
 
 def _print_crossover(found: dict) -> None:
     densities = found["rows"][0]["sparse_ms"] if found["rows"] else {}
     heads = ["tokens", "dense ms", "gate + selection ms", *(f"sparse {d} ms" for d in densities), "pays up to density"]
-    table = Table(*(Column(name, justify="right") for name in heads), box=None)
+    body = []
     for row in found["rows"]:
         pays = [d for d, ms in row["sparse_ms"].items() if row["overhead_ms"] + ms < row["dense_ms"]]
         times = [row["dense_ms"], row["overhead_ms"], *row["sparse_ms"].values()]
-        table.add_row(f"{row['tokens']:,}", *(f"{ms:.3f}" for ms in times), max(pays, key=float, default="never"))
-    Console(width=None if console.is_terminal else 160).print(table)
+        body.append([f"{row['tokens']:,}", *(f"{ms:.3f}" for ms in times), max(pays, key=float, default="never")])
+    print_table(heads, body)

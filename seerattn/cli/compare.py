@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
 from seerattn.cli.evaluate import DeviceOption, DtypeOption, ImplOption, OutputOption
+from seerattn.cli.terminal import print_table, say, screen
 from seerattn.cli.values import words
 from seerattn.eval.arms import choose_device, load_subject
 from seerattn.eval.compare import Cell, Comparison, Outcome, gates_of, make_cells, make_jobs
 from seerattn.eval.recipe import check_files, read_recipe
 from seerattn.eval.results import ResultsFile
 from seerattn.hf.loading import read_config, read_tokenizer
-
-console = Console(stderr=True)
+from seerattn.texts import visible
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A YAML file; recipes/compare_quick.yaml is a small one.")]
 OnlySelectorsOption = Annotated[str, typer.Option(help="Names of the selectors to run, with commas between.")]
@@ -64,11 +61,11 @@ def compare(
     total = sum(map(len, cells.values()))
     if dry_run:
         _print_cells({model.name: of for model, of in cells.items()})
-        console.print(f"{total} cells")
+        say(f"{total} cells")
         return
     outcomes: dict[str, list[Outcome]] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen(stderr=True), transient=True) as bar:
         # Cells differ in length, so the time left goes by tokens.
         task = bar.add_task("", total=sum(cell.tokens for of in cells.values() for cell in of))
         for model in asked.models:
@@ -80,17 +77,17 @@ def compare(
             running = comparison.run()
             for cell in comparison.cells:
                 number = sum(map(len, outcomes.values())) + 1
-                bar.update(task, description=f"{number} of {total}: {cell}")
+                bar.update(task, description=visible(f"{number} of {total}: {cell}"))
                 outcome = next(running)
                 done.append(outcome)
                 if outcome.failure:
-                    bar.console.print(f"failed: {cell}: {outcome.failure}", soft_wrap=True, markup=False)
+                    bar.console.print(visible(f"failed: {cell}: {outcome.failure}"), soft_wrap=True)
                 bar.advance(task, cell.tokens)
             del subject, comparison, running
     for model, found in outcomes.items():
         _print_tables(model, found)
     if output is not None:
-        console.print(f"results are in {output}", soft_wrap=True)
+        say(f"results are in {output}")
     failed = [outcome for found in outcomes.values() for outcome in found if outcome.failure]
     if failed:
         _print_failures(failed)
@@ -114,7 +111,7 @@ def _print_cells(by_model: dict[str, list[Cell]]) -> None:
         rows = " ".join(str(n) for n in dict.fromkeys(cell.last_rows_dense for cell in cells))
         body.append([*place, *asked, rows, str(len(cells))])
     heads = ["model", "task", "text", "context", "sequences", "selector", "densities", "times", "dense rows", "cells"]
-    _print(heads, body)
+    print_table(heads, body, texts=LEFT, fold=True)
 
 
 def _print_tables(model: str, outcomes: Sequence[Outcome]) -> None:
@@ -131,13 +128,14 @@ def _print_tables(model: str, outcomes: Sequence[Outcome]) -> None:
             continue
         for what in SHOWN.get(found[0].cell.job.task.task, ("accuracy",)):
             rows = f", last {option} query-block rows dense" if option else ""
-            _print_table(f"{what.replace('_', ' ')}: {job} tokens, {model}{rows}", found, what)
+            _print_quantity(f"{what.replace('_', ' ')}: {job} tokens, {model}{rows}", found, what)
     notes = dict.fromkeys(outcome.note for outcome in outcomes if outcome.note)
     if notes:
-        console.print("* as near as it gets:", *notes, sep="\n  ", soft_wrap=True, markup=False, highlight=False)
+        for sentence in ("* as near as it gets:", *notes):
+            say(sentence)
 
 
-def _print_table(title: str, outcomes: Sequence[Outcome], what: str) -> None:
+def _print_quantity(title: str, outcomes: Sequence[Outcome], what: str) -> None:
     columns = sorted({_column(o) for o in outcomes if o.cell.asked is not None}, key=lambda c: (c[0], -c[1]))
     names = list(dict.fromkeys(outcome.cell.entry.name for outcome in outcomes))
     body = []
@@ -146,7 +144,7 @@ def _print_table(title: str, outcomes: Sequence[Outcome], what: str) -> None:
         values = {None if o.cell.asked is None else _column(o): _value(o, what) for o in of}
         body.append([name, values.get(None, ""), *(values.get(column, "") for column in columns)])
     heads = [f"{value:g}" + (" of time" if budget == "time" else "") for budget, value in columns]
-    _print(["selector", "1", *heads], body, title)
+    print_table(["selector", "1", *heads], body, texts=LEFT, title=title, fold=True)
 
 
 def _column(outcome: Outcome) -> tuple[str, float]:
@@ -163,18 +161,5 @@ def _value(outcome: Outcome, what: str) -> str:
 
 
 def _print_failures(outcomes: Iterable[Outcome]) -> None:
-    _print(["cell", "reason"], [[str(outcome.cell), outcome.failure or ""] for outcome in outcomes], "failed")
-
-
-def _print(heads: Sequence[str], body: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A table of the columns that are not empty."""
-    used = [i for i in range(len(heads)) if any(line[i] for line in body)]
-    columns = (Column(heads[i], justify="left" if heads[i] in LEFT else "right", overflow="fold") for i in used)
-    table = Table(*columns, box=None)
-    for line in body:
-        table.add_row(*(line[i] for i in used))
-    # A file or a pipe has no width.
-    screen = Console(width=None if sys.stdout.isatty() else 160)
-    if title:
-        screen.print(f"\n{title}", markup=False, highlight=False)
-    screen.print(table)
+    body = [[str(outcome.cell), outcome.failure or ""] for outcome in outcomes]
+    print_table(["cell", "reason"], body, texts=LEFT, title="failed", fold=True)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
 from seerattn.cli.progress import progress_bars
+from seerattn.cli.terminal import print_table, say
 from seerattn.cli.values import numbers, words
 from seerattn.eval.arms import SELECTORS, Arm, Gates, Subject, choose_device, load_subject, make_arms
 from seerattn.eval.data import Window, cut_windows, digest, token_documents
 from seerattn.eval.results import Result, ResultsFile
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(stderr=True)
 
 ModelOption = Annotated[str, typer.Option(help="Base model: a folder or the name of one on the Hub.")]
 GatesOption = Annotated[list[str], typer.Option(help="A folder of gates, or NAME=FOLDER; may be repeated.")]
@@ -38,7 +35,7 @@ ImplOption = Annotated[str, typer.Option(help="Implementation of the sparse atte
 LastRowsOption = Annotated[str, typer.Option(help="Query-block rows at the end that keep all blocks.")]
 SavedOption = Annotated[bool, typer.Option("--saved-policy", help="Also run gates with the policy saved with them.")]
 WindowsOption = Annotated[int, typer.Option(help="Windows of each document, from its start; 0 for all.", min=0)]
-BlockOption = Annotated[int, typer.Option(help="Block size in tokens of oracle and streaming.")]
+BlockOption = Annotated[int, typer.Option(help="Block size in tokens of oracle and streaming.", min=1)]
 MinTokensOption = Annotated[
     int, typer.Option(help="Also keep shorter windows of so many tokens; 0 keeps full windows alone.", min=0)
 ]
@@ -105,7 +102,7 @@ def perplexity(
     file = ResultsFile(output, where)
     subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths))
     cut, settings = _windows(subject, data, lengths, windows, min_tokens, max_docs)
-    with progress_bars(console) as progress:
+    with progress_bars() as progress:
         rows = evaluate_perplexity(
             subject,
             arms,
@@ -169,7 +166,7 @@ def needle(
                 cells += [Needle(task, length, depth, n, seed) for depth in places]
             else:
                 cells.append(Needle(task, length, None, n * len(places), seed, pairs or None, chains, hops))
-    with progress_bars(console) as progress:
+    with progress_bars() as progress:
         rows = evaluate_needle(
             subject,
             arms,
@@ -207,7 +204,8 @@ def recall(
     output: OutputOption = None,
 ) -> None:
     """Measure how much of the true block map the chosen blocks hold, per layer and head."""
-    from seerattn.eval.recall import evaluate_recall, observe_maps
+    from seerattn.eval.maps import check_maps
+    from seerattn.eval.recall import check_heads, evaluate_recall, observe_maps
 
     folders, arms = _arms(gates, selectors, densities, "0", saved_policy, block)
     lengths = numbers("contexts", contexts, int, 2)
@@ -215,11 +213,17 @@ def recall(
     drawn = next((arm for arm in reversed(arms) if arm.selector == "gate" and arm.density is not None), None)
     if maps is not None and drawn is None:
         raise ValueError("maps must have gates to show, got none; give --gates")
+    if maps is not None:
+        check_maps(maps)
+        if output is not None and maps.absolute() == output.absolute():
+            raise ValueError(f"maps must be another file than output, got {maps} for both")
     where = choose_device(device or None)
     file = ResultsFile(output, where)
     subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths))
     cut, settings = _windows(subject, data, lengths, windows, min_tokens, max_docs)
-    with progress_bars(console) as progress:
+    if maps is not None:
+        check_heads(subject, drawn, chosen)
+    with progress_bars() as progress:
         rows = evaluate_recall(
             subject,
             arms,
@@ -271,8 +275,8 @@ def tasks(
     longest = context or getattr(subject.model.config.get_text_config(), "max_position_embeddings", 0) or max(made)
     loaded, missing = load_tasks(words(names), tokenizer=model, data_dir=data_dir, lengths=made, limit=limit or None)
     for sentence in missing.values():
-        console.print(sentence, style="red", soft_wrap=True, highlight=False, markup=False)
-    with progress_bars(console) as progress:
+        say(sentence, style="red")
+    with progress_bars() as progress:
         rows = evaluate_tasks(
             subject,
             arms,
@@ -287,8 +291,7 @@ def tasks(
     for row in rows:
         if row.what == "task_guard" and "note" in row.cell:
             label = f"{row.cell['task']}, {row.arm} {'' if row.density is None else f'{row.density:g}'}".rstrip()
-            text = f"{label}: {row.cell['note']}"
-            console.print(text, style="bold yellow", soft_wrap=True, highlight=False, markup=False)
+            say(f"{label}: {row.cell['note']}", style="bold yellow")
     if missing:
         raise typer.Exit(1)
 
@@ -328,7 +331,7 @@ def calibrate(
     folder = _gates([gates])[0]
     subject = load_subject(model, gates=[folder], device=where, dtype=dtype, impl=impl, context=context)
     cut, settings = _windows(subject, data, [context], windows, 0, max_docs)
-    with progress_bars(console) as progress:
+    with progress_bars() as progress:
         rows = evaluate_calibration(
             subject,
             folder,
@@ -380,7 +383,8 @@ def _gates(named: list[str]) -> list[Gates]:
 
 def _heads(text: str) -> list[tuple[int, int]]:
     try:
-        return [(int(layer), int(head)) for layer, head in (word.split(":") for word in words(text))]
+        found = [(int(layer), int(head)) for layer, head in (word.split(":") for word in words(text) or [""])]
+        return list(dict.fromkeys(found))
     except ValueError as error:
         raise ValueError(f"heads must be LAYER:HEAD with commas between, got {text!r}") from error
 
@@ -404,7 +408,7 @@ def _windows(
     for context, pieces in cut.items():
         skipped = len(documents) - len({window.document for window in pieces})
         if skipped:
-            console.print(f"{skipped} of {len(documents)} documents are shorter than {context} tokens and left out")
+            say(f"{skipped} of {len(documents)} documents are shorter than {context} tokens and left out")
     return cut, {"windows": windows, "min_tokens": min_tokens, "data": digest(documents)}
 
 
@@ -428,14 +432,9 @@ def _print_table(rows: list[Result], columns: dict[str, str], output: Path | Non
         nominal = "" if density is None else f"{density:g}"
         body.append([str(context), arm, nominal, realised, str(rows_dense or ""), where, str(row.n), *values])
     heads = ["context", "selector", "density", "realised", "dense rows", "cell", "n", *columns.values()]
-    used = [i for i in range(len(heads)) if any(line[i] for line in body)]
-    table = Table(*(Column(heads[i], no_wrap=True, justify="left" if i == 1 else "right") for i in used), box=None)
-    for line in body:
-        table.add_row(*(line[i] for i in used))
-    # A file or a pipe has no width.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print_table(heads, body, texts=("selector",))
     if output is not None:
-        console.print(f"results are in {output}", soft_wrap=True)
+        say(f"results are in {output}")
 
 
 def _value(row: Result) -> str:

@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from seerattn.baselines.plan import Plan
 from seerattn.cli.evaluate import DeviceOption, DtypeOption, MaxDocsOption, ModelOption, OneContextOption, SeedOption
 from seerattn.cli.progress import progress_bars
+from seerattn.cli.terminal import say
 from seerattn.cli.values import numbers
 from seerattn.eval.arms import Subject, choose_device, load_subject
 from seerattn.eval.data import cut_windows, digest, token_documents
 from seerattn.eval.plans import describe, describe_named
+from seerattn.outputs import check_output
+from seerattn.texts import visible
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(stderr=True)
 
 PlanOption = Annotated[Path, typer.Option(help="Where the plan is written; a plan that is there is never replaced.")]
 DataOption = Annotated[
@@ -96,11 +97,11 @@ def minference(
         block_q=block_q,
         block_k=block_k,
     )
-    subject, documents = _load(model, data, max_docs, device, dtype, context)
+    subject, documents = _load(model, data, max_docs, device, dtype, context, output)
     settings = replace(settings, data=digest(documents), dtype=subject.dtype)
     if not is_there(output, METHOD, describe(subject.model.config), asdict(settings)):
         cut = cut_windows(documents, context=context, count=None, bos_token_id=subject.bos_token_id)
-        with progress_bars(console) as progress:
+        with progress_bars() as progress:
             plan = plans.search_plan(subject, plans.draw_windows(cut, windows, seed), settings, progress=progress)
         plan.save(output)
     _print(Plan.load(output, method=METHOD), output)
@@ -129,7 +130,7 @@ def moa(
     from seerattn.eval import plans_moa as plans
 
     chosen = tuple(sorted(numbers("lengths", lengths, int, 1))) if lengths else plans.default_lengths(context)
-    subject, documents = _load(model, data, max_docs, device, dtype, max(*chosen, validate_at))
+    subject, documents = _load(model, data, max_docs, device, dtype, max(*chosen, validate_at), output)
     config = subject.model.config
     longest = getattr(config.get_text_config(), "max_position_embeddings", 2 * max(chosen))
     settings = plans.ProfileSettings(
@@ -142,7 +143,7 @@ def moa(
         dtype=subject.dtype,
     )
     if not is_there(output, METHOD, describe(config), settings.to_dict()):
-        with progress_bars(console) as progress:
+        with progress_bars() as progress:
             plan = plans.make_plan(subject, documents, settings, progress=progress)
         plan.save(output)
     _print(Plan.load(output, method=METHOD), output)
@@ -168,7 +169,7 @@ def xattention_profile(
     from seerattn.eval import plans_xattention as plans
     from seerattn.eval.plans_minference import draw_windows
 
-    subject, documents = _load(model, data, max_docs, device, dtype, context)
+    subject, documents = _load(model, data, max_docs, device, dtype, context, output)
     settings = plans.ThresholdSettings(
         stride=stride,
         block=block,
@@ -181,29 +182,28 @@ def xattention_profile(
     )
     if not is_there(output, METHOD, describe(subject.model.config), asdict(settings)):
         cut = cut_windows(documents, context=context, count=None, bos_token_id=subject.bos_token_id)
-        with progress_bars(console) as progress:
+        with progress_bars() as progress:
             plan = plans.profile_plan(subject, draw_windows(cut, windows, seed), settings, progress=progress)
         plan.save(output)
     _print(Plan.load(output, method=METHOD), output)
 
 
 def _load(
-    model: str, data: list[str], max_docs: int, device: str, dtype: str, context: int
+    model: str, data: list[str], max_docs: int, device: str, dtype: str, context: int, output: Path
 ) -> tuple[Subject, list[list[int]]]:
-    """The model to search on, and the documents as its tokens."""
+    """The model to search on, and the documents as its tokens, if the plan can be written."""
+    check_output(output, "output", "a plan", Plan.load)
     subject = load_subject(model, device=choose_device(device or None), dtype=dtype, context=context)
     return subject, token_documents(data, subject.tokenizer, limit=max_docs or None)
 
 
 def is_there(path: Path, method: str, model: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether a file holds the plan that is asked for already; makes its folder if not.
+    """Whether a file holds the plan that is asked for already.
 
     Raises:
         ValueError: it holds something else.
-        OSError: the folder cannot be made.
     """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.stat().st_size == 0:
         return False
     plan = Plan.load(path, method=method, model=model)
     different = [
@@ -220,8 +220,12 @@ def is_there(path: Path, method: str, model: dict[str, Any], settings: dict[str,
 
 
 def _print(plan: Plan, path: Path) -> None:
-    found = plan.made.get("found", {})
-    for name, value in found.items():
-        shown = ", ".join(f"{n} {k}" for k, n in value.items()) if isinstance(value, dict) else f"{value:g}"
-        typer.echo(f"{name.replace('_', ' ')}: {shown}")
-    console.print(f"the plan is in {path}", soft_wrap=True)
+    found = plan.made.get("found")
+    for name, value in found.items() if isinstance(found, dict) else ():
+        shown = ", ".join(f"{n} {k}" for k, n in value.items()) if isinstance(value, dict) else _number(value)
+        typer.echo(visible(f"{name.replace('_', ' ')}: {shown}"))
+    say(f"the plan is in {path}")
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -17,6 +17,7 @@ def report(
     report.html holds everything and needs no network; open it in a browser.
     """
     from seerattn.report import write_report
+    from seerattn.texts import visible
 
     for path in write_report(results, output):
-        typer.echo(path)
+        typer.echo(visible(str(path)))

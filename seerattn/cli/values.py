@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ def numbers(name: str, text: str, kind: Callable[[str], T], least: T) -> list[T]
         values = [kind(word) for word in words(text)]
     except ValueError as error:
         raise ValueError(f"{name} must be numbers with commas between, got {text!r}") from error
-    if not values or min(values) < least:
-        raise ValueError(f"{name} must be at least {least}, got {text!r}")
+    # Written so that NaN, which compares with nothing, is refused as well.
+    if not values or not all(least <= value < math.inf for value in values):
+        raise ValueError(f"{name} must be at least {least} and finite, got {text!r}")
     return list(dict.fromkeys(values))

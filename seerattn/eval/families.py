@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from seerattn.baselines.family import Family, SelectorAt
 from seerattn.baselines.plan import Plan
@@ -15,6 +15,7 @@ from seerattn.eval.calibrate import Calibrator, threshold_level
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import GateSelector
 from seerattn.selection.policies import Policy, Threshold, TopK, TopP
+from seerattn.texts import fits, short, visible
 
 GatePolicy = Literal["top_k", "row_share", "threshold", "head_thresholds", "top_p"]
 GATE_POLICIES: tuple[str, ...] = get_args(GatePolicy)
@@ -54,7 +55,7 @@ SELECTORS = ("dense", "gate", *SOURCES)
 
 
 def check_options(selector: str, options: Mapping[str, Any]) -> None:
-    """Refuses options that a selector does not take.
+    """Refuses options that a selector does not take, and values of another kind than the default's.
 
     Raises:
         ValueError: names those that it takes.
@@ -63,17 +64,26 @@ def check_options(selector: str, options: Mapping[str, Any]) -> None:
     unknown = set(options) - set(known)
     if unknown:
         raise ValueError(
-            f"options of {selector} must be among {', '.join(known) or 'none'}, got {', '.join(sorted(unknown))}"
+            f"options of {selector} must be among {', '.join(known) or 'none'}, "
+            f"got {', '.join(sorted(map(visible, map(str, unknown))))}"
+        )
+    wrong = [name for name in options if not fits(options[name], known[name])]
+    if wrong:
+        raise ValueError(
+            f"options of {selector} must be of the kind that they have by default, "
+            f"got {wrong[0]} {short(options[wrong[0]])}"
         )
 
 
-def _options(selector: str) -> list[str]:
+def _options(selector: str) -> dict[str, Any]:
+    """The types of the options that a selector takes."""
     if selector == "dense":
-        return []
+        return {}
     if selector == "gate":
-        return ["policy"]
-    parameters = inspect.signature(SOURCES[selector].maker(selector)).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        return {"policy": str}
+    maker = SOURCES[selector].maker(selector)
+    hints = get_type_hints(maker)
+    return {p.name: hints[p.name] for p in inspect.signature(maker).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 def make_family(
@@ -109,8 +119,8 @@ def make_family(
     try:
         family = source.maker(selector)(*arguments, **options)
         family.at(family.densest)(0)
-    except TypeError as error:
-        raise ValueError(f"options of {selector} must be of the kind that they have by default, got {error}") from error
+    except ArithmeticError as error:
+        raise ValueError(f"options of {selector} must be sizes that can be computed with, got {error}") from error
     return replace(family, name=name)
 
 

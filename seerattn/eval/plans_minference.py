@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.block_sparse_attention.api import BLOCK_SIZES
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.selector import AttentionContext
+from seerattn.texts import parse_json
 
 if TYPE_CHECKING:
     from seerattn.hf.spy import AttentionCall
@@ -177,7 +177,7 @@ def read_official(path: Path, model: dict[str, Any]) -> Plan:
     """
     content = path.read_bytes()
     try:
-        layers = json.loads(content)
+        layers = parse_json(content)
         rules = [{int(head): _official_rule(*entry) for head, entry in heads.items()} for heads in layers]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -178,6 +178,17 @@ def evaluate_recall(
     return rows
 
 
+def check_heads(subject: Subject, arm: Arm, heads: Sequence[tuple[int, int]]) -> None:
+    """Refuses heads that maps cannot be shown of.
+
+    Raises:
+        ValueError: a layer has no gate, or a head does not exist.
+    """
+    gates, count = subject.gates(arm.gates), subject.model.config.get_text_config().num_attention_heads
+    if not all(layer in gates and 0 <= head < count for layer, head in heads):
+        raise ValueError(f"heads must be among {count} heads of the layers {sorted(gates)}, got {heads}")
+
+
 def observe_maps(subject: Subject, arm: Arm, window: Window, heads: Sequence[tuple[int, int]]) -> BlockMaps:
     """The true map, the gate's map and the chosen blocks of some heads on one window of the dense model.
 
@@ -190,10 +201,9 @@ def observe_maps(subject: Subject, arm: Arm, window: Window, heads: Sequence[tup
     Raises:
         ValueError: a layer has no gate, or a head does not exist.
     """
+    check_heads(subject, arm, heads)
     gates, selector_at, policy = subject.gates(arm.gates), subject.selector(arm), subject.policy(arm)
     count = subject.model.config.get_text_config().num_attention_heads
-    if not all(layer in gates and 0 <= head < count for layer, head in heads):
-        raise ValueError(f"heads must be among {count} heads of the layers {sorted(gates)}, got {heads}")
     block_q, block_k = subject.block_sizes(arm)
     found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 

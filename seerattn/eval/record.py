@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-from seerattn.texts import map_texts, parse_json, short
+from seerattn.texts import check_kinds, fits, map_texts, parse_json, short
 
 # What a result says of how it came about; two results that differ in nothing else fill the same cell.
 _PROVENANCE = ("value", "n", "stderr", "realised_density", "samples", "versions", "device", "git", "command")
@@ -164,18 +162,6 @@ def parse_line(line: str | bytes) -> Result:
     return Result(**values)
 
 
-def check_kinds(values: Mapping[str, Any], hints: Mapping[str, Any], where: str = "") -> None:
-    """Refuses JSON values that are not of the types that they have where they are there.
-
-    Raises:
-        ValueError: names the first one.
-    """
-    wrong = [name for name in hints if name in values and not _fits(values[name], hints[name])]
-    if wrong:
-        kind = getattr(hints[wrong[0]], "__name__", str(hints[wrong[0]]))
-        raise ValueError(f"{where}{wrong[0]} must be {kind}, got {short(values[wrong[0]])}")
-
-
 def _check_whole(values: Mapping[str, Any], cell: Mapping[str, Any], samples: Mapping[str, Any]) -> None:
     """Refuses a record without what its quantity needs, or at odds with itself."""
     needed, of_samples = _NEEDED.get(values["what"], ((), ()))
@@ -198,7 +184,7 @@ def _check_whole(values: Mapping[str, Any], cell: Mapping[str, Any], samples: Ma
         raise ValueError(f"a record of {short(values['what'])} must have {', '.join(lacking)}, got none")
     if cell.get("budget", "density") not in _BUDGETS:
         raise ValueError(f"cell.budget must be {' or '.join(_BUDGETS)}, got {short(cell['budget'])}")
-    if cell.get("budget") == "time" and not _fits(cell.get("share"), float):
+    if cell.get("budget") == "time" and not fits(cell.get("share"), float):
         raise ValueError(f"cell.share must be a number where the budget is time, got {short(cell.get('share'))}")
     value = values["value"]
     if value is not None and value <= 0 and values["what"] in _POSITIVE:
@@ -209,25 +195,6 @@ def _check_whole(values: Mapping[str, Any], cell: Mapping[str, Any], samples: Ma
     part = values.get("part")
     if part is not None and not (len(part) == 2 and 1 <= part[0] <= part[1]):
         raise ValueError(f"part must be a place in a group and the group's size, got {short(part)}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a type, numbers finite."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(one, inner[1]) for one in value.values())
-    if origin is list:
-        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
-    if hint in (int, float) and isinstance(value, bool):
-        return False
-    if hint is float:
-        # A whole number may have more digits than any float.
-        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
-    return isinstance(value, hint) and (hint is not int or abs(value) < 2**63)
 
 
 @cache
@@ -273,6 +240,6 @@ def could_be_cut(line: str) -> bool:
         # The beginning of a number is a number, too.
         if not set(line[place:]) - set("0123456789.eE+-"):
             return True
-        if not _fits(value, hint):
+        if not fits(value, hint):
             return False
     return line[place:] == "}"

@@ -16,9 +16,8 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from seerattn.eval.record import check_kinds
 from seerattn.report import style
-from seerattn.texts import parse_json, short, visible
+from seerattn.texts import check_kinds, parse_json, short, visible
 
 # Curves are smoothed over so much of the longest run.
 SMOOTHED_SHARE = 0.05

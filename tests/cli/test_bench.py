@@ -155,7 +155,7 @@ BAD = {
     ),
     "table": (("crossover", *TINY), "table must be given on a CPU"),
     "device": (("ttft", "--model", "tiny", "--device", "abacus"), "device must be"),
-    "output": (("pooled", *TINY, "--lengths", "64", "--output", "."), "results must be files"),
+    "output": (("pooled", *TINY, "--lengths", "64", "--output", "."), "output must be a file"),
 }
 
 
