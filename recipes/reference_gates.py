@@ -347,7 +347,7 @@ def train_gates(
     seed: int,
 ) -> dict[str, Training]:
     """Trains every variant on the same steps."""
-    from seerattn.hf.attention import layer_states
+    from seerattn.hf.state import layer_states
     from seerattn.hf.rotary import gate_frequencies
 
     rng = random.Random(seed)

@@ -26,9 +26,11 @@ from seerattn.bench.model import BenchModel, Size, gate_form, rotary_tables
 from seerattn.bench.session import Session
 from seerattn.bench.timing import device_time, long_runs, peak_gib, reset_peak
 from seerattn.eval.results import Result
-from seerattn.hf.attention import LayerCall, layer_states, seer_attention
+from seerattn.hf.attention import seer_attention
+from seerattn.hf.call import LayerCall
 from seerattn.hf.finetuning import SparseTraining
 from seerattn.hf.mask import make_mask
+from seerattn.hf.state import layer_states, learning
 from seerattn.ops.pooled_attention import pooled_targets
 from seerattn.selection.block_indices import num_query_blocks
 from seerattn.selection.policies import TopK
@@ -244,13 +246,14 @@ def layer_step(
     module = next(m for m in model.modules() if isinstance(m, LlamaAttention))
     parameters = list(state.gate.requires_grad_(True).parameters())
     tables, positions = rotary_tables(shape, tokens, device), torch.arange(tokens, device=device)[None]
-    mask = make_mask(dense="sdpa", batch_size=1, q_length=tokens, kv_length=tokens, allow_is_causal_skip=True)
     inputs = [x.requires_grad_() for x in random_qkv(shape, tokens, device)]
     dout = torch.randn_like(inputs[0]).transpose(1, 2).contiguous()
 
     def step(training: SparseTraining) -> tuple[Tensor, ...]:
-        call = LayerCall(state, tables, positions, training)
-        out, _ = seer_attention(module, *inputs, mask, dense="sdpa", seer=call, scaling=module.scaling)
+        call = LayerCall(state, tables, positions)
+        with learning(training):
+            mask = make_mask(dense="sdpa", batch_size=1, q_length=tokens, kv_length=tokens, allow_is_causal_skip=True)
+            out, _ = seer_attention(module, *inputs, mask, dense="sdpa", seer=call, scaling=module.scaling)
         gate_loss = training.total()
         return torch.autograd.grad([out, gate_loss], [*inputs, *parameters], [dout, torch.ones_like(gate_loss)])
 

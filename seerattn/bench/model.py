@@ -17,8 +17,9 @@ from seerattn.bench.inputs import Shape
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.config import AttnGateConfig
 from seerattn.hf.attach import attach, detach
-from seerattn.hf.attention import LayerCall, LayerState
+from seerattn.hf.call import LayerCall
 from seerattn.hf.rotary import Rotation, gate_frequencies
+from seerattn.hf.state import Attachment, AttentionLayer, LayerState
 from seerattn.selection.selector import AttentionContext
 
 LLAMA3_ROPE = {
@@ -186,7 +187,9 @@ def rotary_tables(shape: Shape, tokens: int, device: torch.device) -> tuple[Tens
 
 def layer_context(shape: Shape, tokens: int, device: torch.device) -> AttentionContext:
     """What a layer of the model tells its selector of a prompt, made by the integration itself."""
-    state = LayerState(0, shape.heads, _rotation(shape.head_dim, device))
+    rotation = _rotation(shape.head_dim, device)
+    layer = AttentionLayer("", nn.Identity(), 0, shape.heads, shape.kv_heads, shape.head_dim, rotation)
+    state = LayerState(layer, Attachment("sdpa", {0: layer}))
     call = LayerCall(state, rotary_tables(shape, tokens, device), torch.arange(tokens, device=device)[None])
     scale = shape.head_dim**-0.5
     return call.context(row=None, q_len=tokens, k_len=tokens, scale=scale, softcap=None, sinks=None)

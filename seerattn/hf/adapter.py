@@ -1,275 +1,246 @@
 """Gates as a PEFT adapter, so that every way of loading, saving and training of PEFT and transformers serves them.
 
 Importing this module registers the method "seer" with PEFT. `import seerattn` arranges that it is imported as soon as
-PEFT is.
+PEFT is. Gates are no tuner layers: PEFT neither finds other adapters inside of them nor switches both together.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.config import AttnGateConfig
-from seerattn.gate_selector import GateSelector
-from seerattn.hf.attention import IMPLEMENTATIONS, LayerCall, LayerState, check_implementation, layer_states
-from seerattn.hf.checkpoint import check_gate_folder
+from seerattn.hf.attention import IMPLEMENTATIONS
+from seerattn.hf.checkpoint import read_config, read_weights
+from seerattn.hf.config import SeerConfig, check_folder, gate_folder
 from seerattn.hf.distillation import GateLosses
-from seerattn.hf.probe import AttentionLayer, dense_implementation, probe, set_implementation
-from seerattn.hf.rotary import gate_frequencies
-from seerattn.selection.policies import Policy, policy_from_dict
-
-logger = logging.getLogger(__name__)
-
-
-def _register_type(name: str) -> None:
-    # PeftType is a closed enumeration and register_peft_method refuses names that it lacks.
-    member = str.__new__(PeftType, name)
-    member._name_, member._value_ = name, name
-    PeftType._member_map_[name] = member
-    PeftType._member_names_.append(name)
-    PeftType._value2member_map_[name] = member
-    # From Python 3.12 on members are plain class attributes; the enum's own __setattr__ would refuse this one.
-    type.__setattr__(PeftType, name, member)
-
-
-if "SEER" not in PeftType._member_map_:
-    _register_type("SEER")
-
-
-@dataclass
-class SeerConfig(PeftConfig):
-    """Configuration of the gates of a model, saved as ``adapter_config.json``.
-
-    Attributes:
-        gate: form of the gates, `AttnGateConfig.to_dict`.
-        policy: `Policy.to_dict` of the policy to start with; None runs dense until `set_policy`.
-        layers: indices of the decoder layers with a gate; None is every full-attention layer.
-        base_model: architecture and sizes of the model that the gates belong to, filled in when they are attached.
-        target_modules: names of the gated modules, filled in when they are attached.
-    """
-
-    gate: dict = field(default_factory=lambda: AttnGateConfig().to_dict())
-    policy: dict | None = None
-    layers: list[int] | None = None
-    base_model: dict | None = None
-    target_modules: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        # Without a task type, PeftModel does not go through the tuner's forward.
-        self.task_type = self.task_type or "CAUSAL_LM"
-        super().__post_init__()
-        self.peft_type = PeftType("SEER")
-        AttnGateConfig.from_dict(self.gate)
-        if self.policy is not None:
-            policy_from_dict(self.policy)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> SeerConfig:
-        """Reads the config of a folder or Hub repository; a folder must hold whole gates.
-
-        Raises:
-            ValueError: the folder's gates are missing, truncated or pickled.
-        """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if folder.exists():
-            check_gate_folder(folder)
-            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        except ValueError as error:
-            raise ValueError(
-                f"gates must be a folder or the name of gates on the Hub, got {pretrained_model_name_or_path}"
-            ) from error
-
-
-class SeerLayer(nn.Module, BaseTunerLayer):
-    """An attention module and its gates, one an adapter name."""
-
-    adapter_layer_names = ("seer_gate",)
-
-    def __init__(self, base_layer: nn.Module, found: AttentionLayer) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.seer_gate = nn.ModuleDict()
-        self.found = found
-        self._policies: dict[str, Policy | None] = {}
-        self._seer = LayerState(found.layer, found.num_heads, found.rotation)
-
-    def add_gate(self, adapter_name: str, config: SeerConfig) -> None:
-        """Makes the gate of one adapter: fresh, or to be filled by a checkpoint."""
-        gate_config, found = AttnGateConfig.from_dict(config.gate), self.found
-        frequencies = None
-        if gate_config.rope:
-            frequencies = gate_frequencies(found.rotation, gate_dim=gate_config.gate_dim or found.head_dim)
-        gate = AttnGate(
-            gate_config,
-            num_heads=found.num_heads,
-            num_kv_heads=found.num_kv_heads,
-            head_dim=found.head_dim,
-            inv_freq=frequencies,
-        ).float()
-        if config.inference_mode:
-            # To be overwritten by the checkpoint. PEFT only warns of tensors that it misses; `check_filled` refuses.
-            for parameter in gate.parameters():
-                nn.init.constant_(parameter, torch.nan)
-        device = next(self.base_layer.parameters()).device
-        self.seer_gate[adapter_name] = gate if device.type == "meta" else gate.to(device)
-        self._policies[adapter_name] = None if config.policy is None else policy_from_dict(config.policy)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def set_policy(self, policy: Policy | None) -> None:
-        """Changes the policy of the active adapter."""
-        for name in self.active_adapters:
-            self._policies[name] = policy
-        self._select()
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """See `BaseTunerLayer.set_adapter`; one set of gates is active at a time."""
-        super().set_adapter(adapter_names, inference_mode)
-        # PEFT also calls this to enable an adapter again: a selector that was attached over the gates then stays.
-        if self._active()[0] is not self._seer.gate:
-            self._select()
-
-    def _active(self) -> tuple[AttnGate | None, Policy | None]:
-        names = [name for name in self.active_adapters if name in self.seer_gate]
-        if len(names) > 1:
-            raise ValueError(f"one set of gates must be active at a time, got {names}; use set_adapter")
-        return (self.seer_gate[names[0]], self._policies[names[0]]) if names else (None, None)
-
-    def _select(self) -> None:
-        gate, policy = self._active()
-        self._seer.gate = gate
-        self._seer.selector = None if gate is None or policy is None else GateSelector(gate, policy)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the attention module; its attention function finds the gate in the keyword ``seer``."""
-        training = kwargs.pop("seer_training", None)
-        if not self.disable_adapters:
-            self.check_filled()
-            check_implementation(self.base_layer)
-            training = None if self._seer.gate is None else training
-            kwargs["seer"] = LayerCall(self._seer, kwargs["position_embeddings"], kwargs.get("position_ids"), training)
-        return self.base_layer(*args, **kwargs)
-
-    def check_filled(self) -> None:
-        """Refuses gates that a checkpoint should have filled and did not.
-
-        Raises:
-            ValueError: the active gate holds NaN.
-        """
-        gate = self._seer.gate
-        if gate is None or gate is self.__dict__.get("_filled"):
-            return
-        if any(bool(p.isnan().any()) for p in gate.parameters()):
-            raise ValueError(
-                f"gates must be finite in every layer, got none for layer {self._seer.layer}; the checkpoint does not "
-                "hold them, load whole gates of this model"
-            )
-        self.__dict__["_filled"] = gate
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeerLayer:
-        # model.to(bfloat16) must round neither the gates nor their frequencies.
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        self.base_layer._apply(fn, recurse)
-        self.seer_gate._apply(move, recurse)
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
+from seerattn.hf.gates import (
+    SWITCH,
+    GateSwitch,
+    SeerGates,
+    add_gate,
+    attach_layer,
+    await_weights,
+    delete_gate,
+    detach_layers,
+    make_gate,
+)
+from seerattn.hf.identity import check_identity, identity, transformers_model
+from seerattn.hf.probe import dense_implementation, probe, set_implementation
+from seerattn.hf.state import GATES, Attachment, GateTraining, attachment_of, learning
+from seerattn.selection.policies import policy_from_dict
 
 
 class SeerModel(BaseTuner):
-    """The PEFT tuner: wraps attention modules in `SeerLayer`; trains gates in its forward."""
+    """The PEFT tuner: puts gates beside the attention modules of a model; trains them in its forward."""
 
     prefix = "seer_"
-    tuner_layer_cls = SeerLayer
+    tuner_layer_cls = SeerGates
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        # Not BaseTuner's: it would share the configs of an adapter that the model has already, and mark the model.
+        nn.Module.__init__(self)
+        self.training = model.training
+        self.model = model
+        self.targeted_module_names: list[str] = []
+        # transformers gives a config, and holds the adapter itself from then on; PEFT gives a dictionary.
+        switched = isinstance(peft_config, PeftConfig)
+        self._configs = _GateConfigs(self)
+        self._configs.update({adapter_name: peft_config} if switched else peft_config)
+        self._others: dict[str, PeftConfig] | None = None
+        self.active_adapter: str | list[str] = adapter_name
+        config = self._configs[adapter_name]
+        if not config.keeps_base:
+            freeze = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        if not config.keeps_base:
+            # What PEFT does with the first adapter of a model, and what its own methods ask a model for.
+            if freeze:
+                self._freeze_base()
+            owner, name = (model, SWITCH) if switched else (self, "seer_status")
+            owner.add_module(name, GateSwitch(self.attachment, acts=switched))
+        if switched:
+            model.peft_config = getattr(model, "peft_config", {}) | self._configs
+            model._load_pretrained_model = partial(_load_checked, model)
+
+    # A property, as an adapter that PEFT puts around the gates would otherwise write its configs into theirs.
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Configs of the gates, or of the adapter around them once there is one."""
+        return self._configs if self._others is None else self._others
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, PeftConfig]) -> None:
+        """The adapter around the gates gives back what it was given."""
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *arguments: Any, low_cpu_mem_usage: bool = False, **options: Any
+    ) -> None:
+        """Puts gates of the named config beside the attention modules. See `BaseTuner.inject_adapter`.
+
+        Raises:
+            ValueError: the model cannot be served or is another one than the config's; it is as it was.
+        """
+        config, base = self._configs[adapter_name], transformers_model(model)
+        attachment = attachment_of(base)
+        if attachment is not None and not attachment.policies:
+            raise ValueError("model must have no selectors, got one with some; call seerattn.detach(model) first")
+        dense = dense_implementation(base)
+        # Of a second set of gates the layers are proven already.
+        layers = {layer.layer: layer for layer in (probe(base) if attachment is None else attachment.layers.values())}
+        wanted = sorted(layers) if config.layers is None else sorted(config.layers)
+        if not wanted or not set(wanted) <= set(layers):
+            raise ValueError(f"layers must be among the full-attention layers {sorted(layers)}, got {wanted}")
+        found = identity(base, [layers[index] for index in wanted])
+        if config.base_model is not None:
+            check_identity(config.base_model, found)
+        form = AttnGateConfig.from_dict(config.gate)
+        gates = {index: make_gate(layers[index], form) for index in wanted}
+        # All that can be refused is; the model changes from here on.
+        if attachment is None:
+            attachment = Attachment(dense)
+            for index in wanted:
+                attach_layer(layers[index], attachment)
+            set_implementation(base, IMPLEMENTATIONS[dense])
+        for index, gate in gates.items():
+            if low_cpu_mem_usage:
+                gate = _without_weights(gate)
+            elif config.inference_mode:
+                await_weights(gate)
+            gate.requires_grad_(not config.inference_mode)
+            add_gate(layers[index], adapter_name, gate)
+        config.base_model, config.layers = found, wanted
+        config.target_modules = [layers[index].name for index in wanted]
+        self.targeted_module_names = config.target_modules
+        attachment.policies[adapter_name] = None if config.policy is None else policy_from_dict(config.policy)
+        if attachment.active is None or adapter_name in self.active_adapters:
+            attachment.active = adapter_name
+        attachment.refresh()
+
+    def _freeze_base(self) -> None:
+        gates = {id(p) for gate in self.attachment.gates().values() for p in gate.parameters()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in gates:
+                parameter.requires_grad_(False)
+
+    @property
+    def attachment(self) -> Attachment:
+        """What was attached to the model.
+
+        Raises:
+            ValueError: it was taken off again.
+        """
+        found = attachment_of(self.model)
+        if found is None:
+            raise ValueError("gates must be attached to be used, got a model that they were detached from")
+        return found
+
+    # What PEFT does with adapters, for gates alone.
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes one set of gates the active one."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) != 1:
+            raise ValueError(f"one set of gates must be active at a time, got {names}; name one of them")
+        self.attachment.active, self.active_adapter = names[0], names[0]
+        self.attachment.refresh()
+        for name in self._configs:
+            self.set_requires_grad(name, name in names and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Whether named gates learn."""
+        for layer in self.attachment.layers.values():
+            for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+                if name in getattr(layer.module, GATES, {}):
+                    getattr(layer.module, GATES)[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes one set of gates."""
+        if adapter_name not in self._configs:
+            raise ValueError(f"adapter_name must be one of {list(self._configs)}, got {adapter_name!r}")
+        del self._configs[adapter_name]
+        delete_gate(self.attachment, adapter_name)
+        self.active_adapter = self.attachment.active or []
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self.attachment.enabled = enabled
+        self.attachment.refresh()
+
+    def disable_adapter_layers(self) -> None:
+        """Runs the model without gates; other adapters stay as they are."""
+        self._enable_adapter_layers(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Runs the model with gates again."""
+        self._enable_adapter_layers(True)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Gates are fp32 always, and adapters of others are not ours to cast."""
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> nn.Module:
+        if merge:
+            raise ValueError("gates cannot be merged into the weights of the model; use unload")
+        take_off(transformers_model(self.model))
+        return self.model
 
     def _prepare_adapter_config(self, peft_config: SeerConfig, model_config: dict) -> SeerConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: SeerConfig, model: PreTrainedModel) -> None:
-        wrapped = [module for module in model.modules() if isinstance(module, SeerLayer)]
-        if not wrapped and layer_states(model):
-            raise ValueError("model must have no selectors, got one with some; call seerattn.detach(model) first")
-        dense = dense_implementation(model)
-        # Of a second set of gates the layers are proven already.
-        found = [layer.found for layer in wrapped] or probe(model)
-        layers = {layer.layer: layer for layer in found}
-        wanted = sorted(layers) if peft_config.layers is None else peft_config.layers
-        if not wanted or not set(wanted) <= set(layers):
-            raise ValueError(f"layers must be among the full-attention layers {sorted(layers)}, got {wanted}")
-        fingerprint = _fingerprint(model, layers[wanted[0]])
-        if peft_config.base_model not in (None, fingerprint):
-            raise ValueError(
-                f"gates must belong to the model, got gates for {peft_config.base_model} and a model with {fingerprint}"
-            )
-        peft_config.base_model = fingerprint
-        peft_config.target_modules = [layers[index].name for index in wanted]
-        self._found = {layer.module: layer for layer in found}
-        set_implementation(model, IMPLEMENTATIONS[dense])
+    def _create_and_replace(self, *arguments: Any, **options: Any) -> None:
+        raise AssertionError("gates stand beside modules and replace none")
 
-    def _create_and_replace(
-        self,
-        peft_config: SeerConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, SeerLayer):
-            target.add_gate(adapter_name, peft_config)
-            return
-        layer = SeerLayer(target, self._found[target])
-        layer.set_adapter(adapter_name)
-        layer.add_gate(adapter_name, peft_config)
-        setattr(parent, target_name, layer)
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor], **others: Any
+    ) -> dict[str, Tensor]:
+        return {key: x for key, x in state_dict.items() if f".{GATES}.{adapter_name}." in key}
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SeerConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Checkpoint names to those of the model at hand, which may hold its layers elsewhere than the one trained."""
+        layers = attachment_of(model).layers.values()
+        names = {layer.module: name for name, layer in _named(model, layers)}
+        here = {layer.layer: names[layer.module] for layer in layers}
+        mapped = {}
+        for key, tensor in state_dict.items():
+            module, found, parameter = key.partition(f".{GATES}.")
+            numbers = [part for part in module.split(".") if part.isdigit()]
+            if not found or not numbers or int(numbers[-1]) not in here:
+                raise ValueError(f"gates must hold tensors of gates of this model alone, got {key[:100]}")
+            mapped[f"{here[int(numbers[-1])]}.{GATES}.{adapter_name}.{parameter}"] = tensor
+        return mapped
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
-        if merge:
-            raise ValueError("gates cannot be merged into the weights of the model; use unload")
-        model = super()._unload_and_optionally_merge(merge=False, **kwargs)
-        set_implementation(model, dense_implementation(model))
-        return model
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """See the model's own; PEFT asks for it whatever the model is."""
+        return self.model.prepare_inputs_for_generation(*args, **kwargs)
 
     def forward(
         self,
         *args: Any,
         gate_losses: GateLosses | None = None,
         segment_ids: Tensor | None = None,
+        seer_training: GateTraining | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the model; given `gate_losses`, runs it dense, without a graph, and trains the gates.
@@ -279,28 +250,198 @@ class SeerModel(BaseTuner):
             gate_losses: collects the losses of the layers; the output's ``loss`` is then their total.
             segment_ids: int ``[B, S]``, documents of packed rows, for training; by default documents begin where
                 ``position_ids`` begin anew.
-            kwargs: as the model takes them. ``labels`` are dropped in training, the base model being frozen.
+            seer_training: attends in the layers with gates in place of their policy, with a graph.
+            kwargs: as the model takes them. ``labels`` are dropped while gates alone learn.
+
+        Raises:
+            ValueError: labels for gates that learn, which no loss of the model's outputs can train.
         """
-        if gate_losses is None:
-            return self.model(*args, **kwargs)
-        kwargs.pop("labels", None)
-        gate_losses.segment_ids = segment_ids
-        with torch.no_grad():
-            out = self.model(*args, seer_training=gate_losses, **kwargs)
+        if kwargs.get("labels", 0) is None:
+            del kwargs["labels"]  # PEFT adds it for models that know no labels too
+        with ExitStack() as stack:
+            if seer_training is not None:
+                stack.enter_context(learning(seer_training))
+            if gate_losses is None:
+                if "labels" in kwargs and seer_training is None:
+                    self._check_nothing_is_to_learn()
+                return self.model(*args, **kwargs)
+            kwargs.pop("labels", None)
+            gate_losses.segment_ids = segment_ids
+            stack.enter_context(learning(gate_losses))
+            stack.enter_context(torch.no_grad())
+            out = self.model(*args, **kwargs)
         out["loss"] = gate_losses.total()
         return out
 
+    def _check_nothing_is_to_learn(self) -> None:
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        gates = self.attachment.running.gates.values()
+        if any(p.requires_grad for gate in gates for p in gate.parameters()):
+            raise ValueError(
+                "gates must be trained by their own loss, got labels alone, whose loss gives gates no gradient; use "
+                "seerattn distill or pass gate_losses=GateLosses(...), or freeze the gates to train something else"
+            )
 
-def _fingerprint(model: PreTrainedModel, layer: AttentionLayer) -> dict:
-    config = model.config.get_text_config()
-    return {
-        "architecture": type(model).__name__,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": layer.num_heads,
-        "num_key_value_heads": layer.num_kv_heads,
-        "head_dim": layer.head_dim,
-    }
+
+class _GateConfigs(dict):
+    """The configs of gates by the names of their adapters; those of another tuner are put aside.
+
+    PEFT lets a tuner around another one write into the dictionary of that one, in which both may be called "default".
+    """
+
+    def __init__(self, tuner: SeerModel) -> None:
+        super().__init__()
+        self._tuner = tuner
+
+    def update(self, configs: dict[str, PeftConfig]) -> None:
+        if all(isinstance(config, SeerConfig) for config in configs.values()):
+            super().update(configs)
+            return
+        self._tuner._others = dict(configs)
+        for config in configs.values():
+            if str(getattr(config, "target_modules", "")).lower() == "all-linear":
+                # PEFT leaves the head out, but only of a transformers model, which it does not see here.
+                config.target_modules = _all_linear(transformers_model(self._tuner.model))
+
+
+class GatedModel(PeftModel):
+    """What `seerattn.attach` returns: a `PeftModel` around a transformers model, or around one with other adapters."""
+
+    def __init__(self, model: nn.Module, config: SeerConfig) -> None:
+        config.keeps_base = True
+        super().__init__(model, config, adapter_name="default")
+        self.training = model.training
+        config.base_model_name_or_path = config.base_model_name_or_path or transformers_model(model).name_or_path
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """See `SeerModel.peft_config`."""
+        return self.base_model.peft_config
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, PeftConfig]) -> None:
+        self.base_model.peft_config = value
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        # An adapter around the gates was merged or unloaded.
+        self.base_model._others = None
+
+    @property
+    def active_peft_config(self) -> SeerConfig:
+        """Config of the gates that are used."""
+        return self.base_model._configs[self.active_adapter]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Runs the model without its gates inside the ``with``; other adapters stay as they are."""
+        before = self.base_model.attachment.enabled
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.base_model._enable_adapter_layers(before)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the gates, and no adapter around them. See `PeftModel.save_pretrained`."""
+        others, self.base_model._others = self.base_model._others, None
+        try:
+            # PEFT would look the base model up on the Hub, to save embeddings of another size with the adapter.
+            super().save_pretrained(*args, **{"save_embedding_layers": False} | kwargs)
+        finally:
+            self.base_model._others = others
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Gates take no gradient from inputs, so nothing is prepared."""
+        return model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See `SeerModel.forward`."""
+        return self.base_model(*args, **kwargs)
+
+    def load_weights(self, folder: Path, modules: dict[int, str]) -> None:
+        """Fills the gates from a folder that was checked; ``modules`` names the attention modules there."""
+        layers = self.base_model.attachment.layers
+        for layer, weights in read_weights(folder, modules).items():
+            getattr(layers[layer].module, GATES)["default"].load_state_dict(weights)
+
+
+def _all_linear(base: PreTrainedModel) -> set[str]:
+    head = base.get_output_embeddings()
+    return {name for name, part in base.named_modules() if isinstance(part, nn.Linear) and part is not head}
+
+
+def load_gated(model: nn.Module, name: str | Path) -> GatedModel:
+    """A model with the saved gates of a folder or Hub repository, frozen.
+
+    Raises:
+        ValueError: the gates are not whole or belong to another model; the model is as it was.
+    """
+    folder = gate_folder(name)
+    config = SeerConfig.from_pretrained(str(folder))
+    modules = check_folder(folder, config)
+    config.inference_mode = True
+    gated = GatedModel(model, config)
+    if config.layers != list(modules):
+        take_off(transformers_model(model))
+        raise ValueError(f"gates must be finite in every layer, {config.layers}, got those of {list(modules)} alone")
+    gated.load_weights(folder, modules)
+    return gated
+
+
+def _named(model: nn.Module, layers: Sequence[Any]) -> list[tuple[str, Any]]:
+    by_module = {layer.module: layer for layer in layers}
+    return [(name, by_module[module]) for name, module in model.named_modules() if module in by_module]
+
+
+def _without_weights(gate: nn.Module) -> nn.Module:
+    """The gate with parameters on the meta device, as PEFT fills those by assignment; its frequencies are real."""
+    for module in gate.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    return gate
+
+
+def _load_checked(base: PreTrainedModel, /, *arguments: Any, **options: Any) -> Any:
+    """`PreTrainedModel._load_pretrained_model`, by which transformers loads adapters, after a look at the files.
+
+    transformers would load any tensor that has the name of a weight over that weight.
+    """
+    for file in options.get("checkpoint_files") or ():
+        folder = Path(file).parent
+        if _is_gate_folder(folder):
+            try:
+                check_folder(folder, SeerConfig.from_pretrained(str(folder)))
+            except ValueError:
+                take_off(base)
+                raise
+    return type(base)._load_pretrained_model(*arguments, **options)
+
+
+def take_off(base: PreTrainedModel) -> None:
+    """Takes gates and selectors off a transformers model, however they came there, and nothing else."""
+    attachment = attachment_of(base)
+    detach_layers(base)
+    configs = getattr(base, "peft_config", {})
+    for name in [name for name, config in configs.items() if isinstance(config, SeerConfig)]:
+        del configs[name]
+    if "_load_pretrained_model" in base.__dict__:
+        del base._load_pretrained_model
+        if not configs:
+            del base.peft_config
+            base._hf_peft_config_loaded = False
+    if attachment is not None:
+        set_implementation(base, attachment.dense)
+
+
+def _is_gate_folder(folder: Path) -> bool:
+    try:
+        read_config(folder)
+    except ValueError:
+        return False
+    return True
 
 
 if PeftType("SEER") not in PEFT_TYPE_TO_CONFIG_MAPPING:

@@ -19,7 +19,7 @@ from seerattn.ops.pooled_attention import pooled_attention
 from seerattn.selection.block_indices import num_query_blocks
 
 if TYPE_CHECKING:
-    from seerattn.hf.attention import LayerCall
+    from seerattn.hf.call import LayerCall
 
 
 class GateLoss(Protocol):
@@ -100,9 +100,15 @@ class GateLosses:
 
     def documents(self, query: Tensor, mask: CallMask, call: LayerCall) -> Tensor | None:
         """Document numbers ``[B, S]`` of packed rows, None where every row is one document."""
-        if self.segment_ids is None and not mask.is_causal:
-            return document_numbers(call.position_ids, query.shape[0])
-        return self.segment_ids
+        if self.segment_ids is not None or mask.is_causal:
+            return self.segment_ids
+        documents = document_numbers(call.position_ids, query.shape[0])
+        if not bool(documents.diff(dim=1).any()):
+            raise ValueError(
+                "a training batch must be causal text, alone or packed, got a pattern of the model's own over it, such "
+                "as that of images; train on text"
+            )
+        return documents
 
     def add(
         self,

@@ -20,7 +20,8 @@ from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 from seerattn.selection.policies import TopK
 
 if TYPE_CHECKING:
-    from seerattn.hf.attention import LayerCall, LayerState
+    from seerattn.hf.call import LayerCall
+    from seerattn.hf.state import LayerState
 
 # First tokens and ends of some documents of a packed row.
 Group = list[tuple[int, int]]

@@ -4,18 +4,48 @@ from __future__ import annotations
 
 import functools
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from seerattn.hf.state import LEARNING, Attachment, Running, Tables
+
+# Query rows of a mask that are compared with causality at once: 64 MiB of booleans at 128k keys.
+_STRIP = 512
+
+
+class Unservable(ValueError):
+    """A call that sparse attention cannot follow; ``impl="auto"`` runs it dense."""
+
+
+class Row(NamedTuple):
+    """The real tokens of one row of a batch that is padded elsewhere than on the left.
+
+    Attributes:
+        row: its number in the batch.
+        queries: slots of its queries among those of the call, int64.
+        keys: slots of its keys, int64; the last of them are those of its queries.
+    """
+
+    row: int
+    queries: Tensor
+    keys: Tensor
 
 
 class CallMask:
     """The mask of one forward, as the model described it; handed to the layers in place of a tensor.
 
     It keeps the 2-D padding mask, which sparse layers need, and makes the tensor that the replaced implementation
-    expects when the first dense layer asks for it.
+    expects when the first dense layer asks for it. All that is decided once for a forward is kept here as well, where
+    every layer finds it, also one that gradient checkpointing runs again in another thread.
+
+    Attributes:
+        learning: the training of the forward, or None.
+        dense_densities: densities for which a layer of this forward found dense attention faster: the other layers
+            need not ask, which took 17 us each of a short prompt.
+        tables: rotary tables of cached keys, by rotation and row.
     """
 
     # All that transformers asks of a mask which `generate` prepares for a static cache.
@@ -27,9 +57,14 @@ class CallMask:
     def __init__(self, dense: str, arguments: dict[str, Any]) -> None:
         self._dense = dense
         self._arguments = arguments
-        # Densities for which a layer of this forward found dense attention faster: the other layers need not ask, which
-        # took 17 us each of a short prompt.
+        self._running: dict[Attachment, Running] = {}
+        self.learning = LEARNING.get()
         self.dense_densities: set[float | None] = set()
+        self.tables: dict[Any, Tables] = {}
+
+    def running(self, attachment: Attachment) -> Running:
+        """What the layers of this forward run, the same for all of them."""
+        return self._running.setdefault(attachment, attachment.now())
 
     @functools.cached_property
     def tensor(self) -> Tensor | None:
@@ -39,35 +74,85 @@ class CallMask:
     @functools.cached_property
     def k_len(self) -> int:
         """Real key slots, padding included; a static cache has more."""
-        return int(self._arguments["q_offset"]) + self._arguments["q_length"]
+        return int(self._arguments["q_offset"]) + self.q_len
+
+    @property
+    def q_len(self) -> int:
+        """Query slots, padding included."""
+        return self._arguments["q_length"]
+
+    @functools.cached_property
+    def _real(self) -> Tensor | None:
+        """Whether a key slot holds a token, bool ``[B, S]``, None where all do."""
+        mask = self._arguments["attention_mask"]
+        if mask is None:
+            return None
+        if mask.shape[1] < self.k_len:
+            raise Unservable(
+                f"attention_mask must cover all {self.k_len} keys, got {list(mask.shape)}; "
+                "give it the columns of the cache as well"
+            )
+        real = mask[:, : self.k_len].bool()
+        return None if bool(real.all()) else real
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no row is padded."""
+        return self._real is None
 
     @functools.cached_property
     def lengths(self) -> list[int] | None:
         """Real tokens of every left-padded row, None without padding.
 
         Raises:
-            ValueError: padding elsewhere than on the left.
+            Unservable: padding elsewhere than on the left, or a row of padding alone.
         """
-        mask = self._arguments["attention_mask"]
-        if mask is None:
+        if self._real is None:
             return None
-        mask = mask[:, : self.k_len]
-        lengths = mask.sum(1)
-        from_right = torch.arange(self.k_len, 0, -1, device=mask.device)
-        if mask.shape[1] != self.k_len or not torch.equal(mask, from_right <= lengths[:, None]):
-            raise ValueError(
-                "attention_mask must be zeros followed by ones in every row (left padding), "
-                "got padding on the right or holes; set tokenizer.padding_side = 'left'"
+        if self.rows is not None:
+            raise Unservable(
+                "attention_mask must be zeros followed by ones in every row (left padding), got padding on the right, "
+                "within a row or in all of it; set tokenizer.padding_side = 'left'"
             )
-        rows = lengths.tolist()
-        if min(rows) == 0:
-            raise ValueError("attention_mask must keep at least one token of every row, got an empty row")
-        return None if min(rows) == self.k_len else rows
+        return self._real.sum(1).tolist()
 
-    @property
+    @functools.cached_property
+    def rows(self) -> list[Row] | None:
+        """The rows with at least one query, in a batch that is padded elsewhere than on the left; else None."""
+        real = self._real
+        if real is None:
+            return None
+        lengths = real.sum(1)
+        from_right = torch.arange(self.k_len, 0, -1, device=real.device)
+        if torch.equal(real, from_right <= lengths[:, None]) and bool(lengths.min()):
+            return None
+        rows = []
+        for b, slots in enumerate(real):
+            keys = slots.nonzero()[:, 0]
+            queries = keys - (self.k_len - self.q_len)
+            queries = queries[queries >= 0]
+            if len(queries):
+                rows.append(Row(b, queries, keys))
+        return rows
+
+    @functools.cached_property
     def is_causal(self) -> bool:
-        """Whether the mask is causality and padding alone: no packed documents, no overlay of other patterns."""
-        return bool(self._arguments["allow_is_causal_skip"])
+        """Whether the mask is causality and padding alone: no packed documents, no overlay that hides or shows more."""
+        arguments = self._arguments
+        if (arguments.get("local_size") or self.k_len) < self.k_len:
+            return False
+        if arguments["allow_is_causal_skip"]:
+            return True
+        # What the model laid over causality may be empty, as that of images is in a prompt of text. Its numbers tell.
+        make = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        given = arguments | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        causal = given | {"mask_function": causal_mask_function, "use_vmap": False}
+        for begin in range(0, self.q_len, _STRIP):
+            size = min(_STRIP, self.q_len - begin)
+            strip = {"q_length": size, "q_offset": arguments["q_offset"] + begin}
+            if not torch.equal(*torch.broadcast_tensors(make(**given | strip), make(**causal | strip))):
+                return False
+        return True
 
     @property
     def has_overlay(self) -> bool:

@@ -1,7 +1,7 @@
 """Meters of attached models: the blocks that layers compute and the time that they take.
 
-`record_density` and `record_time` put one into every layer for the length of a ``with``; the attention function feeds
-it.
+`record_density` and `record_time` set one up for the length of a ``with``; the attention function feeds it. It sees
+what its own thread or asyncio task runs, so requests that are served side by side count apart.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from seerattn.hf.attention import layer_states
+from seerattn.hf.state import Attachment, attachment_of
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
 
 
@@ -127,17 +128,33 @@ def _milliseconds(begin: Any, end: Any) -> float:
     return begin.elapsed_time(end) if isinstance(begin, torch.cuda.Event) else 1e3 * (end - begin)
 
 
+_DENSITY: ContextVar[tuple[tuple[Attachment | None, DensityMeter], ...]] = ContextVar("seerattn_density", default=())
+_TIME: ContextVar[tuple[Attachment | None, TimeMeter] | None] = ContextVar("seerattn_time", default=None)
+
+
+def density_meters(attachment: Attachment) -> list[DensityMeter]:
+    """Those that count the blocks of a model in the context of the caller."""
+    return [meter for attached, meter in _DENSITY.get() if attached is attachment]
+
+
+def time_meter(attachment: Attachment) -> TimeMeter | None:
+    """The one that takes the times of a model in the context of the caller."""
+    found = _TIME.get()
+    return found[1] if found is not None and found[0] is attachment else None
+
+
 @contextmanager
 def record_density(model: nn.Module) -> Iterator[DensityMeter]:
-    """Counts the blocks that the layers of ``model`` compute inside the ``with``."""
-    meter, states = DensityMeter(), layer_states(model)
-    for state in states:
-        state.meters.append(meter)
+    """Counts the blocks that the layers of ``model`` compute inside the ``with``, in this thread or task alone.
+
+    A thread that is started inside counts if it is given `contextvars.copy_context`.
+    """
+    meter = DensityMeter()
+    token = _DENSITY.set((*_DENSITY.get(), (attachment_of(model), meter)))
     try:
         yield meter
     finally:
-        for state in states:
-            state.meters.remove(meter)
+        _DENSITY.reset(token)
 
 
 @contextmanager
@@ -147,11 +164,9 @@ def record_time(model: nn.Module) -> Iterator[TimeMeter]:
     Layers that were attached to but have no selector are timed as well, at their fastest: on a Hopper GPU their dense
     attention tries cuDNN first, as ``impl="auto"`` does.
     """
-    meter, states = TimeMeter(), layer_states(model)
-    for state in states:
-        state.timer = meter
+    meter = TimeMeter()
+    token = _TIME.set((attachment_of(model), meter))
     try:
         yield meter
     finally:
-        for state in states:
-            state.timer = None
+        _TIME.reset(token)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from seerattn.gate.config import AttnGateConfig
 from seerattn.hf.attach import attach
-from seerattn.hf.attention import layer_states
+from seerattn.hf.state import layer_states
 from seerattn.selection.policies import Policy, Threshold, TopK
 
 CONFIG, WEIGHTS = "config.json", "attn_gate_weights.pth"

@@ -25,35 +25,13 @@ from transformers.integrations import is_fsdp_enabled
 
 from seerattn.hf.attention import IMPLEMENTATIONS
 from seerattn.hf.mask import CallMask, make_mask
-from seerattn.hf.rotary import Rotation
+from seerattn.hf.rotary import Rotation, unproven
+from seerattn.hf.state import AttentionLayer
 
 PROBE = "seer_probe"
 PROBE_TOKENS = 8
 # Largest error of an un-rotated vector relative to the largest entry: rounding of the vectors themselves, with room.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionLayer:
-    """What the probe proved of one attention layer that can be sparse; on the meta device, what it saw of it.
-
-    Attributes:
-        name: its name in the model.
-        module: the attention module.
-        layer: index of the decoder layer.
-        num_heads: query heads.
-        num_kv_heads: key/value heads.
-        head_dim: width of a head.
-        rotation: how it rotates, None without RoPE.
-    """
-
-    name: str
-    module: nn.Module
-    layer: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rotation: Rotation | None
 
 
 @dataclass
@@ -251,7 +229,7 @@ def _prove(call: tuple, spy: _Spy, names: dict[nn.Module, str], model: PreTraine
         if not hasattr(module, attribute):
             raise ValueError(f"attention modules must have the usual attribute {attribute!r}, which {where} lacks")
     if query.is_meta:
-        rotation = replace(_whole_rotation(module, query, tables[0], spy, where), function=_unproven)
+        rotation = replace(_whole_rotation(module, query, tables[0], spy, where), function=unproven)
     else:
         rotation = _prove_rotation(module, query, key, spy, where)
     return AttentionLayer(
@@ -317,13 +295,6 @@ def _whole_rotation(module: nn.Module, query: Tensor, cos: Tensor, spy: _Spy, wh
 
 def _rotary_function(module: nn.Module) -> Callable | None:
     return getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-
-
-def _unproven(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    raise ValueError(
-        "gates and selectors must be attached to a model with weights, which prove how it rotates, got one that was on "
-        "the meta device; attach to the loaded model"
-    )
 
 
 def dense_implementation(model: PreTrainedModel) -> str:

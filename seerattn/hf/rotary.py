@@ -4,6 +4,9 @@ A rotation by (cos, sin) is undone by the same function with (cos / n, -sin / n)
 takes back what YaRN and LongRoPE put on the tables as a scale, and the rounding of bf16 tables (without it the error
 of the un-rotated vector is 4e-3 relative in bf16, with it that of bf16 itself). It works on cached keys, whatever made
 them: LoRA, quantised or fused projections, norms.
+
+Dynamic NTK and LongRoPE change their frequencies with the length of a call and keep what they changed to. What is asked
+here is asked of copies, so that the model's own forward finds its state as it left it.
 """
 
 from __future__ import annotations
@@ -12,13 +15,17 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seerattn.gate.rope import Pairing
 from seerattn.selection.selector import RotaryTables
+
+# What a layer keeps, most of it frequencies by the length of a call.
+KEPT_RESULTS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +43,115 @@ class Rotation:
     width: int
     embedding: nn.Module
     arguments: dict[str, Any] = field(default_factory=dict)
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
-    def tables(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The (cos, sin) that the model itself makes for ``positions [1, n]``, in the dtype of ``like``."""
-        return self.embedding(like, positions.to(like.device), **self.arguments)
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether frequencies depend on the length of a call, its past included."""
+        return self._rope_type == "longrope" or "dynamic" in self._rope_type
+
+    @property
+    def original_length(self) -> int:
+        """Tokens up to which a call has the frequencies of short ones, where they depend on its length."""
+        if self._rope_type != "longrope":
+            return self.embedding.original_max_seq_len
+        parameters = self.embedding.config.rope_parameters
+        parameters = parameters if self._layer_type is None else parameters[self._layer_type]
+        return parameters["original_max_position_embeddings"]
+
+    @property
+    def _layer_type(self) -> str | None:
+        return next((v for v in self.arguments.values() if isinstance(v, str)), None)
+
+    @property
+    def _rope_type(self) -> str:
+        kind = getattr(self.embedding, "rope_type", "default")
+        return kind[self._layer_type] if isinstance(kind, dict) else kind
+
+    def tables(self, positions: Tensor, like: Tensor, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """The (cos, sin) that the model itself makes for ``positions [1, n]``, in the dtype of ``like``.
+
+        Args:
+            positions: where.
+            like: gives dtype and device.
+            tokens: length of the call, its past included, of which these may be a part; by default they are its end.
+        """
+        positions = positions.to(like.device)
+        if not self.depends_on_length:
+            return _ask(self.embedding, like, positions, self.arguments)
+        if tokens is not None:
+            positions = F.pad(positions, (0, 1), value=tokens - 1)
+        cos, sin = _ask(_aside(self.embedding), like, positions, self.arguments)
+        end = cos.shape[1] if tokens is None else -1
+        return cos[:, :end], sin[:, :end]
+
+    def frequencies(self, head_dim: int, tokens: int | None = None) -> Tensor:
+        """Frequencies that the model's embedding class has for heads of that width, fp32 on the CPU, one a pair.
+
+        At the width of the model they are those that its module holds, with the rounding of its dtype.
+
+        Args:
+            head_dim: the width.
+            tokens: length of the call, its past included; only looked at where frequencies depend on it.
+
+        Raises:
+            ValueError: the class cannot be built at that width.
+        """
+        reached = self._reached(tokens) if self.depends_on_length else None
+        return self._once((head_dim, reached), lambda: self._find_frequencies(head_dim, reached))
+
+    def _once(self, key: Any, find: Callable[[], Any]) -> Any:
+        found = self._kept.get(key)
+        if found is None:
+            found = (find(),)
+            if len(self._kept) > KEPT_RESULTS:
+                self._kept.clear()
+            self._kept[key] = found
+        return found[0]
+
+    def _find_frequencies(self, head_dim: int, tokens: int | None) -> Tensor:
+        held = self._held(self.embedding)
+        try:
+            built = self._built(head_dim, tokens)
+        except (RuntimeError, ArithmeticError) as error:
+            name = type(self.embedding).__name__
+            raise ValueError(
+                f"gate_dim must be the head dim of the model, got {head_dim}, at which {name} cannot be built ({error})"
+            ) from None
+        if held.is_meta or not torch.equal(built, self._built(None, tokens)):
+            return built
+        return built.to(held.dtype).float() if self.depends_on_length else held.float().cpu()
+
+    def _held(self, embedding: nn.Module) -> Tensor:
+        return getattr(embedding, "inv_freq" if self._layer_type is None else f"{self._layer_type}_inv_freq")
+
+    def _built(self, head_dim: int | None, tokens: int | None) -> Tensor:
+        embedding = self._fresh(head_dim)
+        if tokens is not None:
+            _ask(embedding, torch.empty(0, dtype=torch.float32), torch.tensor([[tokens - 1]]), self.arguments)
+        return self._held(embedding).float()
+
+    def _fresh(self, head_dim: int | None) -> nn.Module:
+        config = copy.deepcopy(self.embedding.config)
+        if head_dim is not None:
+            config.head_dim = head_dim
+        with torch.device("cpu"):
+            return type(self.embedding)(config)
+
+    def _reached(self, tokens: int | None) -> int | None:
+        """A length whose frequencies a call of ``tokens`` has."""
+        if tokens is None:
+            return None
+        if self._rope_type == "longrope":
+            return self.original_length + (tokens > self.original_length)
+        # With dynamic NTK, those of a longer call hold on until one below the original length.
+        own = f"{self._layer_type}_max_seq_len_cached"
+        longest = int(getattr(self.embedding, own, self.embedding.max_seq_len_cached))
+        return tokens if tokens < self.original_length else max(tokens, longest)
+
+    def first_tables(self) -> tuple[Tensor, Tensor]:
+        """Tables of some positions, fp32 on the CPU, wherever the model is."""
+        return _ask(self._fresh(None), torch.empty(0, dtype=torch.float32), torch.arange(1, 9)[None], self.arguments)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Applies the model's function to ``x [B, h, n, D]`` with tables ``[1 or B, n, R]``."""
@@ -51,13 +163,13 @@ class Rotation:
         return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
     def as_tables(self, cos: Tensor, sin: Tensor) -> RotaryTables | None:
-        """What `rotate` does with these tables, for kernels that undo it; None if it fits none of the known forms.
+        """What `rotate` does with these tables, for kernels that undo it; None if it fits none of the known forms."""
+        form = self.form(cos, sin)
+        return None if form is None else RotaryTables(cos, sin, **form)
 
-        The form is found by trying each on random vectors, once.
-        """
-        if not hasattr(self, "_form"):
-            object.__setattr__(self, "_form", self._find_form(cos[:1, -8:].float(), sin[:1, -8:].float()))
-        return None if self._form is None else RotaryTables(cos, sin, **self._form)
+    def form(self, cos: Tensor, sin: Tensor) -> dict[str, Any] | None:
+        """Width, pairing of channels and column step of `RotaryTables`, found with these tables the first time."""
+        return self._once("form", lambda: self._find_form(cos[:1, -8:].float(), sin[:1, -8:].float()))
 
     def _find_form(self, cos: Tensor, sin: Tensor) -> dict[str, Any] | None:
         columns = cos.shape[-1]
@@ -77,6 +189,31 @@ class Rotation:
         return self.rotate(x.float(), cos / norm, -sin / norm)
 
 
+def unproven(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Stands for the function of a layer on the meta device, of which only shapes are known."""
+    raise ValueError(
+        "gates and selectors must be attached to a model with weights, which prove how it rotates, got one that was on "
+        "the meta device; attach to the loaded model"
+    )
+
+
+def _aside(embedding: nn.Module) -> nn.Module:
+    """A copy with buffers of its own, which the model's module does not hear of."""
+    twin = copy.copy(embedding)
+    twin._buffers = {name: None if x is None else x.clone() for name, x in embedding._buffers.items()}
+    return twin
+
+
+@torch.no_grad()
+def _ask(embedding: nn.Module, like: Tensor, positions: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Tables by the class's own forward: hooks on a copy could lead back to the original."""
+    forward = type(embedding).forward
+    try:
+        return forward(embedding, like, positions, **arguments)
+    except IndexError:  # Vision-language models may take a position for each of three axes, which a text does not have.
+        return forward(embedding, like, positions.expand(3, *positions.shape), **arguments)
+
+
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, width: int, interleaved: bool, column_step: int) -> Tensor:
     """Rotates ``x [B, h, n, D]`` in the form that `RotaryTables` describes."""
     pairs = width // 2
@@ -89,27 +226,66 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, width: int, interleaved: bool,
     return out
 
 
-def gate_frequencies(rotation: Rotation | None, *, gate_dim: int) -> Tensor:
+class GateRotation(NamedTuple):
+    """How the gate of a layer rotates: keyword arguments of `AttnGate`.
+
+    Attributes:
+        inv_freq: fp32 ``[DG / 2]``, a frequency for every pair of channels.
+        pairing: the pairs; None are halves, which serve where nothing rotates.
+    """
+
+    inv_freq: Tensor
+    pairing: Pairing | None
+
+
+def gate_rotation(rotation: Rotation | None, *, gate_dim: int) -> GateRotation:
+    """The layer's own rotation at the width of a gate: its frequencies, and which channels it rotates together.
+
+    A gate of a layer without RoPE does not rotate. A layer on the meta device shows nothing of its pairs: its gate is a
+    plan, with halves.
+
+    Raises:
+        ValueError: the model pairs channels in a way that gates do not know, or has no frequencies at that width.
+    """
+    frequencies, count = _padded(rotation, gate_dim)
+    if rotation is None or rotation.function is unproven:
+        return GateRotation(frequencies, None)
+    form = rotation.form(*rotation.first_tables())
+    if form is None:
+        raise ValueError(
+            "rope of a gate must rotate the channel pairs of the model, got ones of no known form from "
+            f"{rotation.function.__module__}; use AttnGateConfig(rope=False)"
+        )
+    return GateRotation(frequencies, Pairing(2 * count, form["interleaved"]) if count else None)
+
+
+def gate_frequencies(rotation: Rotation | None, *, gate_dim: int, tokens: int | None = None) -> Tensor:
     """The layer's rotation frequencies at the width of a gate, fp32 ``[gate_dim / 2]``.
 
     They come from the model's own embedding class, built for heads of ``gate_dim`` channels, so theta and every kind
-    of scaling are the model's. Where the model rotates only a part of its channels, so does the gate (the missing
-    frequencies are 0), and the gate of a layer without RoPE does not rotate at all.
+    of scaling are the model's; where that is the width of its heads they are the very ones that it holds. Where the
+    model rotates only a part of its channels, so does the gate (the missing frequencies are 0), and the gate of a layer
+    without RoPE does not rotate at all.
+
+    Args:
+        rotation: of the layer.
+        gate_dim: ``DG``.
+        tokens: length of the call, its past included, for a model whose frequencies depend on it; by default those of
+            short calls.
 
     Raises:
         ValueError: the model's embedding class cannot be built at that width.
     """
+    return _padded(rotation, gate_dim, tokens)[0]
+
+
+def _padded(rotation: Rotation | None, gate_dim: int, tokens: int | None = None) -> tuple[Tensor, int]:
+    """Frequencies of all pairs of a gate, and how many of them are the model's."""
     if rotation is None:
-        return torch.zeros(gate_dim // 2)
-    config = copy.deepcopy(rotation.embedding.config)
-    config.head_dim = gate_dim
-    with torch.device("cpu"):
-        embedding = type(rotation.embedding)(config)
-    layer_type = next((v for v in rotation.arguments.values() if isinstance(v, str)), None)
-    frequencies = getattr(embedding, "inv_freq" if layer_type is None else f"{layer_type}_inv_freq").float()
+        return torch.zeros(gate_dim // 2), 0
+    frequencies = rotation.frequencies(gate_dim, tokens)
     missing = gate_dim // 2 - len(frequencies)
     if missing < 0:
-        raise ValueError(
-            f"gate_dim must be the head dim of the model, got {gate_dim}: {type(embedding).__name__} has a fixed width"
-        )
-    return F.pad(frequencies, (0, missing))
+        name = type(rotation.embedding).__name__
+        raise ValueError(f"gate_dim must be the head dim of the model, got {gate_dim}: {name} has a fixed width")
+    return F.pad(frequencies, (0, missing)), len(frequencies)

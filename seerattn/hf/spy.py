@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from seerattn.hf.attention import IMPLEMENTATIONS, layer_states, seer_attention
+from seerattn.hf.attention import IMPLEMENTATIONS, logits_of, seer_attention
 from seerattn.hf.mask import CallMask, make_mask
 from seerattn.hf.probe import dense_implementation, implementation, probe
+from seerattn.hf.state import attachment_of
 
 # "flash" and "sdpa" in a name would make transformers look for those libraries.
 _WATCHED = {dense: f"{ours}_watched" for dense, ours in IMPLEMENTATIONS.items()}
@@ -62,7 +63,7 @@ def watch_attention(model: PreTrainedModel, see: See) -> Iterator[None]:
         ValueError: the model cannot be served or has selectors; inside the ``with``, a batch with padding, packed
             documents, or another mask than causality.
     """
-    if layer_states(model):
+    if attachment_of(model) is not None:
         raise ValueError("model must have no gates or selectors to be watched, got one with some; detach them first")
     layers = probe(model)
     with ExitStack() as stack:
@@ -93,15 +94,14 @@ def _attend(
     out, weights = seer_attention(module, query, key, value, attention_mask, dense=dense, **kwargs)
     if seer_watch is not None and query.shape[2] > 1:
         mask = attention_mask
-        if not isinstance(mask, CallMask) or mask.lengths is not None or not mask.is_causal:
+        if not isinstance(mask, CallMask) or not mask.is_whole or not mask.is_causal:
             raise ValueError(
                 "attention_mask must be None, or ones, while attention is watched, got padding, packed documents or "
                 "an overlay; run rows one by one"
             )
         layer, see = seer_watch
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         key, value = key[:, :, : mask.k_len], value[:, :, : mask.k_len]
-        see(AttentionCall(layer, query, key, value, out, scale, kwargs.get("softcap"), kwargs.get("s_aux")))
+        see(AttentionCall(layer, query, key, value, out, **logits_of(query, kwargs)))
     return out, weights
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from seerattn.hf.head import head_losses
+from seerattn.hf.identity import transformers_model
+from seerattn.hf.state import learning
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from seerattn.hf.finetuning import SparseTraining
@@ -30,7 +33,7 @@ class Objective(nn.Module):
     @property
     def base(self) -> PreTrainedModel:
         """The model without its adapter."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return transformers_model(self.model)
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, sparse: SparseTraining | None = None
@@ -47,9 +50,9 @@ class Objective(nn.Module):
         Returns:
             Cross-entropy a token, and the gates' loss if they learn.
         """
-        options = {} if sparse is None else {"seer_training": sparse}
-        backbone = self.base.base_model
-        hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options).last_hidden_state
+        backbone, inputs = self.base.base_model, {"input_ids": input_ids, "position_ids": position_ids}
+        with nullcontext() if sparse is None else learning(sparse):
+            hidden = backbone(**inputs, use_cache=False).last_hidden_state
         labels = input_ids[:, 1:].masked_fill(position_ids[:, 1:] == 0, -100)
         losses = head_losses(self.base, hidden[:, :-1], labels)
         loss = (losses.sum(1) / (labels != -100).sum(1)).mean()
@@ -82,10 +85,9 @@ class Objective(nn.Module):
         return next(lists)
 
     def base_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The model's own weights out of this module's state, under the names that they have without gates."""
+        """The model's own weights out of this module's state, under their own names."""
         prefix = next(name for name, module in self.named_modules() if module is self.base) + "."
-        own = {name.removeprefix(prefix): x for name, x in state.items() if "seer_gate" not in name}
-        return {name.replace(".base_layer.", "."): x for name, x in own.items()}
+        return {name.removeprefix(prefix): x for name, x in state.items() if "seer_gate" not in name}
 
     def gate_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The gates' weights out of this module's state, under the names of the adapter."""

@@ -21,7 +21,7 @@ from seerattn.bench.model import TINY, BenchModel
 from seerattn.bench.session import Session
 from seerattn.eval.results import ResultsFile
 from seerattn.hf import finetuning
-from seerattn.hf.attention import layer_states
+from seerattn.hf.state import layer_states
 
 CPU = torch.device("cpu")
 # Six heads do not divide the width of the checked model.

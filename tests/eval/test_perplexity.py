@@ -11,7 +11,7 @@ from seerattn.eval.data import cut_windows
 from seerattn.eval.results import ResultsFile, read_results
 from seerattn.gate import AttnGateConfig
 from seerattn.hf.attach import attach
-from seerattn.hf.attention import layer_states
+from seerattn.hf.state import layer_states
 from seerattn.selection import TopK
 
 

@@ -7,7 +7,7 @@ from seerattn.eval.arms import Arm, make_arms
 from seerattn.eval.data import Window, cut_windows
 from seerattn.eval.maps import BlockMaps
 from seerattn.eval.results import ResultsFile, read_results
-from seerattn.hf.attention import layer_states
+from seerattn.hf.state import layer_states
 from seerattn.selection import TopK
 
 CONTEXT = 333

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import seerattn
 from seerattn import AttnGate, AttnGateConfig, KeepAll, SeerConfig, TopK, pooled_attention
-from seerattn.hf.adapter import SeerLayer
-from seerattn.hf.attention import layer_states
 from seerattn.hf.distillation import GateLosses
+from seerattn.hf.gates import SeerGates
+from seerattn.hf.state import layer_states
 
 GATE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, init="normal")
 LEARNED = replace(GATE, q_pooling=("salient", "max"), k_pooling=("avg", "salient"))
@@ -51,7 +51,8 @@ def test_files_hold_the_gates_and_nothing_else(folder: Path) -> None:
     assert isinstance(config, SeerConfig)
     assert AttnGateConfig.from_dict(config.gate) == GATE
     assert seerattn.policy_from_dict(config.policy) == SPARSE
-    assert config.base_model["architecture"] == "LlamaForCausalLM" and config.base_model["head_dim"] == 32
+    assert config.base_model["hidden_size"] == 64 and config.base_model["head_dim"] == 32
+    assert config.base_model["rope"]["rope_theta"] == 10000
 
 
 def test_learned_pooling_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -82,11 +83,13 @@ def test_gates_reject_a_model_of_other_sizes(folder: Path, overrides: dict) -> N
         seerattn.attach(tiny_model("llama", **overrides), folder / "gates")
 
 
-def test_gates_reject_a_model_of_another_architecture(folder: Path) -> None:
-    model = tiny_model("qwen2")
-    with pytest.raises(ValueError, match="gates must belong to the model"):
-        PeftModel.from_pretrained(model, folder / "gates")
-    assert model.config._attn_implementation == "sdpa"
+def test_gates_reject_a_model_of_another_rope(folder: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    model = tiny_model("llama", rope_parameters=rope)
+    for load in (seerattn.attach, PeftModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"gates must belong to the model, got gates for rope = .*10000.*500000"):
+            load(model, folder / "gates")
+        assert model.config._attn_implementation == "sdpa" and not layer_states(model)
 
 
 def damage(name: str, gates: Path) -> None:
@@ -135,19 +138,25 @@ def test_attach_rejects_damaged_folders(folder: Path, name: str, reason: str) ->
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # PEFT's own words for the same fault
-def test_every_path_rejects_gates_that_miss_a_layer(folder: Path) -> None:
-    weights = folder / "gates" / "adapter_model.safetensors"
+@pytest.mark.parametrize("named", [True, False], ids=["layers are named", "layers of earlier versions"])
+def test_every_path_rejects_gates_that_miss_a_layer(folder: Path, named: bool) -> None:
+    weights, config = (folder / "gates" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
     save_file({k: v for k, v in load_file(weights).items() if "layers.1" not in k}, weights)
+    if not named:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"layers": None}))
+    paths = (
+        lambda: seerattn.attach(base(folder), folder / "gates"),
+        lambda: PeftModel.from_pretrained(base(folder), folder / "gates"),
+        lambda: AutoModelForCausalLM.from_pretrained(folder / "gates"),
+    )
+    reason = "must hold gates of layers|must be finite in every layer"
+    for load in paths:
+        with pytest.raises(ValueError, match=reason):
+            load()(input_ids=tokens(1, 70))
     model = base(folder)
-    with pytest.raises(ValueError, match="must be finite in every layer"):
+    with pytest.raises(ValueError, match=reason):
         seerattn.attach(model, folder / "gates")
-    assert not layer_states(model)
-    for loaded in (
-        PeftModel.from_pretrained(model, folder / "gates"),
-        AutoModelForCausalLM.from_pretrained(folder / "gates"),
-    ):
-        with pytest.raises(ValueError, match="must be finite in every layer"):
-            loaded(input_ids=tokens(1, 70))
+    assert not layer_states(model) and model.config._attn_implementation == "sdpa"
 
 
 def test_config_rejects_unknown_gate_fields() -> None:
@@ -188,7 +197,7 @@ def test_second_attach_is_refused_and_detach_restores(folder: Path) -> None:
     assert not torch.equal(model(input_ids=ids).logits, expected)
     detached = seerattn.detach(model)
     assert torch.equal(detached(input_ids=ids).logits, expected)
-    assert not any(isinstance(m, SeerLayer) for m in detached.modules())
+    assert not any(isinstance(m, SeerGates) for m in detached.modules())
     with pytest.raises(ValueError, match="must have gates"):
         seerattn.set_policy(detached, SPARSE)
     with pytest.raises(ValueError, match="cannot be merged"):
@@ -394,7 +403,7 @@ assert not {{"torch", "transformers", "peft"}} & set(sys.modules)
 import importlib.util; importlib.util.find_spec("peft")
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(folder / "gates")!r})
-print(type(model.model.layers[0].self_attn).__name__)
+print(type(model.model.layers[0].self_attn.seer_gate["default"]).__name__)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "SeerLayer"
+    assert out.stdout.strip() == "AttnGate"

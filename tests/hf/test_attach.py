@@ -8,7 +8,7 @@ from tiny_models import tiny_model, tokens
 import seerattn
 from seerattn import AttnGateConfig, BlockIndices, KeepAll, TopK
 from seerattn.hf import attention
-from seerattn.hf.attention import layer_states
+from seerattn.hf.state import layer_states
 
 
 class Window:

@@ -9,7 +9,7 @@ from tiny_models import tiny_model, tokens
 
 import seerattn
 from seerattn import AttnGateConfig, TopK
-from seerattn.hf.attention import layer_states
+from seerattn.hf.state import layer_states
 
 pytest.importorskip("triton")
 
@@ -20,8 +20,8 @@ POLICY = TopK(density=0.5, rule="row_share")
 def logits(model: torch.nn.Module, impl: str, **inputs: torch.Tensor) -> torch.Tensor:
     seerattn.set_policy(model, POLICY, impl=impl)
     if impl == "triton":
-        for state in layer_states(model):
-            state.selector = state.selector and replace(state.selector, impl="triton")
+        chosen = {state.layer: replace(state.selector, impl="triton") for state in layer_states(model)}
+        seerattn.attach(model, chosen.get, impl="triton")
     with torch.no_grad():
         return model(**inputs).logits
 

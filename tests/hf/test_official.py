@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import seerattn
 from seerattn import AttnGateConfig, Threshold, TopK, load_official_gates
-from seerattn.hf.attention import layer_states
+from seerattn.hf.state import layer_states
 from seerattn.selection.selector import AttentionContext
 
 HEADS, KV_HEADS, DIM, LAYERS, BLOCK = 4, 2, 32, 2, 64

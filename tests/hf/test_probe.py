@@ -11,9 +11,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 import seerattn
 from seerattn import AttentionContext, AttnGateConfig, BlockIndices
-from seerattn.hf.attention import layer_states
 from seerattn.hf.probe import probe
 from seerattn.hf.rotary import gate_frequencies
+from seerattn.hf.state import layer_states
 
 REASONS = {
     "mla": "multi-head latent attention",
@@ -120,7 +120,7 @@ def test_layers_that_were_seen_without_weights_do_not_run_sparse() -> None:
     model = without_weights("llama")
     gated = seerattn.attach(model, AttnGateConfig(), policy=seerattn.TopK(density=0.5), impl="reference")
     for name, parameter in tiny_model("llama").named_parameters():
-        parent, _, leaf = name.replace("self_attn.", "self_attn.base_layer.").rpartition(".")
+        parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, parameter)
     with pytest.raises(ValueError, match="must be attached to a model with weights"):
         gated(tokens(1, 200))

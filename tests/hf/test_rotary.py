@@ -15,8 +15,8 @@ from transformers.models.llama import modeling_llama
 import seerattn
 from seerattn import AttnGateConfig, TopK
 from seerattn.gate_selector import GateSelector
-from seerattn.hf.attention import layer_states
 from seerattn.hf.rotary import Rotation
+from seerattn.hf.state import layer_states
 
 WIDTH = 16
 ANGLES = torch.arange(1, 9)[:, None] * 100.0 ** -(torch.arange(WIDTH // 2) / 8)
@@ -51,6 +51,7 @@ def test_form_of_a_rotation_matches_the_models_function(function, spread: str, h
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt-oss", "smollm3"])
 def test_fused_gate_in_a_model_matches_the_torch_modules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cached keys, a left-padded row, half tables, a layer without RoPE."""
@@ -60,7 +61,9 @@ def test_fused_gate_in_a_model_matches_the_torch_modules(name: str, monkeypatch:
     model = seerattn.attach(tiny_model(name), config, TopK(density=0.5), impl="reference").eval()
     chosen: dict[str, list[Tensor]] = {}
 
-    def watched(impl: str):
+    states = {state.layer: state for state in layer_states(model)}
+
+    def watched(impl: str, state):
         selector = GateSelector(state.gate, TopK(density=0.5), impl)
 
         class Watch:
@@ -75,8 +78,7 @@ def test_fused_gate_in_a_model_matches_the_torch_modules(name: str, monkeypatch:
     mask[1, :37] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for impl in ("reference", "triton"):
-        for state in layer_states(model):
-            state.selector = watched(impl)
+        seerattn.attach(model, lambda layer, impl=impl: watched(impl, states[layer]), impl="reference")
         model(input_ids=tokens(2, 80), attention_mask=mask, position_ids=positions)
         cache = model(input_ids=tokens(1, 64), use_cache=True).past_key_values
         model(input_ids=tokens(1, 40), past_key_values=copy.deepcopy(cache))

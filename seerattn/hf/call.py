@@ -1,0 +1,157 @@
+"""One call of an attention layer: what of it reaches selectors and gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from seerattn.hf.mask import CallMask, Unservable
+from seerattn.hf.rotary import gate_frequencies
+from seerattn.hf.state import LayerState, Tables
+from seerattn.selection.selector import AttentionContext, RotaryTables
+
+# Tables of neighbouring positions differ by up to 1 in their fastest channel; bf16 rounds theirs by 4e-3.
+_SAME_TABLES = 1e-2
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer that was attached to: its state and what only its module saw.
+
+    Attributes:
+        state: of the layer.
+        position_embeddings: the model's rotary tables (cos, sin) of the call.
+        position_ids: positions of the call's tokens, if the architecture passes them on.
+    """
+
+    state: LayerState
+    position_embeddings: Tables | None
+    position_ids: Tensor | None
+
+    def part(self, row: int, begin: int, end: int) -> LayerCall:
+        """The call that would hold tokens ``begin .. end`` of one batch row alone."""
+        tables = self.position_embeddings
+        if tables is not None:
+            tables = tuple((x[row : row + 1] if x.shape[0] > 1 else x)[:, begin:end] for x in tables)
+        return replace(self, position_embeddings=tables, position_ids=None)
+
+    def context(
+        self,
+        *,
+        row: int | None,
+        q_len: int,
+        k_len: int,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        mask: CallMask | None = None,
+        slots: Tensor | None = None,
+    ) -> AttentionContext:
+        """What a selector may know of the call.
+
+        Args:
+            row: batch row, None for all rows of an unpadded call.
+            q_len: queries of the row.
+            k_len: keys of the row; they end with the call's last, unless ``slots`` says where they are.
+            scale: factor of q.k.
+            softcap: of the logits.
+            sinks: logits of keys without values.
+            mask: of the forward, which keeps what its layers share; needed against a cache.
+            slots: int64 ``[k_len]``, slots of the row's keys.
+
+        Raises:
+            Unservable: nobody can tell how the keys of earlier calls were rotated.
+        """
+        state, rotary, frequencies = self.state, RotaryTables(), None
+        if state.rotation is None:
+            unrotate: Callable[[Tensor, int], Tensor] = lambda x, start: x.float()  # noqa: E731
+        else:
+            cos, sin = self._tables(row, q_len, k_len, mask, slots)
+            rotary = state.rotation.as_tables(cos, sin)
+            if state.rotation.depends_on_length:
+                tokens = k_len if self.position_ids is None else int(self.position_ids.max()) + 1
+                at = partial(gate_frequencies, state.rotation, tokens=tokens)
+                frequencies = lambda width: at(gate_dim=width).to(cos.device)  # noqa: E731
+
+            def unrotate(x: Tensor, start: int) -> Tensor:
+                end = start + x.shape[2]
+                return state.rotation.unrotate(x, cos[:, start:end], sin[:, start:end])
+
+        return AttentionContext(
+            layer=state.layer,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            unrotate=unrotate,
+            rotary=rotary,
+            frequencies=frequencies,
+        )
+
+    def _tables(self, row: int | None, q_len: int, k_len: int, mask: CallMask | None, slots: Tensor | None) -> Tables:
+        """Rotary tables of the keys of one row, or of all rows, in their order."""
+        tables = self.position_embeddings
+        if tables is None:
+            raise Unservable(
+                f"position_embeddings must reach the attention of layer {self.state.layer}, got None; "
+                "call the whole model, not its layers"
+            )
+        if row is not None and tables[0].shape[0] > 1:
+            tables = tuple(x[row : row + 1] for x in tables)
+        tokens = tables[0].shape[1]
+        if mask is None or mask.k_len == tokens:
+            if slots is not None:
+                return tuple(x[:, slots.to(x.device)] for x in tables)
+            return tuple(x[:, tokens - k_len :] for x in tables)
+        # Layers that rotate alike share what is found.
+        key = (state_key(self.state), row)
+        if key not in mask.tables:
+            mask.tables[key] = self._cached_tables(row, q_len, k_len, tables, slots)
+        return mask.tables[key]
+
+    def _cached_tables(self, row: int | None, q_len: int, k_len: int, tables: Tables, slots: Tensor | None) -> Tables:
+        """Tables of keys that earlier calls rotated: made again by the model's own module and held to the call's."""
+        rotation, tokens = self.state.rotation, tables[0].shape[1]
+        if rotation.depends_on_length and k_len > rotation.original_length:
+            raise Unservable(
+                f"a prompt beyond {rotation.original_length} tokens must come in one call, got {q_len} tokens against "
+                f"a cache of {k_len - q_len}; the model rotates longer texts by other frequencies, and those of cached "
+                "keys are not known"
+            )
+        last = slice(tokens - q_len, None)
+        if slots is not None:
+            first_slot = int(slots[-1]) + 1 - tokens
+            last = (slots[slots >= first_slot] - first_slot).to(tables[0].device)
+        for positions in self._positions(row, k_len, slots):
+            made = rotation.tables(positions.to(tables[0].device), tables[0])
+            if all(_alike(m[:, -q_len:], t[:, last]) for m, t in zip(made, tables)):
+                return made
+        raise Unservable(
+            "position_ids must count up by one along a prompt, got resetting or skipping ones; "
+            "pass packed documents one by one"
+        )
+
+    def _positions(self, row: int | None, k_len: int, slots: Tensor | None) -> Iterator[Tensor]:
+        """Candidates for the positions ``[1 or B, S]`` of all keys of the call, which all precede its last token."""
+        steps = torch.arange(k_len)
+        ids = self.position_ids
+        if ids is not None and ids.ndim == 2:
+            ids = ids[row : row + 1] if row is not None and ids.shape[0] > 1 else ids
+            ids = ids.cpu()
+            yield ids[:, -1:] - (k_len - 1) + steps
+        yield steps[None]
+        if slots is not None:
+            yield slots.cpu()[None]
+
+
+def state_key(state: LayerState) -> tuple:
+    """Equal for layers of a model whose keys are rotated alike."""
+    rotation = state.rotation
+    return (rotation.embedding, tuple(rotation.arguments.items()))
+
+
+def _alike(made: Tensor, given: Tensor) -> bool:
+    return made.shape[1:] == given.shape[1:] and bool(((made - given).abs() <= _SAME_TABLES).all())

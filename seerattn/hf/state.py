@@ -1,0 +1,332 @@
+"""What an attached model runs, for good, in one context, or in one forward.
+
+Every attention layer that was attached to has a `LayerState`; all of a model share one `Attachment`. What the layers
+run is a `Running`, which is replaced as a whole: a forward takes it once, with its mask, and is never run half by one
+policy and half by another. `policy` and `learning` put something else in its place for one context, so requests that
+are served side by side do not see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from seerattn.gate.attn_gate import AttnGate
+from seerattn.gate_selector import GateSelector
+from seerattn.hf.rotary import Rotation
+from seerattn.ops.resolve import IMPLS
+from seerattn.selection.policies import Policy
+from seerattn.selection.selector import Selector
+
+if TYPE_CHECKING:
+    from seerattn.hf.call import LayerCall
+    from seerattn.hf.mask import CallMask
+
+# Rotary tables (cos, sin).
+Tables = tuple[Tensor, Tensor]
+# Name under which the gates of an attention module are its child.
+GATES = "seer_gate"
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
+    """What the probe proved of one attention layer that can be sparse; on the meta device, what it saw of it.
+
+    Attributes:
+        name: its name in the model.
+        module: the attention module.
+        layer: index of the decoder layer.
+        num_heads: query heads.
+        num_kv_heads: key/value heads.
+        head_dim: width of a head.
+        rotation: how it rotates, None without RoPE.
+    """
+
+    name: str
+    module: nn.Module
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotation: Rotation | None
+
+
+@dataclass(frozen=True, eq=False)
+class Running:
+    """What the layers of a model run; a layer that is not named runs dense.
+
+    Attributes:
+        selectors: what chooses the blocks, by layer.
+        gates: those that are used and trained, by layer.
+        impl: implementation of `block_sparse_attention`; "auto" may also choose dense attention, "sparse" is "auto"
+            without that.
+    """
+
+    selectors: Mapping[int, Selector | None] = field(default_factory=dict)
+    gates: Mapping[int, AttnGate] = field(default_factory=dict)
+    impl: str = "auto"
+
+    def with_policy(self, policy: Policy | None) -> Running:
+        """The same gates under another policy; None runs dense."""
+        if policy is None:
+            return replace(self, selectors={})
+        return replace(self, selectors={layer: GateSelector(gate, policy) for layer, gate in self.gates.items()})
+
+
+@dataclass(eq=False)
+class Attachment:
+    """What was attached to one model.
+
+    Attributes:
+        dense: the attention implementation that ours replaced.
+        layers: what is known of the attention layers that were attached to, by index.
+        policies: policy of every set of gates, by the name of its adapter.
+        active: name of the set of gates that is used, None without gates.
+        enabled: whether gates and selectors are used at all.
+        chosen: selectors that were attached over the gates, or None.
+        running: what the layers run outside of a `policy` context.
+    """
+
+    dense: str
+    layers: dict[int, AttentionLayer] = field(default_factory=dict)
+    policies: dict[str, Policy | None] = field(default_factory=dict)
+    active: str | None = None
+    enabled: bool = True
+    chosen: Mapping[int, Selector | None] | None = None
+    running: Running = field(default_factory=Running)
+
+    def now(self) -> Running:
+        """What the layers run in the context of the caller."""
+        for attachment, running in reversed(_POLICIES.get()):
+            if attachment is self:
+                return running
+        return self.running
+
+    def gates(self) -> dict[int, AttnGate]:
+        """The gates of the active set, by layer."""
+        holders = ((index, getattr(layer.module, GATES, {})) for index, layer in self.layers.items())
+        return {index: holder[self.active] for index, holder in holders if self.active in holder}
+
+    def refresh(self, impl: str | None = None) -> None:
+        """Makes `running` anew from the other fields and the gates in the layers; one assignment, seen at once."""
+        impl = impl or self.running.impl
+        if not self.enabled:
+            self.running = Running(impl=impl)
+            return
+        running = Running(gates=self.gates(), impl=impl)
+        if self.chosen is None:
+            self.running = running.with_policy(self.policies.get(self.active))
+        else:
+            self.running = replace(running, selectors=self.chosen)
+
+    def set_policy(self, policy: Policy | None, impl: str | None = None) -> None:
+        """Changes how the gates choose; None runs dense. Selectors that were attached over them go."""
+        if self.active is not None:
+            self.policies[self.active] = policy
+        self.chosen = None
+        self.refresh(impl)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """One attention layer that was attached to.
+
+    Attributes:
+        found: what is known of the layer.
+        attachment: shared by all layers of the model.
+    """
+
+    found: AttentionLayer
+    attachment: Attachment
+
+    @property
+    def layer(self) -> int:
+        """Index of the decoder layer."""
+        return self.found.layer
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.found.num_heads
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """How the layer rotates, None without RoPE."""
+        return self.found.rotation
+
+    @property
+    def selector(self) -> Selector | None:
+        """What chooses the blocks in the context of the caller; None runs dense."""
+        return self.attachment.now().selectors.get(self.layer)
+
+    @property
+    def gate(self) -> AttnGate | None:
+        """The gate that is used and trained, if the layer has one."""
+        return self.attachment.now().gates.get(self.layer)
+
+    @property
+    def impl(self) -> str:
+        """Implementation of `block_sparse_attention`, see `Running`."""
+        return self.attachment.now().impl
+
+
+def layer_states(model: nn.Module) -> list[LayerState]:
+    """The states of all attention layers of ``model`` that were attached to, in order of the layers."""
+    states = (module.__dict__.get("_seer") for module in model.modules())
+    return sorted((s for s in states if s is not None), key=lambda s: s.layer)
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What was attached to ``model``, or to the model that it wraps."""
+    return next((state.attachment for state in layer_states(model)), None)
+
+
+def check_attached_impl(impl: str) -> None:
+    """Refuses what `Running.impl` cannot be."""
+    names = ("auto", "sparse", *IMPLS["block_sparse_attention"])
+    if impl not in names:
+        raise ValueError(f"impl must be one of {', '.join(names)}, got {impl!r}")
+
+
+def check_policy(policy: Any) -> None:
+    """Refuses what is no policy."""
+    if policy is not None and not isinstance(policy, Policy):
+        raise ValueError(f"policy must be a policy such as TopK(density=0.1), or None for dense, got {policy!r}")
+
+
+def check_fits(policy: Policy | None, attachment: Attachment) -> None:
+    """Refuses a policy whose settings by layer and head are not those of the attached layers.
+
+    Raises:
+        ValueError: a layer or a head has no setting, or there is one too many.
+    """
+    for name in ("density", "threshold", "p"):
+        knob = getattr(policy, name, None)
+        if knob is None or isinstance(knob, (int, float)):
+            continue
+        for layer, gate in attachment.gates().items():
+            heads = len(knob[layer]) if layer < len(knob) else 0
+            if heads != gate.mask_heads:
+                raise ValueError(
+                    f"{name} must be one number, or one a head of every layer, got {heads} for layer {layer} with "
+                    f"{gate.mask_heads}; calibrate the policy on this model"
+                )
+
+
+_POLICIES: ContextVar[tuple[tuple[Attachment, Running], ...]] = ContextVar("seerattn_policies", default=())
+
+
+@contextmanager
+def policy(model: nn.Module, policy: Policy | None, *, impl: str | None = None) -> Iterator[None]:
+    """Runs ``model`` by another policy inside the ``with``, in this thread or asyncio task alone.
+
+    A server gives each request its own this way; `set_policy` changes the model for all. A thread that is started
+    inside begins without it, unless it is given `contextvars.copy_context`.
+
+    Args:
+        model: with gates; with ``policy=None`` any model that was attached to.
+        policy: chooses the blocks; None runs dense.
+        impl: implementation of the attention, see `seerattn.attach`; None keeps it.
+
+    Raises:
+        ValueError: the model has no gates, or what is no policy or no ``impl``.
+    """
+    check_policy(policy)
+    if impl is not None:
+        check_attached_impl(impl)
+    attachment = check_gated(model, policy)
+    check_fits(policy, attachment)
+    running = attachment.now().with_policy(policy)
+    token = _POLICIES.set((*_POLICIES.get(), (attachment, replace(running, impl=impl or running.impl))))
+    try:
+        yield
+    finally:
+        _POLICIES.reset(token)
+
+
+def check_gated(model: nn.Module, policy: Policy | None) -> Attachment:
+    """What was attached to ``model``, which must have gates unless ``policy`` is None."""
+    attachment = attachment_of(model)
+    if attachment is None or (policy is not None and attachment.active is None):
+        raise ValueError(f"model must have gates for a policy, got {type(model).__name__} without; use seerattn.attach")
+    return attachment
+
+
+class GateTraining(Protocol):
+    """What attends in the layers with a gate while the gates learn."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: CallMask, call: LayerCall, logits: dict[str, Any]
+    ) -> Tensor | None:
+        """Attention of one layer ``[B, H, T, D]``, or None to leave it to the model's own dense attention.
+
+        Args:
+            query: post-RoPE ``[B, H, T, D]``.
+            key: post-RoPE ``[B, HKV, S, D]``.
+            value: ``[B, HKV, S, D]``.
+            mask: of the forward.
+            call: of the layer.
+            logits: scale, softcap and sinks, under the names of our ops.
+        """
+        ...
+
+
+@dataclass(eq=False)
+class Learning:
+    """The training of one forward; not a keyword of the model, which some decoder layers do not pass on.
+
+    Attributes:
+        training: attends in place of the selectors.
+        reached: whether a layer with a gate saw it.
+    """
+
+    training: GateTraining
+    reached: bool = False
+
+
+LEARNING: ContextVar[Learning | None] = ContextVar("seerattn_learning", default=None)
+
+
+@contextmanager
+def learning(training: GateTraining) -> Iterator[None]:
+    """Lets ``training`` attend in the layers with gates of the forward inside the ``with``.
+
+    A layer that gradient checkpointing runs again, in whatever thread, finds it with the mask of its forward.
+
+    Raises:
+        ValueError: on the way out, no layer with a gate was reached.
+    """
+    current = Learning(training)
+    token = LEARNING.set(current)
+    try:
+        yield
+    finally:
+        LEARNING.reset(token)
+    if not current.reached:
+        raise ValueError("the forward must reach at least one layer with a gate, got none; attach gates first")
+
+
+def check_filled(gate: AttnGate, layer: int) -> None:
+    """Refuses a gate that a checkpoint should have filled and did not.
+
+    Raises:
+        ValueError: the gate has numbers that are not finite, or none.
+    """
+    if not gate.__dict__.get("_awaits"):
+        return
+    if any(p.is_meta for p in gate.parameters()):
+        raise ValueError(
+            f"gates must stay where their layer runs, got those of layer {layer} offloaded; attach them with "
+            "seerattn.attach(model, gates), which leaves them in memory"
+        )
+    if not all(bool(p.isfinite().all()) for p in gate.parameters()):
+        raise ValueError(
+            f"gates must be finite in every layer, got none for layer {layer}; the checkpoint does not hold them, "
+            "load whole gates of this model"
+        )
+    gate.__dict__["_awaits"] = False
