@@ -84,7 +84,8 @@ def distill(
     Several GPUs: torchrun --nproc-per-node 8 -m seerattn distill ...
     """
     from seerattn.training.distill import DistillConfig, plan, run
-    from seerattn.training.runs import check_output, is_main
+    from seerattn.training.output import check_output
+    from seerattn.training.runs import is_main
 
     config = DistillConfig(
         context=context,

@@ -104,7 +104,8 @@ def finetune(
     Several GPUs: torchrun --nproc-per-node 8 -m seerattn finetune ...
     """
     from seerattn.training.finetune import FinetuneConfig, plan, run
-    from seerattn.training.runs import check_output, is_main
+    from seerattn.training.output import check_output
+    from seerattn.training.runs import is_main
 
     if dense and (sparsity is not None or anneal):
         raise ValueError("dense must be given without sparsity and anneal, got one of them; leave them out")

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from seerattn.eval.results import package_version
-from seerattn.training.runs import MODEL_NAME
+
+# Folder of the weights that `seerattn finetune` writes.
+MODEL_NAME = "model"
+# What makes a card one of ours.
+_TAGS = "library_name: peft\ntags:\n- seerattn\n"
 
 
 def model_card(facts: dict[str, Any], parameters: int, records: list[dict[str, Any]]) -> str:
@@ -120,12 +124,14 @@ def model_name(model: str) -> str:
 def _metadata(model: str) -> str:
     return f"""---
 base_model: {json.dumps(model)}
-library_name: peft
-tags:
-- seerattn
-- sparse-attention
+{_TAGS}- sparse-attention
 ---
 """
+
+
+def is_card(text: str) -> bool:
+    """Whether a text is a card as they are written here."""
+    return text.startswith("---\nbase_model: ") and _TAGS in text
 
 
 def _documents(facts: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,32 +11,36 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.hf.config import check_gate_folder
 from seerattn.saving import staged
+from seerattn.training.checkpoints import delete_checkpoints
 from seerattn.training.data import Corpus, Samples, collate
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.memory import estimate_memory
-from seerattn.training.runs import (
+from seerattn.training.output import (
     CHECKPOINTS_NAME,
     LOG_NAME,
+    check_output,
+    check_replaced,
+    check_same_run,
+    records,
+)
+from seerattn.training.runs import (
     RunConfig,
     as_bytes,
     attach_gates,
-    begin,
-    check_output,
-    check_same_run,
     describe_samples,
     gate_form,
     gates_start,
-    is_main,
     make_samples,
-    records,
     shared_facts,
     training_arguments,
+    working,
 )
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -147,7 +150,7 @@ def plan(
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.context > longest:
         raise ValueError(f"context must be at most {longest}, the model's own, got {config.context}")
-    samples = make_samples(tokenizer, data, config, block=max(form.block_q, form.block_k))
+    samples = make_samples(model, tokenizer, data, config, block=max(form.block_q, form.block_k))
     torch.manual_seed(config.seed)
     gated = attach_gates(model, gates, form, density=config.density, layers=layers)
     return Plan(gated, samples, config, gates_start(gates), device or model.device)
@@ -181,13 +184,14 @@ def distill(
         gates: folder of gates to start from; by default fresh ones.
         gate: form of fresh gates, by default that of `AttnGateConfig()`.
         layers: indices of the decoder layers that get a fresh gate, by default every full-attention layer.
-        resume: continue from the last checkpoint, or start if there is none.
+        resume: continue from the last whole checkpoint, or start if there is none.
 
     Returns:
         The model with its gates.
 
     Raises:
-        ValueError: arguments that do not fit each other; nothing was written.
+        ValueError: arguments that do not fit each other, and nothing was written; or a loss that is not finite, and
+            the last checkpoint is whole.
         OSError: a file could not be written; the last checkpoint is whole.
     """
     output = Path(output)
@@ -201,31 +205,32 @@ def run(prepared: Plan, output: Path, *, resume: bool = False) -> PeftModel:
     model, facts = prepared.model, prepared.facts()
     if resume:
         check_same_run(facts, output)
-    if (output / WEIGHTS_NAME).exists():
-        _load(model, output)
-    else:
-        use_cache = model.config.use_cache
-        _train(prepared, facts, output)
-        # The Trainer turns it off.
-        model.config.use_cache = use_cache
-    if is_main():
-        shutil.rmtree(output / CHECKPOINTS_NAME, ignore_errors=True)
-    return model.eval()
-
-
-def _train(prepared: Plan, facts: dict[str, Any], output: Path) -> None:
-    from seerattn.training.card import model_card
-    from seerattn.training.trainer import DistillTrainer, last_checkpoint
-
-    config, model = prepared.config, prepared.model
     arguments = training_arguments(
-        config,
+        prepared.config,
         output,
         lr_scheduler_type="cosine",
         ddp_find_unused_parameters=False,
         use_cpu=prepared.device.type == "cpu",
     )
-    begin(output, facts, arguments)
+    with working(output, facts, arguments, resume=resume):
+        if (output / WEIGHTS_NAME).exists():
+            _load(model, output)
+        else:
+            use_cache = model.config.use_cache
+            _train(prepared, facts, output, arguments)
+            # The Trainer turns it off.
+            model.config.use_cache = use_cache
+        if arguments.should_save:
+            delete_checkpoints(output / CHECKPOINTS_NAME)
+    return model.eval()
+
+
+def _train(prepared: Plan, facts: dict[str, Any], output: Path, arguments: TrainingArguments) -> None:
+    from seerattn.training.card import model_card
+    from seerattn.training.trainer import DistillTrainer
+
+    config, model = prepared.config, prepared.model
+    check_replaced(output)
     trainer = DistillTrainer(
         model=model,
         args=arguments,
@@ -236,8 +241,7 @@ def _train(prepared: Plan, facts: dict[str, Any], output: Path) -> None:
         keep_checkpoints=config.keep_checkpoints,
         tokens_per_step=config.tokens_per_step,
     )
-    last = last_checkpoint(output / CHECKPOINTS_NAME)
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    trainer.train_from_last()
     # Gathered where FSDP shards them, by all processes; the frozen model stays where it is.
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state = get_model_state_dict(model, options=whole)
@@ -253,4 +257,5 @@ def _load(model: PeftModel, output: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    check_gate_folder(output)
     set_peft_model_state_dict(model, load_file(output / WEIGHTS_NAME))

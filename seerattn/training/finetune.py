@@ -7,6 +7,7 @@ the model's context is extended on the way (YaRN).
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,37 +16,42 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.hf.config import check_gate_folder
+from seerattn.hf.loading import read_model
 from seerattn.saving import staged
+from seerattn.training.card import MODEL_NAME
+from seerattn.training.checkpoints import delete_checkpoints
 from seerattn.training.data import Corpus, Samples, collate
 from seerattn.training.memory import estimate_finetuning
-from seerattn.training.runs import (
+from seerattn.training.output import (
     CHECKPOINTS_NAME,
+    GATES_NAME,
     LOG_NAME,
-    MODEL_NAME,
+    check_output,
+    check_replaced,
+    check_same_run,
+    records,
+)
+from seerattn.training.runs import (
     RunConfig,
     as_bytes,
     attach_gates,
-    begin,
-    check_output,
     check_positive,
-    check_same_run,
+    check_whole_number,
     describe_samples,
     gate_form,
     gates_start,
-    is_main,
     is_sharded,
     make_samples,
     processes,
-    records,
     shared_facts,
     training_arguments,
+    working,
 )
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-GATES_NAME = "gates"
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +95,7 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"target_share must be in (0, 1], got {self.target_share}")
         if not self.context_factor >= 1:
             raise ValueError(f"context_factor must be at least 1, got {self.context_factor}")
-        if self.target_every < 1:
-            raise ValueError(f"target_every must be at least 1, got {self.target_every}")
+        check_whole_number("target_every", self.target_every, 1, sys.maxsize)
         for name in ("context_factor", "gate_lr"):
             check_positive(name, getattr(self, name))
 
@@ -244,7 +249,7 @@ def plan(
         # Rounded for people who read it in the saved gates; each step sets its own.
         model = attach_gates(model, gates, form, density=round(1 - config.sparsity, 6), layers=layers)
     # A dense run has the data of one with the default gates.
-    samples = make_samples(tokenizer, data, config, block=max(form.block_q, form.block_k))
+    samples = make_samples(model, tokenizer, data, config, block=max(form.block_q, form.block_k))
     _check_filled(samples, config)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -297,7 +302,7 @@ def finetune(
         gates: folder of trained gates to start from; by default fresh ones.
         gate: form of fresh gates, by default that of `AttnGateConfig()`.
         layers: indices of the decoder layers that get a fresh gate, by default every full-attention layer.
-        resume: continue from the last checkpoint, or start if there is none.
+        resume: continue from the last whole checkpoint, or start if there is none.
 
     Returns:
         The model, with its gates unless the run is dense.
@@ -315,25 +320,9 @@ def finetune(
 def run(prepared: Plan, output: Path, *, resume: bool = False) -> PreTrainedModel | PeftModel:
     """Carries a plan out; see `finetune`."""
     check_output(output, resume=resume)
-    model, facts = prepared.model, prepared.facts()
+    config, model, facts = prepared.config, prepared.model, prepared.facts()
     if resume:
         check_same_run(facts, output)
-    if (output / MODEL_NAME).exists():
-        _load(prepared, output)
-    else:
-        _train(prepared, facts, output)
-    if is_main():
-        shutil.rmtree(output / CHECKPOINTS_NAME, ignore_errors=True)
-    return model.eval()
-
-
-def _train(prepared: Plan, facts: dict[str, Any], output: Path) -> None:
-    from seerattn.training.finetune_trainer import FinetuneTrainer
-    from seerattn.training.objective import Objective
-    from seerattn.training.trainer import last_checkpoint
-
-    config = prepared.config
-    objective = Objective(prepared.model)
     arguments = training_arguments(
         config,
         output,
@@ -345,7 +334,23 @@ def _train(prepared: Plan, facts: dict[str, Any], output: Path) -> None:
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": is_sharded()}},
         use_cpu=prepared.device.type == "cpu",
     )
-    begin(output, facts, arguments)
+    with working(output, facts, arguments, resume=resume):
+        if (output / MODEL_NAME).exists():
+            _load(prepared, output)
+        else:
+            _train(prepared, facts, output, arguments)
+        if arguments.should_save:
+            delete_checkpoints(output / CHECKPOINTS_NAME)
+    return model.eval()
+
+
+def _train(prepared: Plan, facts: dict[str, Any], output: Path, arguments: TrainingArguments) -> None:
+    from seerattn.training.finetune_trainer import FinetuneTrainer
+    from seerattn.training.objective import Objective
+
+    config = prepared.config
+    check_replaced(output)
+    objective = Objective(prepared.model)
     if config.gradient_checkpointing:
         objective.set_checkpointing(True)
     trainer = FinetuneTrainer(
@@ -359,8 +364,7 @@ def _train(prepared: Plan, facts: dict[str, Any], output: Path) -> None:
         keep_checkpoints=config.keep_checkpoints,
         tokens_per_step=config.tokens_per_step,
     )
-    last = last_checkpoint(output / CHECKPOINTS_NAME)
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    trainer.train_from_last()
     if config.gradient_checkpointing:
         objective.set_checkpointing(False)
     state = trainer.whole_state()
@@ -398,10 +402,12 @@ def _load(prepared: Plan, output: Path) -> None:
     base = Objective(prepared.model).base
     if base.device.type == "meta":
         return  # a process of FSDP that would have got its shard when training began
-    saved = type(base).from_pretrained(output / MODEL_NAME, dtype=base.dtype).state_dict()
+    place = torch.device("cpu")
+    saved = read_model(str(output / MODEL_NAME), dtype=base.dtype, device=place, kind=type(base)).state_dict()
     base.load_state_dict(
-        {name: saved[name.replace(".base_layer.", ".")] for name in base.state_dict() if "seer_gate" not in name},
+        {name: saved[name] for name in base.state_dict() if "seer_gate" not in name},
         strict=False,
     )
     if not prepared.config.dense:
+        check_gate_folder(output / GATES_NAME)
         set_peft_model_state_dict(prepared.model, load_file(output / GATES_NAME / "adapter_model.safetensors"))

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from seerattn.hf.finetuning import SampleMeter, SparseTraining
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.objective import first_broken, is_gate, stand_in, without_shared
-from seerattn.training.trainer import RecordedTrainer
+from seerattn.training.trainer import RecordedTrainer, first_not_finite
 
 if TYPE_CHECKING:
     from seerattn.training.finetune import FinetuneConfig
@@ -40,6 +40,7 @@ class FinetuneTrainer(RecordedTrainer):
     """
 
     shown = ("loss", "gate_loss", "sparsity")
+    remedy = "a smaller lr or gate_lr"
 
     def __init__(self, *, config: FinetuneConfig, autocasts: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -111,15 +112,9 @@ class FinetuneTrainer(RecordedTrainer):
                 where = first_broken(objective, **batch, sparse=self.sparse_training(inputs))
             seen = [] if bool(finite) else [(float(total.detach()), where)]
             value, where = gather_object(seen)[0]
-            self._stop(f"loss must be finite, got {value}", f"first seen in {where}")
+            step = self.state.global_step + 1
+            self.stop(f"loss must be finite, got {value}", f"first seen in {where}", step)
         return total
-
-    def _stop(self, what: str, where: str) -> NoReturn:
-        raise ValueError(
-            f"{what} at step {self.state.global_step + 1}, {where}; the run stopped and its last checkpoint is as it "
-            "was; resuming repeats the step on the same text, which helps after a fault of the machine alone, "
-            "otherwise begin anew in another folder with a smaller lr or gate_lr or with other text"
-        )
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clips the model and the gates each by themselves: neither loss is to scale the other's steps.
@@ -153,12 +148,11 @@ class FinetuneTrainer(RecordedTrainer):
     def _stop_at_gradients(self, group: list[tuple[str, nn.Parameter]]) -> NoReturn:
         """Says on every process which gradient broke first on any; under FSDP each holds a shard of every one."""
         # The backward pass comes from the end of the model.
-        order = list(reversed(group))
-        broken = (i for i, (_, p) in enumerate(order) if not bool(_local(p.grad).isfinite().all()))
-        first = min(gather_object([next(broken, len(order))]))
-        if first == len(order):
-            self._stop("gradients must have a finite norm, got one that overflows", "though each of them is finite")
-        self._stop("gradients must be finite, got others", f"first seen in that of {order[first][0]}")
+        first, step = first_not_finite([(name, p.grad) for name, p in reversed(group)]), self.state.global_step + 1
+        if first is None:
+            what = "gradients must have a finite norm, got one that overflows"
+            self.stop(what, "though each of them is finite", step)
+        self.stop("gradients must be finite, got others", f"first seen in that of {first}", step)
 
     def summarize(self, micro_batches: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Means over all micro-batches since the last record; of the gates' loss over those in which gates learned."""
@@ -181,7 +175,3 @@ class FinetuneTrainer(RecordedTrainer):
     def whole_state(self) -> dict[str, Tensor]:
         """The state of the `Objective`, gathered where FSDP shards it; to be called on all processes."""
         return self.accelerator.get_state_dict(self.model_wrapped)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from seerattn.gate import AttnGate, AttnGateConfig
-from seerattn.saving import write_whole
 from seerattn.selection.policies import TopK
 from seerattn.training.data import Corpus, Samples, read_documents, tokenize
 from seerattn.training.losses import LossKind, RowWeight
+from seerattn.training.output import CHECKPOINTS_NAME, begun
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-
-LOG_NAME = "training.jsonl"
-RUN_NAME = "run.json"
-CHECKPOINTS_NAME = "checkpoints"
-# Folder of the weights that `seerattn finetune` writes.
-MODEL_NAME = "model"
-# What may differ between a run and its continuation: nothing that changes a weight or a record.
-_FREE_TO_CHANGE = ("save_steps", "keep_checkpoints", "micro_batch_size", "report_to", "gradient_checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +60,16 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("context", "steps", "batch_size", "micro_batch_size", "logging_steps", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.keep_checkpoints < 1:
-            raise ValueError(f"keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
+        counts = ("context", "steps", "batch_size", "micro_batch_size", "logging_steps", "save_steps")
+        for name in (*counts, "keep_checkpoints"):
+            check_whole_number(name, getattr(self, name), 1, sys.maxsize)
+        if self.steps * self.batch_size * self.context > sys.maxsize:
+            raise ValueError(
+                f"steps x batch_size x context must be at most {sys.maxsize} tokens, got "
+                f"{self.steps} x {self.batch_size} x {self.context}"
+            )
+        # What numpy takes, which the Trainer seeds as well.
+        check_whole_number("seed", self.seed, 0, 2**32 - 1)
         check_positive("lr", self.lr)
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps must be 0 to {self.steps}, the number of steps, got {self.warmup_steps}")
@@ -85,6 +83,7 @@ class RunConfig:
             raise ValueError(
                 f"save_steps must be a multiple of logging_steps = {self.logging_steps}, got {self.save_steps}"
             )
+        _check_tracker(self.report_to)
 
     @property
     def warmup(self) -> int:
@@ -110,6 +109,30 @@ class RunConfig:
         return (
             f"{self.steps} of {self.batch_size} samples, {self.accumulation(processes())} micro-batches of "
             f"{self.micro_batch_size} on {processes()} process(es); {self.steps * self.tokens_per_step:,} tokens"
+        )
+
+
+def check_whole_number(name: str, value: int, least: int, most: int) -> None:
+    """Refuses what is no whole number in a range."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
+def _check_tracker(name: str) -> None:
+    """Refuses a tracker that transformers does not know or that is not installed."""
+    if name == "none":
+        return
+    from transformers.integrations import get_available_reporting_integrations
+
+    found = ["all", *get_available_reporting_integrations()]
+    if name not in found:
+        raise ValueError(
+            f"report_to must be none or a tracker that is installed here, among {', '.join(found)}, got {name!r}; "
+            "install it"
         )
 
 
@@ -149,6 +172,7 @@ def attach_gates(
     from seerattn.hf.attach import attach
 
     start = form if gates is None else str(gates)
+    model.requires_grad_(False)
     gated = attach(model, start, policy=TopK(density=density), layers=None if layers is None else list(layers))
     if gates is not None:
         # They come frozen and marked as such, with the name of the model that they were made for.
@@ -161,12 +185,18 @@ def attach_gates(
 
 
 def make_samples(
-    tokenizer: PreTrainedTokenizerBase, data: Sequence[str | Path] | Corpus, config: RunConfig, *, block: int
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Sequence[str | Path] | Corpus,
+    config: RunConfig,
+    *,
+    block: int,
 ) -> Samples:
     """The samples of a whole run, their documents cut to blocks of ``block`` tokens where they are packed.
 
     Raises:
-        ValueError: the context is no whole number of blocks, or the data cannot be read or is too short.
+        ValueError: the context is no whole number of blocks, the data cannot be read or is too short, or the model
+            knows fewer tokens than the tokenizer gives.
     """
     if config.context < 2 * block or config.context % block:
         raise ValueError(
@@ -193,6 +223,13 @@ def make_samples(
             progress=is_main(),
         )
         corpus = replace(corpus, sources=tuple(map(str, data)))
+    known = model.get_input_embeddings().weight.shape[0]
+    least, most = int(corpus.tokens.min()), max(int(corpus.tokens.max()), tokenizer.bos_token_id or 0)
+    if least < 0 or most >= known:
+        raise ValueError(
+            f"tokens must be among the {known} that the model knows, got {least if least < 0 else most}; use the "
+            "tokenizer of the model"
+        )
     return Samples(
         corpus,
         tokenizer,
@@ -210,10 +247,9 @@ def describe_samples(samples: Samples) -> dict[str, str]:
     # Not counted one by one: a run may be of millions.
     passes = len(samples) * (1 - plan.recall_share) * samples.context / len(corpus.tokens)
     return {
-        "documents": f"{len(corpus.lengths)} with {len(corpus.tokens):,} tokens, {plan.short} of them packed, "
-        f"{corpus.dropped} too short",
+        "documents": f"{len(corpus.lengths)} with {len(corpus.tokens):,} tokens, {corpus.dropped} too short",
         "samples": f"{len(samples)} of {samples.context} tokens, {plan.recall_share:.0%} recall documents; "
-        f"the text {passes:,.1f} times over",
+        f"{plan.short} documents are packed; the text {passes:,.1f} times over",
     }
 
 
@@ -244,32 +280,15 @@ def training_arguments(config: RunConfig, output: Path, **options: Any) -> Train
     return arguments
 
 
-def begin(output: Path, facts: dict[str, Any], arguments: TrainingArguments) -> None:
-    """Makes the output folder and writes what decides the run."""
+@contextmanager
+def working(output: Path, facts: dict[str, Any], arguments: TrainingArguments, *, resume: bool) -> Iterator[None]:
+    """The run in its folder, see `begun`, for all of its processes."""
+    everyone = arguments.distributed_state
     # Every process has found the output as it must be before the first one writes to it.
-    arguments.distributed_state.wait_for_everyone()
-    if arguments.should_save:
-        (output / CHECKPOINTS_NAME).mkdir(parents=True, exist_ok=True)
-        write_whole(output / RUN_NAME, json.dumps(facts, indent=2) + "\n")
-
-
-def records(output: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order of the steps."""
-    return [json.loads(line) for line in (output / LOG_NAME).read_text().splitlines()]
-
-
-def check_output(output: Path, *, resume: bool) -> None:
-    """Refuses to write over what is there.
-
-    Raises:
-        ValueError: the output is a file, or holds something and is not to be resumed.
-    """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output must be a folder, got the file {output}")
-    if not resume and output.exists() and any(output.iterdir()):
-        raise ValueError(
-            f"output must be a new or empty folder, got {output}; choose another one, or resume the run in it"
-        )
+    everyone.wait_for_everyone()
+    with begun(output, facts, resume=resume, main=arguments.should_save):
+        everyone.wait_for_everyone()
+        yield
 
 
 def gates_start(gates: str | Path | None) -> tuple[str, str] | None:
@@ -286,24 +305,26 @@ def shared_facts(model: PreTrainedModel | PeftModel, samples: Samples, config: R
         "config": asdict(config),
         "data": list(samples.corpus.sources),
         "data_hash": samples.corpus.fingerprint(),
+        "weights": _base_weights(model),
     }
 
 
-def check_same_run(facts: dict[str, Any], output: Path) -> None:
-    """Refuses to resume a run that was begun otherwise; a folder without a run is none.
+def _base_weights(model: PreTrainedModel | PeftModel) -> str | None:
+    """Fingerprint of the weights that a model was loaded from; None for one that was made in memory."""
+    from huggingface_hub import try_to_load_from_cache
 
-    Raises:
-        ValueError: what decides the run differs from what the folder says.
-    """
-    if not (output / RUN_NAME).exists():
-        return
-    before = json.loads((output / RUN_NAME).read_text())
-    now, then = (dict(f, **f["config"]) for f in (json.loads(json.dumps(facts)), before))
-    names = [name for name in now | then if name not in ("config", "data", *_FREE_TO_CHANGE)]
-    changed = [name for name in names if now.get(name) != then.get(name)]
-    if changed:
-        told = ", ".join(f"{name} was {then.get(name)} and is {now.get(name)}" for name in changed)
-        raise ValueError(f"a resumed run must be the one that was begun, got another: {told}")
+    from seerattn.eval.results import fingerprint
+
+    name = model.config.name_or_path
+    if not name or Path(name).is_dir():
+        return fingerprint(name) if name else None
+    try:
+        # Weights on the Hub can be replaced under the same name, but not those in a folder of a revision.
+        cached = try_to_load_from_cache(name, "config.json")
+    # It is no name on the Hub.
+    except ValueError:
+        return None
+    return fingerprint(Path(cached).parent) if isinstance(cached, str) else None
 
 
 def as_bytes(size: int) -> str:

@@ -7,16 +7,22 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from seerattn.eval.appending import Appended
 from seerattn.hf.distillation import GateLosses
 from seerattn.saving import staged, write_whole
+from seerattn.training.checkpoints import checkpoints, last_whole, step_of, write_manifest
 from seerattn.training.layer_loss import RECALL_DENSITIES, LayerLoss
+
+T = TypeVar("T")
 
 
 class RecordedTrainer(Trainer):
@@ -31,15 +37,17 @@ class RecordedTrainer(Trainer):
 
     # Values of a record that the progress bar shows.
     shown: tuple[str, ...] = ("loss",)
+    # What keeps a loss finite.
+    remedy = "a smaller lr"
 
     def __init__(self, *, log: Path, keep_checkpoints: int, tokens_per_step: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # The loss is a mean, not a sum over tokens: the Trainer divides it by the accumulation steps, also where a
         # batch has labels that it could count.
         self.model_accepts_loss_kwargs = False
-        self.keep_checkpoints = keep_checkpoints
+        self.keep_checkpoints, self.log_file = keep_checkpoints, log
         self._staging: Path | None = None
-        self.add_callback(_Recorder(self, log, tokens_per_step))
+        self.add_callback(_Recorder(self, tokens_per_step))
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_Bar(self.shown))
@@ -63,24 +71,73 @@ class RecordedTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
+    def train_from_last(self) -> None:
+        """Trains from the newest whole checkpoint on, or from the beginning.
+
+        Raises:
+            ValueError: weights are not finite in the end; the last checkpoint is whole.
+        """
+        # Each process must begin with the same one, and to read all of them is enough for the first.
+        last = _of_first(last_whole(Path(self.args.output_dir)) if self.args.should_save else None)
+        self.train(resume_from_checkpoint=None if last is None else str(last))
+        self._check_weights()
+
+    def stop(self, what: str, where: str, step: int) -> NoReturn:
+        """Ends the run for numbers that are not finite."""
+        raise ValueError(
+            f"{what} at step {step}, {where}; the run stopped and its last checkpoint is as it was; resuming repeats "
+            "the step on the same text, which helps after a fault of the machine alone, otherwise begin anew in "
+            f"another folder with {self.remedy} or with other text"
+        )
+
+    def _check_weights(self) -> None:
+        """Refuses to keep weights that the last step left without a meaning."""
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        first = first_not_finite([(name, p.detach()) for name, p in trained])
+        if first is not None:
+            self.stop("weights must be finite, got others", f"first seen in {first}", self.state.global_step)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Saves a checkpoint that appears under its name when all of it is written.
 
         Raises:
             OSError: it could not be written; earlier checkpoints are as they were.
+            ValueError: weights are not finite.
         """
+        self._check_weights()
         folder, main = Path(self.args.output_dir), self.args.should_save
-        with staged(folder, f"the checkpoint of step {self.state.global_step}", main=main) as staging:
-            self.accelerator.wait_for_everyone()
+        what = f"the checkpoint of step {self.state.global_step}"
+        with staged(folder, what, main=main, agree=_of_first) as staging:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
             self.accelerator.wait_for_everyone()
+            if main:
+                for checkpoint in checkpoints(staging):
+                    shutil.copyfile(self.log_file, checkpoint / self.log_file.name)
+                    write_manifest(checkpoint)
         if main:
-            for old in _checkpoints(folder)[: -self.keep_checkpoints]:
+            for old in checkpoints(folder)[: -self.keep_checkpoints]:
                 shutil.rmtree(old)
+
+
+def first_not_finite(named: list[tuple[str, Tensor]]) -> str | None:
+    """Name of the first tensor that is not finite on any process; all processes have to ask."""
+    broken = (i for i, (_, tensor) in enumerate(named) if not bool(_local(tensor).isfinite().all()))
+    first = min(gather_object([next(broken, len(named))]))
+    return None if first == len(named) else named[first][0]
+
+
+def _of_first(value: T) -> T:
+    """What the first process gives; all processes have to ask."""
+    return broadcast_object_list([value])[0]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class DistillTrainer(RecordedTrainer):
@@ -116,6 +173,26 @@ class DistillTrainer(RecordedTrainer):
         loss = outputs["loss"].to(self.args.device)
         return (loss, outputs) if return_outputs else loss
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """See `Trainer`.
+
+        Raises:
+            ValueError: a loss or a gradient is not finite on some process.
+        """
+        norm = super()._clip_grad_norm(model)
+        # The norm is over all processes, and so is known to each.
+        if not bool(torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)):
+            losses = [
+                (f"the gate's loss of layer {layer}", values["loss"])
+                for metrics in self.metrics[-self.args.gradient_accumulation_steps :]
+                for layer, values in metrics.items()
+            ]
+            named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+            where = first_not_finite(losses) or first_not_finite(named) or "their norm, which overflows"
+            step = self.state.global_step + 1
+            self.stop("losses and gradients must be finite, got others", f"first seen in {where}", step)
+        return norm
+
     def summarize(self, micro_batches: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Losses over all micro-batches since the last record, recalls over those of the last step."""
         metrics, self.metrics = self.metrics, []
@@ -129,29 +206,24 @@ class DistillTrainer(RecordedTrainer):
         return {"loss": loss, **dict(zip(names, numbers[len(layers) :]))}, {"layer_loss": layer_loss}
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a folder."""
-    return next(reversed(_checkpoints(folder)), None)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 class _Recorder(TrainerCallback):
     """Writes a record of the steps since the last one."""
 
-    def __init__(self, trainer: RecordedTrainer, log: Path, tokens_per_step: int) -> None:
-        self.trainer, self.log, self.tokens_per_step = trainer, log, tokens_per_step
+    def __init__(self, trainer: RecordedTrainer, tokens_per_step: int) -> None:
+        self.trainer, self.tokens_per_step = trainer, tokens_per_step
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.step, self.time = state.global_step, time.perf_counter()
         if state.is_world_process_zero:
-            trim_log(self.log, state.global_step)
+            folder, log = Path(args.output_dir), self.trainer.log_file
+            restore_log(log, folder / f"{PREFIX_CHECKPOINT_DIR}-{self.step}", self.step)
+            self.file = Appended(log)
+            size = log.stat().st_size if log.exists() else 0
+            self.file.begin(size=size, whole=size)
+            # Those that are damaged; the run goes over their steps once more.
+            for later in checkpoints(folder):
+                if step_of(later) > self.step:
+                    shutil.rmtree(later)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -173,7 +245,7 @@ class _Recorder(TrainerCallback):
         self.step, self.time = state.global_step, now
         self.trainer.log(dict(record))
         if state.is_world_process_zero:
-            _append_line(self.log, record | rest)
+            self.file.append((json.dumps(record | rest) + "\n").encode())
 
 
 class _Bar(ProgressCallback):
@@ -195,22 +267,20 @@ class _Bar(ProgressCallback):
             self.training_bar.set_postfix({name: f"{logs[name]:.4f}" for name in self.shown if name in logs})
 
 
-def trim_log(log: Path, step: int) -> None:
-    """Cuts the records after a step off, and a line that a kill left incomplete."""
+def restore_log(log: Path, checkpoint: Path, step: int) -> None:
+    """Makes the records those up to a step: what the checkpoint has of them, or where it has none the log itself."""
+    kept = checkpoint / log.name
+    if kept.exists():
+        write_whole(log, kept.read_text(encoding="utf-8"))
+        return
     if not log.exists():
         return
-    kept = []
-    for line in log.read_text().splitlines():
+    lines = []
+    for line in log.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
-        except ValueError:
+            of = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
             break
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    write_whole(log, "".join(kept))
-
-
-def _append_line(log: Path, record: dict[str, Any]) -> None:
-    """One write a line, so that a kill leaves at most the last one incomplete."""
-    with log.open("ab", buffering=0) as file:
-        file.write((json.dumps(record) + "\n").encode())
+        if of <= step:
+            lines.append(line + "\n")
+    write_whole(log, "".join(lines))

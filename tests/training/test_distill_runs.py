@@ -27,7 +27,7 @@ from seerattn.hf.distillation import GateLosses
 from seerattn.training.data import Corpus, collate
 from seerattn.training.distill import DistillConfig, distill, plan
 from seerattn.training.layer_loss import LayerLoss
-from seerattn.training.trainer import DistillTrainer, trim_log
+from seerattn.training.trainer import DistillTrainer, restore_log
 
 FORM = AttnGateConfig(block_q=32, block_k=32, query_subblocks=4, key_subblocks=2, init="normal")
 RUN = DistillConfig(
@@ -213,7 +213,7 @@ def test_run_that_is_killed_twice_and_resumed_matches_an_uninterrupted_one(
     _, errors = first.communicate()
     assert first.returncode == -signal.SIGKILL, errors
     assert [p.name for p in (output / "checkpoints").glob("checkpoint-*")] == ["checkpoint-4"]
-    assert list((output / "checkpoints").glob(".incomplete/checkpoint-8/optimizer.pt"))
+    assert list((output / "checkpoints").glob(".incomplete-*/checkpoint-8/optimizer.pt"))
     assert records(output)[-1]["step"] == 8
 
     # Killed from outside, whenever the resumed run has written its next record.
@@ -341,13 +341,18 @@ def test_resumed_run_rejects_another_config_and_another_text(folder: Path, tmp_p
         train(folder, output, short)
 
 
-def test_trim_log_keeps_whole_lines_up_to_a_step(tmp_path: Path) -> None:
-    log = tmp_path / "training.jsonl"
-    trim_log(log, 3)
+def test_log_is_what_the_checkpoint_has_of_it_or_its_whole_lines_up_to_a_step(tmp_path: Path) -> None:
+    log, checkpoint = tmp_path / "training.jsonl", tmp_path / "checkpoint-3"
+    restore_log(log, checkpoint, 3)
     assert not log.exists()
     log.write_text('{"step": 1}\n{"step": 3}\n{"step": 5}\n{"st')
-    trim_log(log, 3)
+    restore_log(log, checkpoint, 3)
     assert log.read_text() == '{"step": 1}\n{"step": 3}\n'
+    checkpoint.mkdir()
+    (checkpoint / "training.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    log.write_text("lost")
+    restore_log(log, checkpoint, 3)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_resumed_run_rejects_another_run_and_says_what_differs(
     with pytest.raises(ValueError, match="kind was None and is finetune"):
         other = folder / "distilled"
         other.mkdir()
-        (other / "run.json").write_text('{"config": {}}')
+        (other / "run.json").write_text('{"config": {}, "data_hash": ""}')
         train(folder, other, resume=True)
     with pytest.raises(ValueError, match="output must be a new or empty folder"):
         train(folder, uninterrupted)

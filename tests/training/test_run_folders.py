@@ -1,0 +1,351 @@
+"""Output folders of runs: what is refused, what is left behind, damaged checkpoints, kills at every step of a save."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_distill_runs import RUN, assert_same_result, records, train
+from tiny_corpus import write_documents, write_model
+from torch import nn
+
+from seerattn.training.checkpoints import last_whole
+from seerattn.training.distill import DistillConfig
+from seerattn.training.finetune import FinetuneConfig
+from seerattn.training.trainer import DistillTrainer
+
+SHORT = replace(RUN, steps=6, save_steps=2, keep_checkpoints=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its tokenizer and documents."""
+    folder = tmp_path_factory.mktemp("folders")
+    write_model(folder / "model")
+    write_documents(folder / "data.jsonl", 1200, 700, 300, 150)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    train(folder, folder / "uninterrupted", SHORT)
+    return folder / "uninterrupted"
+
+
+@pytest.fixture(scope="module")
+def stopped(folder: Path) -> Path:
+    """A run that was stopped before its gates were saved: its checkpoints are of the steps 4 and 6."""
+    output = folder / "stopped"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys.modules["seerattn.training.distill"], "get_model_state_dict", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(folder, output, SHORT)
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    return output
+
+
+@pytest.fixture
+def output(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped run."""
+    return Path(shutil.copytree(stopped, tmp_path / "out"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "run",
+    [None, "[]", "{}", '{"config": {"steps": 1}}', '{"config": [], "data_hash": "x"}', "[" * 100_000, "\udcff"],
+    ids=["none", "list", "empty", "other", "list of config", "deep", "no text"],
+)
+def test_folder_that_holds_no_run_is_not_resumed_and_left_as_it_is(
+    run: str | None, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "mine"
+    (output / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    (output / "checkpoints" / "checkpoint-3" / "optimizer.pt").write_text("mine")
+    (output / "README.md").write_text("mine")
+    (output / "training.jsonl").write_text("mine")
+    if run is not None:
+        (output / "run.json").write_text(run, errors="surrogateescape")
+    before = contents(output)
+    with pytest.raises(ValueError, match=r"^output must (be the folder of a run|hold what decided its run)"):
+        train(folder, output, SHORT, resume=True)
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "training.jsonl", "gates"])
+def test_file_of_somebody_in_the_place_of_a_result_is_not_overwritten(name: str, folder: Path, output: Path) -> None:
+    path = output / name
+    path.unlink(missing_ok=True)
+    if name == "gates":
+        path.mkdir()
+        path = path / "README.md"
+    path.write_text('{"mine": 1}')
+    before = contents(output)
+    with pytest.raises(ValueError, match=f"^output must hold nothing in the place of .*, got .*{name}"):
+        train(folder, output, SHORT, resume=True)
+    assert contents(output) == before
+
+
+def test_files_of_somebody_beside_a_run_are_kept(folder: Path, uninterrupted: Path, output: Path) -> None:
+    theirs = [
+        output / "notes.txt",
+        output / "checkpoints" / "notes.txt",
+        output / "checkpoints" / "checkpoint-best.txt",
+    ]
+    theirs.append(output / "checkpoints" / "checkpoint-best" / "weights")
+    theirs[-1].parent.mkdir()
+    for path in theirs:
+        path.write_text("mine")
+    train(folder, output, SHORT, resume=True)
+    assert all(path.read_text() == "mine" for path in theirs)
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        "checkpoint-best",
+        "checkpoint-best.txt",
+        "notes.txt",
+    ]
+    name = "adapter_model.safetensors"
+    assert (output / name).read_bytes() == (uninterrupted / name).read_bytes()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("harm", [cut, flip, empty, Path.unlink])
+def test_checkpoint_is_not_whole_whatever_is_wrong_with_whichever_file(
+    harm: Callable[[Path], None], output: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = output / "checkpoints"
+    newest = checkpoints / "checkpoint-6"
+    assert last_whole(checkpoints) == newest and not caplog.records
+    names = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
+    needed = {"optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "adapter_model.safetensors"}
+    assert needed | {"training.jsonl", "manifest.json"} <= names
+    for name in sorted(names):
+        before = (newest / name).read_bytes()
+        caplog.clear()
+        harm(newest / name)
+        # Without a manifest it is one of an earlier version, of which less is known.
+        if (name, harm) != ("manifest.json", Path.unlink):
+            assert last_whole(checkpoints) == checkpoints / "checkpoint-4"
+            assert f"{newest} is left out" in caplog.text and name in caplog.text
+            assert "the run goes on from checkpoint-4" in caplog.text
+        (newest / name).write_bytes(before)
+    assert last_whole(checkpoints) == newest
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
+def test_checkpoint_of_an_earlier_version_needs_what_a_run_cannot_go_on_without(name: str, output: Path) -> None:
+    newest = output / "checkpoints" / "checkpoint-6"
+    (newest / "manifest.json").unlink()
+    (newest / name).unlink()
+    assert last_whole(output / "checkpoints") == output / "checkpoints" / "checkpoint-4"
+
+
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_run_goes_on_from_the_last_whole_checkpoint_or_begins_anew(
+    damaged: int, folder: Path, uninterrupted: Path, output: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (6, 4)[:damaged]:
+        cut(output / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt")
+    # The records of the steps that are done again, and of none that is not.
+    (output / "training.jsonl").write_text('{"step": 1, "loss": 0.5}\nnonsense\n')
+    train(folder, output, SHORT, resume=True)
+    assert_same_result(output, uninterrupted)
+    assert ("goes on from checkpoint-4" if damaged == 1 else "no checkpoint of the run is whole") in caplog.text
+
+
+def test_run_on_replaced_weights_is_not_resumed(folder: Path, output: Path, uninterrupted: Path) -> None:
+    weights = folder / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    try:
+        state = load_file(weights)
+        state["model.layers.0.mlp.up_proj.weight"] += 1
+        save_file(state, weights, metadata={"format": "pt"})
+        kept = contents(output)
+        with pytest.raises(ValueError, match=r"another: weights was .{16} and is "):
+            train(folder, output, SHORT, resume=True)
+        assert contents(output) == kept
+    finally:
+        weights.write_bytes(before)
+    # Runs of earlier versions do not say what they were begun on.
+    run = json.loads((output / "run.json").read_text())
+    del run["weights"]
+    (output / "run.json").write_text(json.dumps(run))
+    train(folder, output, SHORT, resume=True)
+    assert_same_result(output, uninterrupted)
+
+
+@pytest.mark.parametrize("at_the_end", [False, True], ids=["in a step", "in the last step"])
+def test_gates_that_are_not_finite_are_never_saved(at_the_end: bool, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    # After the first step the rate of the second one leaves nothing finite: seen by a loss, or by nothing any more.
+    config = replace(SHORT, steps=2 if at_the_end else 6, save_steps=1, logging_steps=1, warmup_steps=1, lr=3e38)
+    with pytest.raises(ValueError, match=r"must be finite, got others at step [23], first seen in .*; the run stopped"):
+        train(folder, output, config)
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["checkpoint-1"]
+    state = load_file(last_whole(output / "checkpoints") / "adapter_model.safetensors")
+    assert all(bool(weight.isfinite().all()) for weight in state.values())
+    assert {path.name for path in output.iterdir()} == {"checkpoints", "run.json", "training.jsonl"}
+    assert all(torch.isfinite(torch.tensor(record["loss"])) for record in records(output))
+
+
+def test_run_that_fails_before_its_first_record_leaves_nothing(
+    folder: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for output in (tmp_path / "new", tmp_path / "empty"):
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+
+            def fail(*_: Any) -> None:
+                raise MemoryError
+
+            patched.setattr(DistillTrainer, "training_step", fail)
+            train(folder, output, SHORT)
+        assert output.exists() == (output.name == "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+    train(folder, tmp_path / "new", SHORT)
+    assert_same_result(tmp_path / "new", uninterrupted)
+
+
+def test_record_that_cannot_be_written_stops_the_run_and_none_is_lost(
+    folder: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = DistillTrainer._save_checkpoint
+
+    def save_and_fill_the_disk(self: DistillTrainer, model: nn.Module, trial: Any) -> None:
+        save(self, model, trial)
+        # Room for a piece of the next record.
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((output / "training.jsonl").stat().st_size + 20, limits[1]))
+
+    monkeypatch.setattr(DistillTrainer, "_save_checkpoint", save_and_fill_the_disk)
+    try:
+        with pytest.raises(OSError, match=r"training\.jsonl"):
+            train(folder, output, SHORT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    assert records(output) == records(uninterrupted)[:2]
+    train(folder, output, SHORT, resume=True)
+    assert_same_result(output, uninterrupted)
+
+
+HELD = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import test_run_folders as here
+import seerattn.training.trainer as trainer
+from seerattn.training import output as outputs
+calls = 0
+def die(function, number, after=True):
+    def dying(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == number and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = function(*arguments, **options)
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+    return dying
+{patch}
+here.train(Path({folder!r}), Path({output!r}), here.SHORT, resume=True)
+"""
+# Where a run is killed, and the newest whole checkpoint that it leaves.
+KILLS = {
+    "before it wrote anything": ("outputs.write_whole = die(outputs.write_whole, 1, after=False)", None),
+    "right after it had begun": ("outputs.write_whole = die(outputs.write_whole, 1)", None),
+    "before a manifest": ("trainer.write_manifest = die(trainer.write_manifest, 2, after=False)", 2),
+    "before a checkpoint is moved": ("trainer.write_manifest = die(trainer.write_manifest, 2)", 2),
+    "in the deletion of an old checkpoint": (
+        "def half(folder):\n    (folder / 'optimizer.pt').unlink()\ntrainer.shutil.rmtree = die(half, 1)",
+        6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_run_that_is_killed_while_it_saves_is_resumed_as_if_nothing_had_been(
+    name: str, folder: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    patch, newest = KILLS[name]
+    output, tests = tmp_path / "out", Path(__file__).parents[1]
+    code = HELD.format(paths=[str(tests), str(tests / "training")], patch=patch, folder=str(folder), output=str(output))
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    last = last_whole(output / "checkpoints")
+    assert (None if last is None else last.name) == (newest and f"checkpoint-{newest}")
+    # The lock of the dead process keeps nobody out.
+    assert (output / "run.lock").exists()
+    train(folder, output, SHORT, resume=True)
+    assert_same_result(output, uninterrupted)
+
+
+def test_run_that_was_killed_before_it_wrote_anything_can_be_begun_again(
+    folder: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.lock").write_text("1 on some machine\n")
+    (tmp_path / "out" / ".incomplete-machine-1-abcd1234").mkdir()
+    train(folder, tmp_path / "out", SHORT)
+    assert_same_result(tmp_path / "out", uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
+        ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
+        ({"steps": True}, "steps must be a whole number, got True"),
+        ({"context": "256"}, "context must be a whole number, got '256'"),
+        ({"steps": 10**18, "batch_size": 100}, "steps x batch_size x context must be at most"),
+        ({"steps": 10**30}, "steps must be at most"),
+        ({"report_to": "nosuch"}, "report_to must be none or a tracker that is installed here, among .*, got 'nosuch'"),
+        ({"report_to": "wandb"}, "report_to must be none or a tracker that is installed here, among .*, got 'wandb'"),
+    ],
+)
+@pytest.mark.parametrize("kind", [DistillConfig, FinetuneConfig])
+def test_config_refuses_what_the_trainer_would_refuse_later(
+    kind: type, values: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        kind(**{"context": 256, "steps": 10} | values)
+
+
+def test_messages_are_shown_to_who_has_set_up_no_logging(output: Path, capfd: pytest.CaptureFixture) -> None:
+    cut(output / "checkpoints" / "checkpoint-6" / "optimizer.pt")
+    code = "import sys, pathlib\nfrom seerattn.training.checkpoints import *\nlast_whole(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, output / "checkpoints"], check=True)
+    assert "the run goes on from checkpoint-4" in capfd.readouterr().err
+    assert logging.getLogger("seerattn").handlers == []
