@@ -6,7 +6,7 @@ un-rotates, runs `AttnGate` and lets the policy choose.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -48,9 +48,9 @@ class GateSelector:
         if module.__name__ != __name__:
             if context.rotary is None:
                 q, k = context.unrotate(q, start), context.unrotate(k, 0)
-            return gate_scores.select_blocks(q, k, self.gate, rule, rotary)
+            return gate_scores.select_blocks(q, k, self.gate, rule, rotary, call_frequencies(self.gate, context))
         # Not a call: FSDP's hooks would gather the gate once a document, and processes with other documents would hang.
-        scores = self.gate.forward(context.unrotate(q, start), context.unrotate(k, 0))
+        scores = self.gate.forward(*pooled_inputs(self.gate, q, k, context, "reference"))
         return self.policy.select(
             scores,
             q_start=start,
@@ -62,20 +62,28 @@ class GateSelector:
         )
 
 
+def call_frequencies(gate: AttnGate, context: AttentionContext) -> Tensor | None:
+    """Frequencies at which a gate rotates in a call, where they are not its own."""
+    if context.frequencies is None or not gate.config.rope:
+        return None
+    return context.frequencies(gate.gate_dim)
+
+
 def pooled_inputs(
     gate: AttnGate, q: Tensor, k: Tensor, context: AttentionContext, impl: str = "auto"
 ) -> tuple[Pooled, Pooled]:
-    """What a gate takes of q and k after RoPE, un-rotated and pooled, without a graph.
+    """What a gate takes of q and k after RoPE, un-rotated and pooled, without a graph, with the call's frequencies.
 
     The fused kernel reads each once and never holds it in fp32. Where pooling is learned, single un-rotated tokens in
     fp32 are handed on instead, as what is learned needs its gradient.
     """
-    c = gate.config
+    c, inv_freq = gate.config, call_frequencies(gate, context)
 
     def side(x: Tensor, start: int, size: int, kinds: tuple[str, ...]) -> Pooled:
         if "salient" in kinds:
             size, kinds = 1, ("avg",)
-        return pool(x, context, start=start, size=size, kinds=kinds, impl=impl)
+        pooled = pool(x, context, start=start, size=size, kinds=kinds, impl=impl)
+        return replace(pooled, inv_freq=inv_freq)
 
     return side(q, k.shape[2] - q.shape[2], c.q_size, c.q_pooling), side(k, 0, c.k_size, c.k_pooling)
 

@@ -65,19 +65,33 @@ SUPPORTED = {
     "smollm3": (tf.SmolLM3Config, WIDE | {"no_rope_layers": [1, 0]}),
     "gpt-oss": (tf.GptOssConfig, SIZES | HYBRID | MOE),
 }
+FULL = {"layer_types": ["full_attention", "full_attention"]}
 # Further layouts of the rotary embedding: a part of the channels, interleaved pairs, tables per layer type.
 ROTARY = {
     "phi": (tf.PhiConfig, WIDE),
     "glm": (tf.GlmConfig, SIZES | {"partial_rotary_factor": 0.5}),
     "cohere": (tf.CohereConfig, WIDE),
     "gemma3": (tf.Gemma3TextConfig, SIZES | HYBRID),
+    "stablelm": (tf.StableLmConfig, WIDE),
+    "nemotron": (tf.NemotronConfig, SIZES),
+    "glm4": (tf.Glm4Config, SIZES | {"partial_rotary_factor": 0.5}),
+    "ernie4.5": (tf.Ernie4_5Config, SIZES),
+    "bamba": (tf.BambaConfig, WIDE | {"attn_layer_indices": [0, 1], "mamba_n_heads": 4, "mamba_d_head": 64}),
+    "qwen3-next": (
+        tf.Qwen3NextConfig,
+        SIZES | FULL | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
+    ),
+    "qwen3.5": (tf.Qwen3_5TextConfig, SIZES | FULL),
+    "gpt-neox": (tf.GPTNeoXConfig, {key: value for key, value in WIDE.items() if key != "num_key_value_heads"}),
+    "gpt2": (
+        tf.GPT2Config,
+        {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 97, "bos_token_id": 1, "eos_token_id": None},
+    ),
 }
 REFUSED = {
     "mla": (tf.DeepseekV3Config, WIDE | MLA | {"qk_nope_head_dim": 32, "v_head_dim": 32}),
     "mla-equal-widths": (tf.DeepseekV3Config, WIDE | MLA | {"qk_nope_head_dim": 16, "v_head_dim": 32}),
     "llama4": (tf.Llama4TextConfig, SIZES | MOE | {"intermediate_size_mlp": 64, "moe_layers": []}),
-    "gpt-neox": (tf.GPTNeoXConfig, {key: value for key, value in WIDE.items() if key != "num_key_value_heads"}),
-    "gpt2": (tf.GPT2Config, {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 97, "bos_token_id": 1}),
     "bloom": (tf.BloomConfig, {"hidden_size": 64, "n_layer": 2, "n_head": 2, "vocab_size": 97}),
     "all-sliding": (tf.MistralConfig, SIZES | {"sliding_window": 64}),
     "t5": (tf.T5Config, {"d_model": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2, "d_ff": 32, "vocab_size": 97}),

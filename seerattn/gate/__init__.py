@@ -2,3 +2,4 @@
 
 from seerattn.gate.attn_gate import AttnGate as AttnGate
 from seerattn.gate.config import AttnGateConfig as AttnGateConfig
+from seerattn.gate.rope import Pairing as Pairing

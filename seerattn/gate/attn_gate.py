@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seerattn.gate.config import AttnGateConfig
 from seerattn.gate.pooling import Pooled, pool_blocks
-from seerattn.gate.rope import block_positions, rotate
+from seerattn.gate.rope import Pairing, block_positions, rotate
 
 # Sub-block scores held at once, in elements. Larger problems are walked in strips of query blocks, each against its
 # causal prefix only, which also halves the work.
@@ -36,6 +36,8 @@ class AttnGate(nn.Module):
         head_dim: ``D``.
         inv_freq: fp32 ``[DG / 2]``, rotation frequencies of the base model at the width of the gate. Needed if
             ``config.rope``; it belongs to the model and is not saved with the gate.
+        pairing: which channels the base model rotates together, at the width of the gate; by default the halves of
+            all of them, as the Llama family does. It belongs to the model as well.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class AttnGate(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         inv_freq: Tensor | None = None,
+        pairing: Pairing | None = None,
     ) -> None:
         super().__init__()
         if num_heads % num_kv_heads:
@@ -56,7 +59,10 @@ class AttnGate(nn.Module):
         if config.rope and (inv_freq is None or inv_freq.shape != (gate_dim // 2,)):
             got = None if inv_freq is None else list(inv_freq.shape)
             raise ValueError(f"inv_freq must be [{gate_dim // 2}] for a gate with RoPE, got {got}")
-        self.config = config
+        pairing = pairing or Pairing(gate_dim)
+        if pairing.width % 2 or not 2 <= pairing.width <= gate_dim:
+            raise ValueError(f"pairing must rotate an even number of 2 to {gate_dim} channels, got {pairing.width}")
+        self.config, self.pairing = config, pairing
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.gate_dim = head_dim, gate_dim
         self.group = num_heads // num_kv_heads
@@ -132,13 +138,13 @@ class AttnGate(nn.Module):
             pooled = pooled.transpose(2, 3).reshape(batch, self.num_kv_heads, windows, self.group * width)
         if self.q_weight is not None:
             pooled = pooled @ self.q_weight
-        return self._place(self.q_norm(pooled), positions)
+        return self._place(self.q_norm(pooled), positions, q.inv_freq)
 
     def gate_keys(self, k: Tensor | Pooled, start: int = 0) -> Tensor:
         """Projects keys to ``[B, h, Wk, DG]``; arguments are those of `gate_queries`, with ``HKV`` heads.
 
-        Keys of finished sub-blocks never change, so a caller may cache them. ``h`` is ``HKV``, or ``H`` for a gate
-        without a q linear.
+        Keys of finished sub-blocks never change, so a caller may cache them, as long as the model's frequencies stay.
+        ``h`` is ``HKV``, or ``H`` for a gate without a q linear.
         """
         c = self.config
         k = self._pooled(k, start, c.k_size, c.k_pooling, self.k_salience)
@@ -146,23 +152,26 @@ class AttnGate(nn.Module):
         if self.k_weight.shape[0] != self.num_kv_heads:
             pooled = pooled.repeat_interleave(self.group, dim=1)
         positions = block_positions(k.start, pooled.shape[2], c.k_size, pooled.device)
-        return self._place(self.k_norm(pooled @ self.k_weight), positions)
+        return self._place(self.k_norm(pooled @ self.k_weight), positions, k.inv_freq)
 
     def _pooled(
         self, x: Tensor | Pooled, start: int, size: int, kinds: tuple[str, ...], salience: Tensor | None
     ) -> Pooled:
+        inv_freq = None
         if isinstance(x, Pooled):
             # Where a window is one token, learned pooling runs all the same, so that its gradient is zero, not missing.
             if x.size == size and (salience is None or size > 1):
                 return x
             if x.size != 1:
                 raise ValueError(f"pooled tokens must come in windows of {size} tokens or 1, got {x.size}")
-            x, start = x.features, x.start
+            x, start, inv_freq = x.features, x.start, x.inv_freq
         features = pool_blocks(x, size=size, start=start, kinds=kinds, salience=salience)
-        return Pooled(features, size, start, x.shape[2])
+        return Pooled(features, size, start, x.shape[2], inv_freq)
 
-    def _place(self, x: Tensor, positions: Tensor) -> Tensor:
-        return x if self.inv_freq is None else rotate(x, positions, self.inv_freq)
+    def _place(self, x: Tensor, positions: Tensor, inv_freq: Tensor | None) -> Tensor:
+        if self.inv_freq is None:
+            return x
+        return rotate(x, positions, self.inv_freq if inv_freq is None else inv_freq, self.pairing)
 
     def _windows(self, rows: Tensor, length: int) -> Tensor:
         """Numbers of the query sub-blocks of some query blocks of ``length`` tokens, on the host."""

@@ -21,17 +21,20 @@ class Pooled:
         size: window length in tokens.
         start: position of the first token.
         length: number of tokens.
+        inv_freq: fp32 ``[DG / 2]``, frequencies of the call at the width of the gate, where the model changes its own
+            with the length of a call; None are those that the gate was made with.
     """
 
     features: Tensor
     size: int
     start: int
     length: int
+    inv_freq: Tensor | None = None
 
     def cut(self, row: int, begin: int, end: int) -> Pooled:
         """Tokens ``begin .. end`` of one batch row, as a text of their own; both on window boundaries or at an end."""
         windows = slice(begin // self.size, -(-end // self.size))
-        return Pooled(self.features[row : row + 1, :, windows], self.size, 0, end - begin)
+        return Pooled(self.features[row : row + 1, :, windows], self.size, 0, end - begin, self.inv_freq)
 
 
 def pool_blocks(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...], salience: Tensor | None = None) -> Tensor:

@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """Rotates the halves of ``x`` as the Llama family does (pairs ``(i, i + DG / 2)``).
+@dataclass(frozen=True)
+class Pairing:
+    """Which channels of a vector rotate with which, as the base model pairs them.
 
-    The attention factor of YaRN and LongRoPE is left out: a scale of the gate's scores is its own to learn.
+    Attributes:
+        width: leading channels that are rotated, an even number; those after it are paired as halves of their own,
+            which the model's frequencies leave as they are.
+        interleaved: whether channel ``2 i`` rotates with ``2 i + 1``; otherwise ``i`` with ``i + width / 2``.
+    """
+
+    width: int
+    interleaved: bool = False
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second channels of all pairs of ``x [..., DG]``, each ``[..., DG / 2]``."""
+        turned, rest = x[..., : self.width], x[..., self.width :]
+        if self.interleaved:
+            first, second = turned[..., ::2], turned[..., 1::2]
+        else:
+            first, second = turned.chunk(2, dim=-1)
+        if not rest.shape[-1]:
+            return first, second
+        return tuple(torch.cat(parts, dim=-1) for parts in zip((first, second), rest.chunk(2, dim=-1)))
+
+
+def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, pairing: Pairing) -> Tensor:
+    """Rotates pairs of channels, and puts the first ones of all pairs before the second ones.
+
+    The order is one that queries and keys share, so their products do not see it. Where the model's pairs are halves it
+    is that of ``x``. The attention factor of YaRN and LongRoPE is left out: a scale of the gate's scores is its own to
+    learn.
 
     Args:
         x: fp32 ``[B, H, N, DG]``.
         positions: ``[N]``, token positions.
-        inv_freq: fp32 ``[DG / 2]``, the base model's frequencies at width ``DG``.
+        inv_freq: fp32 ``[DG / 2]``, the base model's frequencies at width ``DG``, one a pair.
+        pairing: the base model's pairs at width ``DG``.
     """
     angle = positions.to(torch.float32)[:, None] * inv_freq
     cos, sin = angle.cos(), angle.sin()
-    first, second = x.chunk(2, dim=-1)
+    first, second = pairing.split(x)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 

@@ -42,6 +42,8 @@ class AttentionContext:
         unrotate: maps ``(x [B, h, n, D], start)`` - post-RoPE vectors of the tokens at positions
             ``start .. start + n`` - to the vectors before RoPE, fp32. The identity where the layer has no RoPE.
         rotary: the same as tables, or None where only `unrotate` knows how.
+        frequencies: maps a gate's width to the rotation frequencies of this call, fp32 ``[DG / 2]`` on the device of q;
+            None where a gate's own hold for calls of every length.
     """
 
     layer: int
@@ -50,6 +52,7 @@ class AttentionContext:
     unrotate: Callable[[Tensor, int], Tensor]
     sinks: Tensor | None = None
     rotary: RotaryTables | None = None
+    frequencies: Callable[[int], Tensor] | None = None
 
     @property
     def logits(self) -> dict[str, Any]:

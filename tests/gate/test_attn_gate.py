@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.gate import AttnGate, AttnGateConfig, Pairing
 from seerattn.gate import attn_gate as module
 from seerattn.gate.attn_gate import parameter_count
 from seerattn.gate.pooling import Pooled, pool_blocks
@@ -16,10 +17,12 @@ D, H, HKV = 16, 4, 2
 INV_FREQ = 10_000.0 ** -(torch.arange(D // 2) / (D // 2))
 
 
-def make(config: AttnGateConfig, seed: int = 0) -> AttnGate:
+def make(config: AttnGateConfig, seed: int = 0, pairing: Pairing | None = None) -> AttnGate:
     torch.manual_seed(seed)
     inv_freq = INV_FREQ if config.gate_dim is None else 10_000.0 ** -(torch.arange(config.gate_dim // 2) / 4)
-    gate = AttnGate(config, num_heads=H, num_kv_heads=HKV, head_dim=D, inv_freq=inv_freq)
+    if pairing is not None:  # the model has no frequencies for channels beyond
+        inv_freq = inv_freq * (torch.arange(len(inv_freq)) < pairing.width // 2)
+    gate = AttnGate(config, num_heads=H, num_kv_heads=HKV, head_dim=D, inv_freq=inv_freq, pairing=pairing)
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.normal_(0, 0.3)
@@ -29,6 +32,12 @@ def make(config: AttnGateConfig, seed: int = 0) -> AttnGate:
 def qk(length: int, keys: int | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     return torch.randn(2, H, length, D, generator=g), torch.randn(2, HKV, keys or length, D, generator=g)
+
+
+def turning(gate: AttnGate) -> list[tuple[int, int]]:
+    """Channels that rotate together, in the order of their frequencies."""
+    half = gate.pairing.width // 2
+    return [(2 * i, 2 * i + 1) if gate.pairing.interleaved else (i, i + half) for i in range(half)]
 
 
 def oracle(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
@@ -54,9 +63,11 @@ def oracle(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
             x = x / (x.square().mean() + 1e-6).sqrt() * norm.weight.double()
         if not c.rope:
             return x
-        angle = position * gate.inv_freq.double()
-        a, b = x.chunk(2)
-        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
+        out = x.clone()
+        for (i, j), frequency in zip(turning(gate), gate.inv_freq.tolist()):
+            cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+            out[i], out[j] = x[i] * cos - x[j] * sin, x[j] * cos + x[i] * sin
+        return out
 
     batch, group = q.shape[0], H // HKV
     num_q = (start + q.shape[2] - 1) // c.block_q - start // c.block_q + 1
@@ -124,7 +135,19 @@ def hand_on(gate: AttnGate, q: Tensor, k: Tensor, row_starts: int = 0) -> tuple[
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(("length", "keys"), [(1, 1), (31, 31), (100, 100), (33, 100), (70, 131), (1, 65)])
 def test_scores_match_a_written_out_fp64_loop(name: str, length: int, keys: int) -> None:
-    gate = make(FORMS[name])
+    assert_matches_oracle(make(FORMS[name]), length, keys)
+
+
+@pytest.mark.parametrize("name", ["paper", "default", "group", "max-min-narrow", "salient-keys", "norm"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("share", [0.5, 0.75, 1.0])
+def test_scores_match_the_loop_for_all_pairs_of_channels(name: str, interleaved: bool, share: float) -> None:
+    config = replace(FORMS["paper"], qk_norm=True) if name == "norm" else FORMS[name]
+    pairing = Pairing(int((config.gate_dim or D) * share) // 2 * 2, interleaved)
+    assert_matches_oracle(make(config, pairing=pairing), 70, 131)
+
+
+def assert_matches_oracle(gate: AttnGate, length: int, keys: int) -> None:
     q, k = (x[:1] for x in qk(length, keys))
     expected, got = oracle(gate, q, k), gate(q, k)
     assert got.dtype == torch.float32
@@ -247,6 +270,23 @@ def test_config_rejects_unknown_fields() -> None:
         AttnGateConfig.from_dict({"block": 64})
     with pytest.raises(ValueError, match=r"unknown \[3, 'block', None\]"):
         AttnGateConfig.from_dict({3: 1, "block": 64, None: 2})
+
+
+def test_pooled_frequencies_of_a_call_take_the_place_of_the_gates_own() -> None:
+    gate, other = make(FORMS["salient"]), make(FORMS["salient"])
+    other.inv_freq = 0.3 * INV_FREQ
+    q, k = qk(150)
+    of_call = [replace(x, inv_freq=0.3 * INV_FREQ) for x in hand_on(gate, q, k)]
+    assert torch.equal(gate(*of_call), other(q, k))
+    assert not torch.allclose(gate(*of_call), gate(q, k))
+    cut = gate(*(x.cut(1, 64, 150) for x in of_call))
+    torch.testing.assert_close(cut, other(q[1:, :, 64:], k[1:, :, 64:]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [0, 7, 18])
+def test_gate_rejects_pairs_that_it_does_not_have(width: int) -> None:
+    with pytest.raises(ValueError, match=f"pairing must rotate an even number of 2 to 16 channels, got {width}"):
+        make(FORMS["paper"], pairing=Pairing(width))
 
 
 def test_gate_rejects_missing_frequencies_and_a_query_without_its_key() -> None:

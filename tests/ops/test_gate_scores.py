@@ -10,7 +10,7 @@ from torch import Tensor
 from seerattn.bench.check import GATE_TOKENS, check_selection
 from seerattn.bench.inputs import Shape
 from seerattn.bench.model import gate_form, layer_context, random_gate, rotary_tables
-from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.gate import AttnGate, AttnGateConfig, Pairing
 from seerattn.gate_selector import GateSelector, pool
 from seerattn.ops.gate_scores import triton_pool, triton_select
 from seerattn.selection import (
@@ -78,11 +78,16 @@ def make_context(
     return AttentionContext(layer=0, scale=1.0, softcap=None, unrotate=unrotate, rotary=tables)
 
 
-def make_gate(config: AttnGateConfig, heads: int = 4, kv_heads: int = 2, dim: int = D, seed: int = 0) -> AttnGate:
+def make_gate(
+    config: AttnGateConfig, heads: int = 4, kv_heads: int = 2, dim: int = D, seed: int = 0,
+    pairing: Pairing | None = None,
+) -> AttnGate:  # fmt: skip
     torch.manual_seed(seed)
     gate_dim = config.gate_dim or dim
-    inv_freq = 1000.0 ** -(torch.arange(gate_dim // 2) / (gate_dim // 2))
-    gate = AttnGate(config, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, inv_freq=inv_freq)
+    pairs = gate_dim // 2 if pairing is None else pairing.width // 2
+    inv_freq = 1000.0 ** -(torch.arange(gate_dim // 2) / pairs) * (torch.arange(gate_dim // 2) < pairs)
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim}
+    gate = AttnGate(config, **sizes, inv_freq=inv_freq, pairing=pairing)
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.normal_(0, 0.3)
@@ -308,6 +313,58 @@ def test_choice_of_salient_gates_matches_fp64(form: str) -> None:
 def test_choice_matches_the_torch_modules_for_other_rotations(name: str) -> None:
     q, k = make_qk(70, 150)
     assert_equal(*both(make_gate(PAPER), TopK(density=0.5), q, k, make_context(150, **ROTATIONS[name])))
+
+
+PAIRED_FORMS = {
+    "paper": PAPER,
+    "paper-norm": replace(PAPER, qk_norm=True),
+    "salient-unprojected": FORMS["salient-unprojected"],
+    "max": FORMS["max"],
+    "group-norm": replace(FORMS["group"], qk_norm=True),
+    "salient": FORMS["salient"],
+    "no-rope": replace(PAPER, rope=False),
+}
+
+
+@pytest.mark.parametrize("form", PAIRED_FORMS)
+@pytest.mark.parametrize("rotation", ["interleaved", "part", "part-interleaved"])
+def test_choice_matches_the_torch_modules_for_all_pairs_of_channels(rotation: str, form: str) -> None:
+    """Those of the gate are those of the model; a gate of 12 channels has all or 8 of them turn."""
+    config, model = PAIRED_FORMS[form], ROTATIONS[rotation]
+    share = model.get("width", D) / D
+    pairing = Pairing({1.0: config.gate_dim or D, 0.5: 8 if config.gate_dim else 16}[share], "interleaved" in model)
+    gate, context = make_gate(config, pairing=pairing), make_context(330, **model)
+    q, k = make_qk(200, 330, batch=2)
+    blocks = both(gate, TokenBudget(tokens=5 * 32), q, k, context)
+    assert_equal(*blocks)
+    plain = make_gate(config)
+    if config.rope:
+        assert not torch.equal(both(plain, TokenBudget(tokens=5 * 32), q, k, context)[0].indices, blocks[0].indices)
+
+
+@pytest.mark.parametrize("width", [80, 20])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_choice_of_unprojected_queries_matches_torch_where_halves_are_no_power_of_two(
+    width: int, interleaved: bool
+) -> None:
+    gate = make_gate(PAPER, dim=80, pairing=Pairing(width, interleaved))
+    q, k = make_qk(200, 200, dim=80)
+    context = make_context(200, width=width, interleaved=interleaved, column_step=1 + interleaved)
+    assert_equal(*both(gate, TokenBudget(tokens=3 * 32), q, k, context))
+
+
+@pytest.mark.parametrize("name", ["paper", "queries"])
+def test_frequencies_of_a_call_take_the_place_of_the_gates_own(name: str) -> None:
+    gate, other = make_gate(FORMS[name]), make_gate(FORMS[name])
+    other.inv_freq.mul_(0.3)
+    q, k = make_qk(200, 330)
+    context = make_context(330)
+    of_call = replace(context, frequencies=lambda width: 0.3 * gate.inv_freq)
+    policy = TokenBudget(tokens=5 * 32)
+    expected, got = both(other, policy, q, k, context), both(gate, policy, q, k, of_call)
+    assert_equal(expected[0], got[0])
+    assert_equal(expected[0], got[1])
+    assert not torch.equal(both(gate, policy, q, k, context)[0].indices, got[0].indices)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,13 @@ class GateForm(Protocol):
     k_size: int
 
 
+class Pairs(Protocol):
+    """Which channels of gate vectors rotate together; see `seerattn.gate.Pairing`, which fits."""
+
+    width: int
+    interleaved: bool
+
+
 class Gate(Protocol):
     """A gate with its weights; see `seerattn.gate.AttnGate`, which fits."""
 
@@ -46,6 +53,7 @@ class Gate(Protocol):
     q_norm: nn.Module
     k_norm: nn.Module
     inv_freq: Tensor | None
+    pairing: Pairs
     mask_heads: int
     gate_dim: int
 
@@ -81,7 +89,9 @@ class Rule:
     forced_scored: bool = True
 
 
-def select_blocks(q: Tensor, k: Tensor, gate: Gate, rule: Rule, rotary: Rotary) -> BlockIndices:
+def select_blocks(
+    q: Tensor, k: Tensor, gate: Gate, rule: Rule, rotary: Rotary, inv_freq: Tensor | None = None
+) -> BlockIndices:
     """Scores the blocks of one unpadded call with a gate and chooses some (arXiv 2410.13276, section 3).
 
     One pass over q and k un-rotates, pools, projects and rotates; a second kernel multiplies, reduces to blocks and
@@ -93,6 +103,7 @@ def select_blocks(q: Tensor, k: Tensor, gate: Gate, rule: Rule, rotary: Rotary) 
         gate: the gate of the layer.
         rule: what to keep.
         rotary: tables of the positions ``0 .. S``.
+        inv_freq: fp32 ``[DG / 2]``, frequencies of this call in place of the gate's own.
 
     Returns:
         Lists of ``gate.mask_heads`` heads.
@@ -105,7 +116,7 @@ def select_blocks(q: Tensor, k: Tensor, gate: Gate, rule: Rule, rotary: Rotary) 
     if isinstance(rule.knob, tuple) and len(rule.knob) != heads:
         raise ValueError(f"a knob per head must have {heads} values a layer, got {len(rule.knob)}")
     module = implementation("gate_scores", "triton", q.device, q, k, gate, rule, rotary)
-    return module.select_blocks(q, k, gate, rule, rotary)
+    return module.select_blocks(q, k, gate, rule, rotary, inv_freq)
 
 
 def pool_windows(

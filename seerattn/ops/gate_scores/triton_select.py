@@ -103,7 +103,13 @@ def refusal(q: Tensor, k: Tensor, gate: Gate, rule: Rule | None, rotary: Rotary)
 
 @torch.no_grad()
 def select_blocks(
-    q: Tensor, k: Tensor, gate: Gate, rule: Rule, rotary: Rotary, launch: Launch | None = None
+    q: Tensor,
+    k: Tensor,
+    gate: Gate,
+    rule: Rule,
+    rotary: Rotary,
+    inv_freq: Tensor | None = None,
+    launch: Launch | None = None,
 ) -> BlockIndices:
     """See `api.select_blocks`, which validates the arguments."""
     form, device = gate.config, q.device
@@ -149,7 +155,7 @@ def select_blocks(
         gate.k_weight,
         gate.q_norm.weight if form.qk_norm else gate.k_weight,
         gate.k_norm.weight if form.qk_norm else gate.k_weight,
-        gate.inv_freq if form.rope else gate.k_weight,
+        gate.k_weight if not form.rope else gate.inv_freq if inv_freq is None else inv_freq,
         features,
         gate_q,
         gate_q.stride(0),
@@ -183,6 +189,9 @@ def select_blocks(
         ROPE=form.rope,
         DG=gate.gate_dim,
         GATE_HALF=half,
+        # Without rotation any pairs serve, and halves are the fastest.
+        PAIRED=gate.pairing.width if form.rope else gate.gate_dim,
+        ALTERNATING=gate.pairing.interleaved and form.rope,
         PLANES=launch.planes,
         PRECISION="tf32x3" if launch.planes == 2 else "tf32",
         DEPTH=32,

@@ -2,7 +2,8 @@
 
 Windows of `SIZE` tokens lie on the absolute grid ``position // SIZE``. A program takes `M` windows of one head and
 walks their tokens, `STEP` of each window at a time. Head channels are held as two halves, ``[0, D / 2)`` and
-``[D / 2, D)``: the pairs of the usual rotation, both of the model and of the gate, are then register to register.
+``[D / 2, D)``: the pairs of the usual rotation, both of the model and of the gate, are then register to register. A
+gate whose model pairs channels otherwise has the first channels of all pairs in one half and the second in the other.
 """
 
 from __future__ import annotations
@@ -20,6 +21,23 @@ INTERLEAVED = tl.constexpr(3)  # channel 2 i turns with 2 i + 1, channels from t
 LOW_SCALE = tl.constexpr(2048.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST_LOGIT = tl.constexpr(-3.0e38)  # finite, so that its distance from itself is 0
+
+
+@triton.jit
+def pair_channels(pair, WIDTH: tl.constexpr, PAIRED: tl.constexpr, ALTERNATING: tl.constexpr):
+    """First channels of pairs of a vector of `WIDTH`, and how far from them the second ones are.
+
+    The first `PAIRED` channels are those that rotate, as neighbours if `ALTERNATING`, else as halves; the rest are
+    halves of their own. See `seerattn.gate.rope.Pairing`.
+    """
+    first, apart = pair, WIDTH // 2
+    if ALTERNATING | (PAIRED != WIDTH):
+        turns, step, near = pair < PAIRED // 2, 1, PAIRED // 2
+        if ALTERNATING:
+            step, near = 2, 1
+        first = tl.where(turns, step * pair, pair + PAIRED // 2)
+        apart = tl.where(turns, near, (WIDTH - PAIRED) // 2)
+    return first, apart
 
 
 @triton.jit
@@ -51,12 +69,12 @@ def _turned_back(
 @triton.jit
 def _halves(
     x, x_rows, cos, cos_rows, sin, sin_rows, D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr,
-    ROTATION: tl.constexpr, COLUMN: tl.constexpr,
+    ROTATION: tl.constexpr, COLUMN: tl.constexpr, PAIRED: tl.constexpr, ALTERNATING: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of un-rotated vectors, fp32 ``[M, STEP, HALF]`` each."""
+    """First and second channels of all pairs of un-rotated vectors, fp32 ``[M, STEP, HALF]`` each."""
     p = tl.arange(0, HALF)[None, None, :]
     MIDDLE: tl.constexpr = D // 2
-    if ROTATION == HALVES:
+    if (ROTATION == HALVES) & (PAIRED == D) & (not ALTERNATING):
         if HALF == MIDDLE:
             low = tl.load(x + x_rows + p).to(tl.float32)
             high = tl.load(x + x_rows + MIDDLE + p).to(tl.float32)
@@ -73,9 +91,10 @@ def _halves(
         s *= inverse
         return low * c + high * s, high * c - low * s
     else:
-        low_channel, high_channel = p, MIDDLE + p
+        low_channel, apart = pair_channels(p, D, PAIRED, ALTERNATING)
+        high_channel = low_channel + apart
         if HALF != MIDDLE:  # what is beyond a half that is no power of two counts as missing
-            low_channel, high_channel = tl.where(p < MIDDLE, p, D), tl.where(p < MIDDLE, MIDDLE + p, D)
+            low_channel, high_channel = tl.where(p < MIDDLE, low_channel, D), tl.where(p < MIDDLE, high_channel, D)
         low = _turned_back(x, x_rows, cos, cos_rows, sin, sin_rows, low_channel, D, ROTATED, ROTATION, COLUMN)
         high = _turned_back(x, x_rows, cos, cos_rows, sin, sin_rows, high_channel, D, ROTATED, ROTATION, COLUMN)
         return low, high
@@ -91,9 +110,11 @@ def pool_windows(
     x, stride_n, x_begin, cos, stride_cos_n, sin, stride_sin_n, salience, windows, begin, end,
     M: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr, KINDS: tl.constexpr, STAGES: tl.constexpr,
+    PAIRED: tl.constexpr, ALTERNATING: tl.constexpr,
 ):  # fmt: skip
     """The tokens of each window pooled in every way of ``KINDS``: of each in turn both halves, fp32 ``[M, HALF]``.
 
+    The halves are the first and the second channels of all pairs, which `pair_channels` names.
     Token 0 of ``x`` has position ``x_begin``; tokens of positions ``begin .. end`` count. A window that lies outside
     altogether has some finite value. ``salience [D]`` is read for "salient" alone.
     """
@@ -115,9 +136,10 @@ def pool_windows(
     if SALIENT:
         # Of the softmax over the tokens so far: largest logit in units of log 2, sum of weights relative to its own.
         top, total = tl.full([M, 1, 1], LOWEST_LOGIT, tl.float32), tl.zeros([M, 1, 1], tl.float32)
-        channel = tl.arange(0, HALF)[None, None, :]
-        learned_low = tl.load(salience + channel, mask=channel < D // 2, other=0.0) * LOG2_E
-        learned_high = tl.load(salience + D // 2 + channel, mask=channel < D // 2, other=0.0) * LOG2_E
+        pair = tl.arange(0, HALF)[None, None, :]
+        channel, apart = pair_channels(pair, D, PAIRED, ALTERNATING)
+        learned_low = tl.load(salience + channel, mask=pair < D // 2, other=0.0) * LOG2_E
+        learned_high = tl.load(salience + apart + channel, mask=pair < D // 2, other=0.0) * LOG2_E
     for t in tl.range(0, SIZE, STEP, num_stages=STAGES):
         position = windows[:, None] * SIZE + t + tl.arange(0, STEP)[None, :]
         real = (position >= begin) & (position < end)
@@ -126,7 +148,9 @@ def pool_windows(
         x_rows = ((position - x_begin).to(tl.int64) * stride_n)[:, :, None]
         cos_rows = (position.to(tl.int64) * stride_cos_n)[:, :, None]
         sin_rows = (position.to(tl.int64) * stride_sin_n)[:, :, None]
-        low, high = _halves(x, x_rows, cos, cos_rows, sin, sin_rows, D, HALF, ROTATED, ROTATION, COLUMN)
+        low, high = _halves(
+            x, x_rows, cos, cos_rows, sin, sin_rows, D, HALF, ROTATED, ROTATION, COLUMN, PAIRED, ALTERNATING,
+        )  # fmt: skip
         if AVG:
             counts = real.to(tl.float32)[:, :, None]
             avg_low += tl.sum(low * counts, axis=1)
@@ -198,7 +222,7 @@ def pool_kernel(
         x + b * stride_b + head.to(tl.int64) * stride_h, stride_n, start,
         cos + b * stride_cos_b, stride_cos_n, sin + b * stride_sin_b, stride_sin_n, salience + head * D,
         start // SIZE + row, start, start + length,
-        M, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, KINDS, STAGES,
+        M, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, KINDS, STAGES, D, False,
     )  # fmt: skip
     out += ((b * heads + head) * windows + row)[:, None] * (len(KINDS) * D)
     store_features(pooled, out, row < windows, D, HALF, KINDS)

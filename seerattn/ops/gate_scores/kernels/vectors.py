@@ -1,5 +1,9 @@
 """Gate queries and gate keys: pooled windows, projected, normed, rotated, split into halves of a float.
 
+The halves of a gate vector are the first and the second channels of the pairs that rotate together, in the order of
+the frequencies: for the Llama family the vector as it is, for others one permutation of queries and keys alike, which
+their products do not see. Weights are read where they lie, so training may change them at any time.
+
 A vector is stored as ``scale * (high + low / LOW_SCALE)``: ``scale`` is a power of two that brings its largest entry
 to 1 .. 2, ``high`` is the vector in fp16 (11 bits), ``low`` what is missing (11 more). The product of the high parts
 alone is as accurate as TF32 at twice its speed; with both cross products it is as accurate as fp32.
@@ -10,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seerattn.ops.gate_scores.kernels.pooling import LOW_SCALE, pool_windows, store_features
+from seerattn.ops.gate_scores.kernels.pooling import LOW_SCALE, pair_channels, pool_windows, store_features
 
 RMS_NORM_EPS = tl.constexpr(1e-6)
 
@@ -18,11 +22,12 @@ RMS_NORM_EPS = tl.constexpr(1e-6)
 @triton.jit
 def _project(
     features, weight, M: tl.constexpr, WIDTH: tl.constexpr, DG: tl.constexpr, GATE_HALF: tl.constexpr,
-    DEPTH: tl.constexpr, PRECISION: tl.constexpr, low, high,
+    PAIRED: tl.constexpr, ALTERNATING: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, low, high,
 ):  # fmt: skip
     """Adds ``features [M, WIDTH]`` times ``weight [WIDTH, DG]`` to both halves of gate vectors."""
-    column = tl.arange(0, GATE_HALF)[None, :]
-    here = column < DG // 2
+    pair = tl.arange(0, GATE_HALF)[None, :]
+    here = pair < DG // 2
+    column, apart = pair_channels(pair, DG, PAIRED, ALTERNATING)
     for begin in range(0, WIDTH, DEPTH):
         depth = begin + tl.arange(0, DEPTH)
         at, real = tl.arange(0, M)[:, None] * WIDTH + depth[None, :], here
@@ -33,9 +38,9 @@ def _project(
             x = tl.load(features + at, mask=(depth < WIDTH)[None, :], other=0.0)
         rows = weight + depth[:, None] * DG + column
         if (WIDTH % DEPTH == 0) & (GATE_HALF == DG // 2):
-            w_low, w_high = tl.load(rows), tl.load(rows + DG // 2)
+            w_low, w_high = tl.load(rows), tl.load(rows + apart)
         else:
-            w_low, w_high = tl.load(rows, mask=real, other=0.0), tl.load(rows + DG // 2, mask=real, other=0.0)
+            w_low, w_high = tl.load(rows, mask=real, other=0.0), tl.load(rows + apart, mask=real, other=0.0)
         low = tl.dot(x, w_low, low, input_precision=PRECISION)
         high = tl.dot(x, w_high, high, input_precision=PRECISION)
     return low, high
@@ -44,18 +49,20 @@ def _project(
 @triton.jit
 def _finish(
     low, high, norm, inv_freq, out, plane, scales, row, position, mask,
-    DG: tl.constexpr, GATE_HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PLANES: tl.constexpr,
+    DG: tl.constexpr, GATE_HALF: tl.constexpr, PAIRED: tl.constexpr, ALTERNATING: tl.constexpr,
+    NORM: tl.constexpr, ROPE: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """Norm, rotation and storing of gate vectors with halves ``low, high [M, GATE_HALF]`` as rows ``row``."""
-    channel = tl.arange(0, GATE_HALF)
-    real = channel < DG // 2
+    pair = tl.arange(0, GATE_HALF)
+    real = pair < DG // 2
     if NORM:
+        channel, apart = pair_channels(pair, DG, PAIRED, ALTERNATING)
         total = tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)
         inverse = tl.rsqrt(total / DG + RMS_NORM_EPS)[:, None]
         low *= inverse * tl.load(norm + channel, mask=real, other=0.0)[None, :]
-        high *= inverse * tl.load(norm + DG // 2 + channel, mask=real, other=0.0)[None, :]
+        high *= inverse * tl.load(norm + apart + channel, mask=real, other=0.0)[None, :]
     if ROPE:
-        angle = position.to(tl.float32)[:, None] * tl.load(inv_freq + channel, mask=real, other=0.0)[None, :]
+        angle = position.to(tl.float32)[:, None] * tl.load(inv_freq + pair, mask=real, other=0.0)[None, :]
         c, s = tl.cos(angle), tl.sin(angle)
         low, high = low * c - high * s, high * c + low * s
     largest = tl.maximum(tl.max(tl.abs(low), axis=1), tl.max(tl.abs(high), axis=1))
@@ -65,7 +72,7 @@ def _finish(
     shrink = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
     low *= shrink
     high *= shrink
-    out += row.to(tl.int64)[:, None] * (2 * GATE_HALF) + channel[None, :]
+    out += row.to(tl.int64)[:, None] * (2 * GATE_HALF) + pair[None, :]
     tl.store(out, low.to(tl.float16), mask=mask[:, None])
     tl.store(out + GATE_HALF, high.to(tl.float16), mask=mask[:, None])
     if PLANES == 2:
@@ -83,7 +90,8 @@ def _vectors(
     M: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr, KINDS: tl.constexpr,
     MEMBERS: tl.constexpr, OUTPUTS: tl.constexpr, LINEAR: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-    DG: tl.constexpr, GATE_HALF: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr,
+    DG: tl.constexpr, GATE_HALF: tl.constexpr, PAIRED: tl.constexpr, ALTERNATING: tl.constexpr,
+    PLANES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, TILE: tl.constexpr, SUBBLOCKS: tl.constexpr,
 ):  # fmt: skip
     """`M` gate vectors from the windows of `MEMBERS` heads together, or `OUTPUTS` times `M` from those of one head."""
@@ -112,36 +120,40 @@ def _vectors(
                     x + member.to(tl.int64) * stride_h, stride_n, x_begin,
                     cos, stride_cos_n, sin, stride_sin_n, salience + member * D,
                     first_window + tile * M + local, begin, end,
-                    PART, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, KINDS, STAGES,
+                    PART, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, KINDS, STAGES, D, False,
                 )  # fmt: skip
                 store_features(pooled, features + local[:, None] * WIDTH, local >= 0, D, HALF, KINDS)
             tl.debug_barrier()
             if OUTPUTS == 1:
                 at = member.to(tl.int64) * (WIDTH * DG)
-                low, high = _project(features, weight + at, M, WIDTH, DG, GATE_HALF, DEPTH, PRECISION, low, high)
+                low, high = _project(
+                    features, weight + at, M, WIDTH, DG, GATE_HALF, PAIRED, ALTERNATING, DEPTH, PRECISION, low, high,
+                )  # fmt: skip
                 tl.debug_barrier()
         for o in range(OUTPUTS):
             made = head * OUTPUTS + o
             if OUTPUTS > 1:
                 low, high = tl.zeros([M, GATE_HALF], tl.float32), tl.zeros([M, GATE_HALF], tl.float32)
                 at = made.to(tl.int64) * (WIDTH * DG)
-                low, high = _project(features, weight + at, M, WIDTH, DG, GATE_HALF, DEPTH, PRECISION, low, high)
+                low, high = _project(
+                    features, weight + at, M, WIDTH, DG, GATE_HALF, PAIRED, ALTERNATING, DEPTH, PRECISION, low, high,
+                )  # fmt: skip
             vector = (b * heads * OUTPUTS + made) * rows
             _finish(
                 low, high, norm, inv_freq, out + vector * (2 * GATE_HALF), plane, scales + vector, row, windows * SIZE,
-                mask, DG, GATE_HALF, NORM, ROPE, PLANES,
+                mask, DG, GATE_HALF, PAIRED, ALTERNATING, NORM, ROPE, PLANES,
             )  # fmt: skip
         tl.debug_barrier()
     else:
         pooled = pool_windows(
             x + head.to(tl.int64) * stride_h, stride_n, x_begin,
             cos, stride_cos_n, sin, stride_sin_n, salience + head * D, windows, begin, end,
-            M, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, KINDS, STAGES,
+            M, SIZE, STEP, D, HALF, ROTATED, ROTATION, COLUMN, KINDS, STAGES, PAIRED, ALTERNATING,
         )  # fmt: skip
         vector = (b * heads + head) * rows
         _finish(
             pooled[0], pooled[1], norm, inv_freq, out + vector * (2 * GATE_HALF), plane, scales + vector, row,
-            windows * SIZE, mask, DG, GATE_HALF, NORM, ROPE, PLANES,
+            windows * SIZE, mask, DG, GATE_HALF, PAIRED, ALTERNATING, NORM, ROPE, PLANES,
         )  # fmt: skip
 
 
@@ -159,6 +171,7 @@ def vectors_kernel(
     FEATURES: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr,
     NORM: tl.constexpr, ROPE: tl.constexpr, DG: tl.constexpr, GATE_HALF: tl.constexpr,
+    PAIRED: tl.constexpr, ALTERNATING: tl.constexpr,
     PLANES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gate keys (the first ``k_items`` items) and gate queries of a call.
@@ -176,7 +189,8 @@ def vectors_kernel(
                 k_salience, k_weight, k_norm, inv_freq, features, gate_k, k_plane, k_scales, k_rows, 0,
                 0, q_start + q_len,
                 K_M, K_SIZE, K_STEP, K_PART, D, HALF, ROTATED, ROTATION, COLUMN, K_KINDS,
-                1, K_OUTPUTS, True, NORM, ROPE, DG, GATE_HALF, PLANES, PRECISION, DEPTH, STAGES, K_TILE, K_SUBBLOCKS,
+                1, K_OUTPUTS, True, NORM, ROPE, DG, GATE_HALF, PAIRED, ALTERNATING, PLANES, PRECISION, DEPTH, STAGES,
+                K_TILE, K_SUBBLOCKS,
             )  # fmt: skip
         else:
             _vectors(
@@ -185,5 +199,6 @@ def vectors_kernel(
                 q_salience, q_weight, q_norm, inv_freq, features, gate_q, q_plane, q_scales, q_rows, q_first_window,
                 q_start, q_start + q_len,
                 Q_M, Q_SIZE, Q_STEP, Q_PART, D, HALF, ROTATED, ROTATION, COLUMN, Q_KINDS,
-                Q_MEMBERS, 1, Q_LINEAR, NORM, ROPE, DG, GATE_HALF, PLANES, PRECISION, DEPTH, STAGES, 1, 1,
+                Q_MEMBERS, 1, Q_LINEAR, NORM, ROPE, DG, GATE_HALF, PAIRED, ALTERNATING, PLANES, PRECISION, DEPTH,
+                STAGES, 1, 1,
             )  # fmt: skip
