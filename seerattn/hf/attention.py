@@ -228,6 +228,11 @@ def _choose(
     if kwargs.get("dropout"):
         raise Unservable(f"attention dropout must be 0, got {kwargs['dropout']}")
     q_len, k_len, rows = query.shape[2], mask.k_len, mask.rows
+    if q_len < k_len and seer.state.found.not_cached is not None:
+        raise Unservable(
+            f"a prompt must come in one call, got {q_len} tokens against a cache, with which layer {seer.state.layer} "
+            f"cannot be followed ({seer.state.found.not_cached})"
+        )
     if q_len < k_len and getattr(getattr(selector, "policy", None), "follows_chunks", False):
         _warn_of_chunks()
     key = key[:, :, :k_len]

@@ -1,20 +1,20 @@
 """Proves, on the model at hand, what attachment assumes of its attention layers.
 
-There is no table of architectures. One forward of 8 tokens through a spy finds the layers that reach the attention
-interface; every layer is then run again without rotation, and un-rotating what it gave before must restore just that.
+There is no table of architectures. A forward of 16 tokens through a spy finds the layers that reach the attention
+interface, and `seerattn.hf.proof` proves each. Two more forwards show what a layer does against a cache, and one at
+positions beyond the original length what a RoPE that depends on the length does there.
 
-That proof needs weights. A model on the meta device shows its layers and their shapes, enough for a plan; every layer
-then counts as rotated, and its rotation refuses to be used.
+Proofs need weights. A model on the meta device shows its layers and their shapes, enough for a plan; every layer then
+counts as rotated, and its rotation refuses to be used.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,37 +25,39 @@ from transformers.integrations import is_fsdp_enabled
 
 from seerattn.hf.attention import IMPLEMENTATIONS
 from seerattn.hf.mask import CallMask, make_mask
-from seerattn.hf.rotary import Rotation, unproven
+from seerattn.hf.proof import (
+    MARKER,
+    SPY,
+    Seen,
+    Spy,
+    cached_reason,
+    check_inputs,
+    prove_attention,
+    prove_rotation,
+    rotary_function,
+    rotary_tables,
+    whole_rotation,
+)
+from seerattn.hf.rotary import unproven
 from seerattn.hf.state import AttentionLayer
 
 PROBE = "seer_probe"
-PROBE_TOKENS = 8
-# Largest error of an un-rotated vector relative to the largest entry: rounding of the vectors themselves, with room.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-@dataclass
-class _Spy:
-    """What one forward showed."""
-
-    calls: list[tuple[nn.Module, Tensor, Tensor, Tensor, Any, dict]] = field(default_factory=list)
-    inputs: dict[nn.Module, tuple[tuple, dict]] = field(default_factory=dict)
-    tables: list[tuple[nn.Module, tuple, dict, Any]] = field(default_factory=list)
-
-
-_SPY: ContextVar[_Spy] = ContextVar("seerattn_probe")
+PROBE_TOKENS = 16
+# What models raise that cannot be called with a cache or with positions.
+_CALL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError)
 
 
 def _spy_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    _SPY.get().calls.append((module, query, key, value, attention_mask, kwargs))
+    reached = kwargs.pop(MARKER, None) is module
+    SPY.get().calls.append(Seen(module, query, key, value, attention_mask, kwargs, reached))
     batch, heads, tokens, _ = query.shape
     return value.new_zeros(batch, tokens, heads, value.shape[-1]), None
 
 
 def _spy_mask(**arguments: Any) -> CallMask | Tensor | None:
-    return make_mask(dense="eager", **arguments)
+    return make_mask(dense=SPY.get().dense, **arguments)
 
 
 AttentionInterface.register(PROBE, _spy_attention)
@@ -105,33 +107,134 @@ def _by_module(layer: AttentionLayer, model: PreTrainedModel) -> AttentionLayer:
     module, rotation = model.get_submodule(layer.name), layer.rotation
     if rotation is not None:
         embedding = model.get_submodule(rotation.embedding)
-        rotation = replace(rotation, function=_rotary_function(module), embedding=embedding)
+        rotation = replace(rotation, function=rotary_function(module), embedding=embedding)
+    return replace(layer, module=module, rotation=rotation)
+
+
+def _by_name(layer: AttentionLayer, model: PreTrainedModel) -> AttentionLayer:
+    rotation = layer.rotation
+    if rotation is not None:
+        name = next(name for name, module in model.named_modules() if module is rotation.embedding)
+        rotation = replace(rotation, function=None, embedding=name)
+    return replace(layer, module=None, rotation=rotation)
+
+
+def _by_module(layer: AttentionLayer, model: PreTrainedModel) -> AttentionLayer:
+    module, rotation = model.get_submodule(layer.name), layer.rotation
+    if rotation is not None:
+        embedding = model.get_submodule(rotation.embedding)
+        rotation = replace(rotation, function=rotary_function(module), embedding=embedding)
     return replace(layer, module=module, rotation=rotation)
 
 
 def _probe(model: PreTrainedModel) -> list[AttentionLayer]:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"model must be a decoder-only causal language model, got {name}, an encoder-decoder")
+        raise ValueError(f"model must be a decoder-only language model, got {name}, an encoder-decoder")
     dense = dense_implementation(model)
     names = {module: key for key, module in model.named_modules()}
-    with _watching(model) as spy:
-        _forward(model)
-        if not spy.calls:
+    with _watching(model, dense) as spy:
+        _forward(model, _ids(model))
+        calls = spy.take()
+        if not calls:
             raise ValueError(
                 f"model must call its attention through the transformers attention interface, got {name}, which does "
                 "not; no layer can be attached to"
             )
-        calls, spy.calls = spy.calls, []
-        layers = [_prove(call, spy, names, model) for call in calls if not _is_windowed(call, model)]
-    ignored = [key for key in ("softcap", "s_aux") if any(call[-1].get(key) is not None for call in calls)]
-    if dense == "sdpa" and ignored:
-        raise ValueError(
-            f"model must be loaded with attn_implementation='eager', got 'sdpa', which ignores its {ignored[0]}"
-        )
-    if not layers:
-        raise ValueError(f"model must have full-attention layers, got {name}, whose layers are all sliding-window")
+        ignored = [key for key in ("softcap", "s_aux") if any(call.kwargs.get(key) is not None for call in calls)]
+        if dense == "sdpa" and ignored:
+            raise ValueError(
+                f"model must be loaded with attn_implementation='eager', got 'sdpa', which ignores its {ignored[0]}"
+            )
+        full = [call for call in calls if not _is_windowed(call, model)]
+        if not full:
+            raise ValueError(f"model must have full-attention layers, got {name}, whose layers are all sliding-window")
+        _check_numbers(full, names, name)
+        layers = [_prove(call, spy, names[call.module], name, dense) for call in full]
+        if not full[0].query.is_meta:
+            _prove_beyond(model, spy, layers, name)
+            layers = _prove_cached(model, spy, layers, full)
     return layers
+
+
+def _check_numbers(calls: list[Seen], names: dict[nn.Module, str], model: str) -> None:
+    """Layers are told apart by their numbers, and every one must be a module of its own."""
+    for what, counts in (
+        ("be called once a forward", Counter(names[call.module] for call in calls)),
+        ("have a layer_idx of their own", Counter(getattr(call.module, "layer_idx", None) for call in calls)),
+    ):
+        found, times = counts.most_common(1)[0]
+        if times > 1 or found is None or (isinstance(found, int) and found < 0):
+            raise ValueError(f"attention modules must {what}, got {found} for {times} of them in {model}")
+
+
+def _prove(call: Seen, spy: Spy, name: str, model: str, dense: str) -> AttentionLayer:
+    where = f"{model}, at {name}"
+    check_inputs(call, where)
+    if call.query.is_meta:
+        tables = rotary_tables(call, spy, where)
+        rotation = None if tables is None else replace(whole_rotation(call, tables[0], spy, where), function=unproven)
+    else:
+        prove_attention(call, dense, where)
+        rotation = prove_rotation(call, spy, where)
+    return AttentionLayer(
+        name=name,
+        module=call.module,
+        layer=call.module.layer_idx,
+        num_heads=call.query.shape[1],
+        num_kv_heads=call.key.shape[1],
+        head_dim=call.query.shape[-1],
+        rotation=rotation,
+    )
+
+
+def _prove_beyond(model: PreTrainedModel, spy: Spy, layers: list[AttentionLayer], name: str) -> None:
+    """Proves rotations that depend on the length once more, where the model rotates long calls."""
+    by_module = {layer.module: layer for layer in layers if layer.rotation and layer.rotation.depends_on_length}
+    if not by_module:
+        return
+    original = max(layer.rotation.original_length for layer in by_module.values())
+    ids = _ids(model)
+    with _kept({layer.rotation.embedding for layer in by_module.values()}):
+        _forward(model, ids, position_ids=original + torch.arange(ids.shape[1], device=ids.device)[None])
+        for call in spy.take():
+            if call.module in by_module:
+                prove_rotation(call, spy, f"{name}, at {by_module[call.module].name} beyond {original} tokens")
+
+
+def _prove_cached(
+    model: PreTrainedModel, spy: Spy, layers: list[AttentionLayer], whole: list[Seen]
+) -> list[AttentionLayer]:
+    """Finds, of every layer, why it could not be followed against a cache."""
+    first, second = _ids(model).tensor_split(2, dim=1)
+    reasons: dict[nn.Module, str | None] = {}
+    try:
+        cache = getattr(_forward(model, first, use_cache=True), "past_key_values", None)
+        spy.take()
+        if cache is not None:
+            _forward(model, second, use_cache=True, past_key_values=cache)
+            calls = {call.module: call for call in spy.take()}
+            for layer, one_shot in zip(layers, whole):
+                if layer.module in calls:
+                    reasons[layer.module] = cached_reason(layer, calls[layer.module], one_shot, spy)
+    except _CALL_ERRORS as error:
+        spy.take()
+        reasons = {layer.module: f"{type(error).__name__}: {str(error)[:100]}" for layer in layers}
+    return [replace(layer, not_cached=reasons.get(layer.module, "it keeps no cache")) for layer in layers]
+
+
+@contextmanager
+def _kept(modules: set[nn.Module]) -> Iterator[None]:
+    """Leaves buffers and counters of modules as they were."""
+    before = [(module, module.__dict__.copy(), module._buffers.copy()) for module in modules]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 @contextmanager
@@ -160,141 +263,56 @@ def set_implementation(model: PreTrainedModel, name: str) -> None:
 
 
 @contextmanager
-def _watching(model: PreTrainedModel) -> Iterator[_Spy]:
-    spy = _Spy()
-    token = _SPY.set(spy)
+def _watching(model: PreTrainedModel, dense: str) -> Iterator[Spy]:
+    spy = Spy(dense)
+    token = SPY.set(spy)
 
-    def see_inputs(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def see_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         spy.inputs[module] = (args, kwargs)
+        return args, kwargs | {MARKER: module}
 
     def see_tables(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         spy.tables.append((module, args, kwargs, output))
 
     with ExitStack() as stack:
-        stack.callback(_SPY.reset, token)
+        stack.callback(SPY.reset, token)
         stack.enter_context(torch.no_grad())
         stack.enter_context(implementation(model, PROBE))
         for module in model.modules():
-            if "position_embeddings" in inspect.signature(module.forward).parameters:
-                stack.callback(module.register_forward_pre_hook(see_inputs, with_kwargs=True).remove)
-            elif any(key.endswith("inv_freq") for key, _ in module.named_buffers(recurse=False)):
+            parameters = inspect.signature(module.forward).parameters.values()
+            takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters)
+            if any(key.endswith("inv_freq") for key, _ in module.named_buffers(recurse=False)):
                 stack.callback(module.register_forward_hook(see_tables, with_kwargs=True).remove)
+            elif takes_more and (
+                hasattr(module, "layer_idx") or "position_embeddings" in inspect.signature(module.forward).parameters
+            ):
+                stack.callback(module.register_forward_pre_hook(see_inputs, with_kwargs=True).remove)
         yield spy
 
 
-def _forward(model: PreTrainedModel) -> None:
-    embedding = model.get_input_embeddings()
-    ids = torch.arange(1, PROBE_TOKENS + 1, device=embedding.weight.device)[None] % embedding.weight.shape[0]
+def _ids(model: PreTrainedModel) -> Tensor:
+    embedding = model.get_input_embeddings().weight
+    return torch.arange(1, PROBE_TOKENS + 1, device=embedding.device)[None] % embedding.shape[0]
+
+
+def _forward(model: PreTrainedModel, ids: Tensor, use_cache: bool = False, **options: Any) -> Any:
     if not ids.is_meta:
-        model(input_ids=ids, use_cache=False)
-        return
-    # Two things look at numbers: the search for packed documents, which a mask saves, and grouped experts in fp32.
+        return model(input_ids=ids, use_cache=use_cache, **options)
+    # Two things look at numbers: the search for packed documents, which a cache saves, and grouped experts in fp32.
     experts = model.config._experts_implementation
     if experts == "grouped_mm":
         model.set_experts_implementation("batched_mm")
     try:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        return model(input_ids=ids, use_cache=True)
     finally:
         if experts == "grouped_mm":
             model.set_experts_implementation(experts)
 
 
-def _is_windowed(call: tuple, model: PreTrainedModel) -> bool:
-    window = call[-1].get("sliding_window")
-    return window is not None and window < model.config.get_text_config().max_position_embeddings
-
-
-def _prove(call: tuple, spy: _Spy, names: dict[nn.Module, str], model: PreTrainedModel) -> AttentionLayer:
-    module, query, key, value, mask, _ = call
-    where = f"{type(model).__name__}, at {names[module]}"
-    if not isinstance(mask, CallMask):
-        raise ValueError(f"model must make its masks through the transformers mask interface, got {where}")
-    if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
-        raise ValueError(
-            f"model must have keys and values of one width, got {key.shape[-1]} and {value.shape[-1]} in {where}; "
-            "multi-head latent attention is not supported"
-        )
-    _, kwargs = spy.inputs.get(module, ((), {}))
-    tables = kwargs.get("position_embeddings")
-    if not (
-        isinstance(tables, tuple)
-        and len(tables) == 2
-        and all(isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point() for t in tables)
-    ):
-        raise ValueError(
-            "attention modules must take rotary tables (cos, sin) as position_embeddings, "
-            f"got {type(tables).__name__} in {where}"
-        )
-    for attribute in ("layer_idx", "head_dim", "num_key_value_groups"):
-        if not hasattr(module, attribute):
-            raise ValueError(f"attention modules must have the usual attribute {attribute!r}, which {where} lacks")
-    if query.is_meta:
-        rotation = replace(_whole_rotation(module, query, tables[0], spy, where), function=unproven)
-    else:
-        rotation = _prove_rotation(module, query, key, spy, where)
-    return AttentionLayer(
-        name=names[module],
-        module=module,
-        layer=module.layer_idx,
-        num_heads=query.shape[1],
-        num_kv_heads=key.shape[1],
-        head_dim=query.shape[-1],
-        rotation=rotation,
-    )
-
-
-def _prove_rotation(module: nn.Module, query: Tensor, key: Tensor, spy: _Spy, where: str) -> Rotation | None:
-    args, kwargs = spy.inputs[module]
-    cos, sin = kwargs["position_embeddings"]
-    still = (torch.ones_like(cos), torch.zeros_like(sin))
-    module(*args, **kwargs | {"position_embeddings": still})
-    _, raw_query, raw_key, *_ = spy.calls.pop()
-    if torch.equal(raw_query, query) and torch.equal(raw_key, key):
-        return None
-    rotation = _find_rotation(module, query, cos, sin, spy, where)
-    for turned, raw in ((query, raw_query), (key, raw_key)):
-        error = (rotation.unrotate(turned, cos, sin) - raw.float()).abs().max() / raw.float().abs().max()
-        if not error <= TOLERANCE[query.dtype]:
-            raise ValueError(
-                f"the rotary embedding must be undone exactly, got a relative error of {error:.1e} in {where}; "
-                "the layer changes its queries or keys otherwise than by rotation"
-            )
-    return rotation
-
-
-def _find_rotation(module: nn.Module, query: Tensor, cos: Tensor, sin: Tensor, spy: _Spy, where: str) -> Rotation:
-    whole = _whole_rotation(module, query, cos, spy, where)
-    x = torch.randn(query.shape, generator=torch.Generator().manual_seed(0)).to(query.device)
-    for width in (whole.width, 2 * cos.shape[-1], cos.shape[-1]):
-        if width > whole.width:
-            continue
-        rotation = replace(whole, width=width)
-        try:
-            turned = rotation.rotate(x, cos.float(), sin.float())
-        except RuntimeError:  # the tables do not fit this width
-            continue
-        if turned.shape == x.shape and torch.allclose(rotation.unrotate(turned, cos, sin), x, atol=1e-4):
-            return rotation
-    raise ValueError(f"the rotary function must be undone by negating the sine, which {where} does not allow")
-
-
-def _whole_rotation(module: nn.Module, query: Tensor, cos: Tensor, spy: _Spy, where: str) -> Rotation:
-    """The rotation of all channels of a head; nothing of it is proven."""
-    function = _rotary_function(module)
-    if function is None:
-        raise ValueError(f"the modeling file must have an apply_rotary_pos_emb, which {where} lacks")
-    made = next((t for t in spy.tables if isinstance(t[3], tuple) and t[3][0] is cos), None)
-    if made is None:
-        raise ValueError(f"the rotary tables must come from a rotary module of the decoder, got others in {where}")
-    embedding, args, kwargs, _ = made
-    names = list(inspect.signature(embedding.forward).parameters)
-    arguments = dict(zip(names, args)) | kwargs
-    arguments = {key: value for key, value in arguments.items() if key not in (names[0], "position_ids")}
-    return Rotation(function, query.shape[-1], embedding, arguments)
-
-
-def _rotary_function(module: nn.Module) -> Callable | None:
-    return getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+def _is_windowed(call: Seen, model: PreTrainedModel) -> bool:
+    window = call.kwargs.get("sliding_window")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return window is not None and (longest is None or window < longest)
 
 
 def dense_implementation(model: PreTrainedModel) -> str:

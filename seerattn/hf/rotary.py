@@ -15,6 +15,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ class Rotation:
             return _ask(self.embedding, like, positions, self.arguments)
         if tokens is not None:
             positions = F.pad(positions, (0, 1), value=tokens - 1)
-        cos, sin = _ask(_aside(self.embedding), like, positions, self.arguments)
+        cos, sin = _ask(_forward_of(_aside(self.embedding)), like, positions, self.arguments)
         end = cos.shape[1] if tokens is None else -1
         return cos[:, :end], sin[:, :end]
 
@@ -128,7 +129,12 @@ class Rotation:
     def _built(self, head_dim: int | None, tokens: int | None) -> Tensor:
         embedding = self._fresh(head_dim)
         if tokens is not None:
-            _ask(embedding, torch.empty(0, dtype=torch.float32), torch.tensor([[tokens - 1]]), self.arguments)
+            _ask(
+                _forward_of(embedding),
+                torch.empty(0, dtype=torch.float32),
+                torch.tensor([[tokens - 1]]),
+                self.arguments,
+            )
         return self._held(embedding).float()
 
     def _fresh(self, head_dim: int | None) -> nn.Module:
@@ -151,7 +157,8 @@ class Rotation:
 
     def first_tables(self) -> tuple[Tensor, Tensor]:
         """Tables of some positions, fp32 on the CPU, wherever the model is."""
-        return _ask(self._fresh(None), torch.empty(0, dtype=torch.float32), torch.arange(1, 9)[None], self.arguments)
+        forward, like = _forward_of(self._fresh(None)), torch.empty(0, dtype=torch.float32)
+        return _ask(forward, like, torch.arange(1, 9)[None], self.arguments)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Applies the model's function to ``x [B, h, n, D]`` with tables ``[1 or B, n, R]``."""
@@ -204,14 +211,19 @@ def _aside(embedding: nn.Module) -> nn.Module:
     return twin
 
 
+def _forward_of(embedding: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The class's own forward: hooks on a copy could lead back to the original."""
+    return partial(type(embedding).forward, embedding)
+
+
 @torch.no_grad()
-def _ask(embedding: nn.Module, like: Tensor, positions: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Tables by the class's own forward: hooks on a copy could lead back to the original."""
-    forward = type(embedding).forward
+def _ask(
+    make: Callable[..., tuple[Tensor, Tensor]], like: Tensor, positions: Tensor, arguments: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     try:
-        return forward(embedding, like, positions, **arguments)
+        return make(like, positions, **arguments)
     except IndexError:  # Vision-language models may take a position for each of three axes, which a text does not have.
-        return forward(embedding, like, positions.expand(3, *positions.shape), **arguments)
+        return make(like, positions.expand(3, *positions.shape), **arguments)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, width: int, interleaved: bool, column_step: int) -> Tensor:

@@ -45,6 +45,7 @@ class AttentionLayer:
         num_kv_heads: key/value heads.
         head_dim: width of a head.
         rotation: how it rotates, None without RoPE.
+        not_cached: why it cannot be followed against a cache, None if it can.
     """
 
     name: str
@@ -54,6 +55,7 @@ class AttentionLayer:
     num_kv_heads: int
     head_dim: int
     rotation: Rotation | None
+    not_cached: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,15 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from interpreted import large_steps
-from tiny_models import ROTARY, SUPPORTED, tiny_model
-from torch import Tensor
+from tiny_models import ROTARY, SUPPORTED, tiny_model, tokens
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+import seerattn
 from seerattn import AttnGateConfig
 from seerattn.gate import AttnGate, Pairing
 from seerattn.gate_selector import GateSelector, pooled_inputs
 from seerattn.hf.probe import AttentionLayer, probe
 from seerattn.hf.rotary import gate_frequencies, gate_rotation, unproven
-from seerattn.selection import AttentionContext, RotaryTables, TokenBudget
+from seerattn.selection import AttentionContext, BlockIndices, RotaryTables, TokenBudget
 
 BLOCK = 32
 FORMS = {
@@ -155,3 +157,121 @@ def test_layer_of_which_only_shapes_are_known_plans_a_gate_of_the_same_size() ->
     planned = gate_rotation(replace(rotation, function=unproven), gate_dim=32)
     proven = gate_rotation(rotation, gate_dim=32)
     assert planned.pairing is None and planned.inv_freq.shape == proven.inv_freq.shape
+
+
+SHORT, LONG = 64, 200
+FACTORS = {"short_factor": [1.0 + i / 16 for i in range(16)], "long_factor": [2.0 + i for i in range(16)]}
+DEPENDENT = {
+    "longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": SHORT,
+            "rope_parameters": FACTORS
+            | {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": SHORT},
+        },
+    ),
+    "dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": SHORT,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
+}
+
+
+def dependent_model(kind: str) -> PreTrainedModel:
+    name, values = DEPENDENT[kind]
+    return tiny_model(name, **values)
+
+
+def tables_of_call(embedding: nn.Module, length: int) -> tuple[Tensor, Tensor]:
+    """What the model makes for a call of so many tokens; its module remembers it."""
+    return embedding(torch.empty(0), torch.arange(length)[None])
+
+
+def seen_frequencies(embedding: nn.Module, length: int) -> Tensor:
+    cos, sin = tables_of_call(embedding, length)
+    return torch.atan2(sin[0, 1], cos[0, 1])[:16]
+
+
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_frequencies_of_a_call_match_the_models_tables_of_it(kind: str) -> None:
+    """Lengths in the order of calls: with dynamic NTK, those of a long call hold on until a short one."""
+    rotation = probe(dependent_model(kind))[0].rotation
+    assert rotation.depends_on_length and rotation.original_length == SHORT
+    distinct = set()
+    for length in (40, SHORT, SHORT + 1, LONG, 100, SHORT, 40, 100):
+        expected = seen_frequencies(rotation.embedding, length)
+        got = gate_frequencies(rotation, gate_dim=32, tokens=length)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+        distinct.add(tuple(expected.tolist()))
+    assert len(distinct) == {"longrope": 2, "dynamic": 4}[kind]
+
+
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_gate_of_averages_scores_long_calls_by_the_models_own_logits(kind: str) -> None:
+    layer = probe(dependent_model(kind))[0]
+    gate = averaging_gate("default", layer)  # before the model has seen a long call
+    tables_of_call(layer.rotation.embedding, 8 * BLOCK)
+    own = layer_context(layer, 8 * BLOCK)
+    context = replace(own, frequencies=lambda width: gate_frequencies(layer.rotation, gate_dim=width, tokens=8 * BLOCK))
+    q, k = constant_blocks(layer, 8 * BLOCK, context)
+    assert_scores_are_logits(gate(*pooled_inputs(gate, q, k, context)), true_logits(q, k))
+    with pytest.raises(AssertionError):
+        assert_scores_are_logits(gate(*pooled_inputs(gate, q, k, own)), true_logits(q, k))
+
+
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_attached_gates_see_the_frequencies_that_the_model_rotates_with(kind: str) -> None:
+    model = seerattn.attach(dependent_model(kind), FORMS["default"], TokenBudget(tokens=4 * BLOCK), impl="reference")
+    embedding = model.get_base_model().model.rotary_emb
+    seen = []
+
+    class Watch:
+        def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
+            seen.append(torch.equal(context.frequencies(32), embedding.inv_freq.float()))
+            return BlockIndices.dense(
+                batch=1, heads=4, q_len=q.shape[2], k_len=k.shape[2], block_q=BLOCK, block_k=BLOCK
+            )
+
+    seerattn.attach(model, Watch(), impl="reference")
+    for length in (LONG, 40, 100):
+        model(input_ids=tokens(1, length))
+    assert seen == [True] * 6
+
+
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_asking_for_tables_and_frequencies_leaves_the_model_as_it_was(kind: str) -> None:
+    asked, other = dependent_model(kind), dependent_model(kind)
+    rotation = probe(asked)[0].rotation
+    for length in (40, LONG, 100):
+        for model in (asked, other):
+            model(input_ids=tokens(1, length))
+        before = {key: x.clone() for key, x in rotation.embedding.named_buffers()}
+        longest = int(rotation.embedding.max_seq_len_cached)
+        for wanted in (10, SHORT + 1, 3 * LONG):
+            rotation.tables(torch.arange(wanted)[None], torch.ones(1))
+            gate_frequencies(rotation, gate_dim=32, tokens=wanted)
+        assert int(rotation.embedding.max_seq_len_cached) == longest
+        assert all(torch.equal(x, before[key]) for key, x in rotation.embedding.named_buffers())
+        assert torch.equal(asked(input_ids=tokens(1, 80)).logits, other(input_ids=tokens(1, 80)).logits)
+
+
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_tables_of_a_part_of_a_call_are_those_of_the_call(kind: str) -> None:
+    """A row of a padded batch may be short in a call that is long."""
+    rotation = probe(dependent_model(kind))[0].rotation
+    whole = tables_of_call(rotation.embedding, LONG)
+    part = rotation.tables(torch.arange(30)[None], torch.ones(1), tokens=LONG)
+    assert all(torch.equal(x[:, :30], y) for x, y in zip(whole, part))
+
+
+def test_long_factors_exist_at_the_width_of_a_head_alone() -> None:
+    longrope, dynamic = (probe(dependent_model(kind))[0].rotation for kind in DEPENDENT)
+    with pytest.raises(ValueError, match="gate_dim must be the head dim of the model, got 16, at which Phi3"):
+        gate_rotation(longrope, gate_dim=16)
+    base = 10000.0 * (4 * LONG / SHORT - 3) ** (16 / 14)
+    torch.testing.assert_close(
+        gate_frequencies(dynamic, gate_dim=16, tokens=LONG), base ** -(torch.arange(0, 16, 2) / 16), rtol=1e-5, atol=0
+    )

@@ -19,8 +19,6 @@ REASONS = {
     "mla": "multi-head latent attention",
     "mla-equal-widths": "DeepseekV3ForCausalLM",
     "llama4": "rotary tables",
-    "gpt-neox": "head_dim",
-    "gpt2": "rotary tables",
     "bloom": "attention interface",
     "all-sliding": "all sliding-window",
     "t5": "encoder-decoder",
@@ -89,6 +87,8 @@ def test_probe_leaves_the_model_as_it_was(name: str) -> None:
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "no weights"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_probe_rejects_with_the_reason(name: str, weights: bool) -> None:
+    if name == "mla-equal-widths" and not weights:
+        pytest.skip("only numbers tell it from other attention")
     model = tiny_model(name) if weights else without_weights(name)
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match=REASONS[name]):
