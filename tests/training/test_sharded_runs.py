@@ -92,7 +92,7 @@ BREAK = (
     ON_CPUS
     + """
 from pathlib import Path
-from seerattn.cli import build_app
+import seerattn.training.finetune as finetuning
 
 def break_loss(self, model, *args, run=FinetuneTrainer.training_step, **kwargs):
     if dist.get_rank() == 1 and self.state.global_step == 1:
@@ -116,10 +116,18 @@ if where == "loss":
     FinetuneTrainer.training_step = break_loss
 else:
     FinetuneTrainer._clip_grad_norm = break_gradient if where == "gradient" else swell_gradient
+
+def run_and_tell(*args, run=finetuning.run, **kwargs):
+    try:
+        run(*args, **kwargs)
+    except ValueError as error:
+        (told / str(dist.get_rank())).write_text(str(error))
+
+finetuning.run = run_and_tell
 try:
-    build_app(sys.argv[1:])(sys.argv[1:])
-except ValueError as error:
-    (told / str(dist.get_rank())).write_text(str(error))
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code
 dist.barrier()
 """
 )
