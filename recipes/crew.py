@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -66,15 +69,16 @@ class Crew:
 
     def work(self, deadline: float) -> None:
         """Returns when nothing is left that can be done, or right after the deadline, with every process ended."""
-        try:
-            while (self.waiting or self.working) and time.monotonic() < deadline:
-                self._start()
-                self._look()
-                if not self.working and not any(job.ready for job in self.waiting):
-                    break
-                time.sleep(0.2)
-        finally:
-            self._end()
+        with _ended_by_sigterm():
+            try:
+                while (self.waiting or self.working) and time.monotonic() < deadline:
+                    self._start()
+                    self._look()
+                    if not self.working and not any(job.ready for job in self.waiting):
+                        break
+                    time.sleep(0.2)
+            finally:
+                self._end()
 
     def _start(self) -> None:
         for job in [job for job in self.waiting if job.ready][: self.at_once - len(self.working)]:
@@ -108,6 +112,27 @@ class Crew:
         for worker in self.working:
             worker.process.join(max(0.0, limit - time.monotonic()))
             worker.process.kill()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside the ``with`` SIGTERM raises, as SIGINT does: it would end the crew alone, and leave its processes at work.
+
+    Whoever had a signal ignored when the crew was started, as `nohup` and shells do for jobs in the background, keeps
+    it ignored.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _in_a_process(job: Job, gpu: int | None, threads: int) -> None:

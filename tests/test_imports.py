@@ -69,20 +69,17 @@ def test_only_report_imports_matplotlib() -> None:
     assert not offences(others, lambda n: starts(n, "matplotlib"))
 
 
-def test_import_works_without_optional_packages_and_adds_less_than_300_ms_to_torch() -> None:
+def test_import_works_without_optional_packages_and_reads_almost_nothing_beside_torch() -> None:
     code = """
-import sys, time
+import sys
 for name in ("triton", "matplotlib", "datasets"):
     sys.modules[name] = None
 import torch
-begin = time.perf_counter()
+before = set(sys.modules)
 import seerattn
-elapsed = time.perf_counter() - begin
-heavy = {"transformers", "peft"} & set(sys.modules)
 assert not torch.cuda.is_initialized()
-print(elapsed, sorted(heavy))
+print(*sorted(set(sys.modules) - before - sys.stdlib_module_names))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    elapsed, heavy = out.stdout.split(maxsplit=1)
-    assert float(elapsed) < 0.3
-    assert heavy.strip() == "[]"
+    # What a user waits for is the number of modules; a clock would tell how busy the machine is.
+    assert out.stdout.split() == ["seerattn", "seerattn._peft_hook"]

@@ -5,12 +5,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+import crew as crews
 from crew import Crew, Job
 
 FOREVER = float("inf")
@@ -29,6 +31,12 @@ def ignore_every_request_to_end(path: Path) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     path.write_text(str(os.getpid()))
     time.sleep(600)
+
+
+def ask_to_end(process: int, path: Path) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(process, number)
+    path.touch()
 
 
 @pytest.mark.parametrize(("seen", "given"), [(None, {"0", "1"}), ("4,GPU-5", {"4", "GPU-5"})])
@@ -73,29 +81,77 @@ def test_failed_job_is_told_with_the_end_of_its_log_and_others_go_on(
     assert (tmp_path / "right").read_text() == os.environ.get("CUDA_VISIBLE_DEVICES", "none")
 
 
-def test_processes_that_do_not_end_when_asked_are_killed_after_two_seconds_together(tmp_path: Path) -> None:
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Signals act as in a shell that ignores none, whatever the one that started the suite does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.usefixtures("handlers")
+def test_crew_that_is_ended_kills_processes_that_do_not_end_when_asked(
+    number: signal.Signals, raised: type[BaseException], tmp_path: Path
+) -> None:
     begun = [tmp_path / str(number) for number in range(3)]
     jobs = [Job(path.name, partial(ignore_every_request_to_end, path), tmp_path / "log.txt") for path in begun]
-    crew, interrupted = Crew(jobs, at_once=3, gpus=0), []
+    crew = Crew(jobs, at_once=3, gpus=0)
 
-    def interrupt() -> None:
+    def end() -> None:
         while not all(path.exists() and path.read_text() for path in begun):
             time.sleep(0.05)
-        interrupted.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        crew.work(time.monotonic() + 120)
-    assert time.monotonic() - interrupted[0] < 4
+    threading.Thread(target=end, daemon=True).start()
+    with pytest.raises(raised):
+        crew.work(FOREVER)
     for worker in crew.working:
-        worker.process.join(10)
+        worker.process.join()
         assert worker.process.exitcode == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("handlers")
+def test_signals_that_were_ignored_when_the_crew_began_stay_ignored(tmp_path: Path) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    crew = Crew([Job("it", partial(ask_to_end, os.getpid(), tmp_path / "it"), tmp_path / "log.txt")], at_once=1, gpus=0)
+    crew.work(FOREVER)
+    assert (tmp_path / "it").exists() and not crew.failed
+
+
+class Stubborn:
+    """A process that does not end before it is killed, on a clock of its own."""
+
+    now = 0.0
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, float]] = []
+
+    def terminate(self) -> None:
+        self.seen.append(("asked", Stubborn.now))
+
+    def join(self, seconds: float) -> None:
+        Stubborn.now += seconds
+
+    def kill(self) -> None:
+        self.seen.append(("killed", Stubborn.now))
+
+
+def test_processes_have_two_seconds_together_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crews.time, "monotonic", lambda: Stubborn.now)
+    crew, processes = Crew([], at_once=3, gpus=0), [Stubborn() for _ in range(3)]
+    crew.working = [crews._Worker(None, process, 0.0, None) for process in processes]
+    crew.work(0.0)
+    assert [process.seen for process in processes] == [[("asked", 0.0), ("killed", 2.0)]] * 3
 
 
 def test_deadline_ends_processes_and_leaves_the_rest_undone(tmp_path: Path) -> None:
     jobs = [Job(str(n), partial(time.sleep, 600), tmp_path / "log.txt") for n in range(2)]
-    crew, begin = Crew(jobs, at_once=1, gpus=0), time.monotonic()
-    crew.work(begin + 0.5)
-    assert time.monotonic() - begin < 4
+    crew = Crew(jobs, at_once=1, gpus=0)
+    crew.work(time.monotonic() + 0.5)
     assert crew.waiting == jobs[1:] and [worker.process.exitcode for worker in crew.working] == [-signal.SIGTERM]
