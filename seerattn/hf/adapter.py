@@ -37,7 +37,8 @@ from seerattn.hf.gates import (
     make_gate,
 )
 from seerattn.hf.identity import check_identity, identity, transformers_model
-from seerattn.hf.probe import dense_implementation, probe, set_implementation
+from seerattn.hf.placement import dense_implementation, set_implementation
+from seerattn.hf.probe import probe
 from seerattn.hf.state import GATES, Attachment, GateTraining, attachment_of, learning
 from seerattn.selection.policies import policy_from_dict
 

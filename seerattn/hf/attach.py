@@ -17,7 +17,8 @@ from seerattn.hf.adapter import GatedModel, SeerConfig, SeerModel, load_gated, t
 from seerattn.hf.attention import IMPLEMENTATIONS
 from seerattn.hf.gates import attach_layer
 from seerattn.hf.identity import transformers_model
-from seerattn.hf.probe import dense_implementation, probe, set_implementation
+from seerattn.hf.placement import dense_implementation, set_implementation
+from seerattn.hf.probe import probe
 from seerattn.hf.state import Attachment, attachment_of, check_attached_impl, check_fits, check_gated, check_policy
 from seerattn.selection.policies import Policy
 from seerattn.selection.selector import Selector

@@ -88,7 +88,7 @@ def seer_attention(
     windowed = kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < key.shape[2]
     backends, timed = nullcontext(), nullcontext()
     if seer is not None and query.shape[2] > 1 and not windowed:
-        mask, state = attention_mask, seer.state
+        mask, state, seer = attention_mask, seer.state, seer.on(query.device)
         own = isinstance(mask, CallMask)
         running = mask.running(state.attachment) if own else state.attachment.now()
         learning = mask.learning if own else LEARNING.get()

@@ -32,6 +32,13 @@ class LayerCall:
     position_embeddings: Tables | None
     position_ids: Tensor | None
 
+    def on(self, device: torch.device) -> LayerCall:
+        """The same call with its tables where the layer runs: a sharded model makes them on its first device."""
+        tables = self.position_embeddings
+        if tables is None or tables[0].device == device:
+            return self
+        return replace(self, position_embeddings=tuple(x.to(device) for x in tables))
+
     def part(self, row: int, begin: int, end: int) -> LayerCall:
         """The call that would hold tokens ``begin .. end`` of one batch row alone."""
         tables = self.position_embeddings

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.config import AttnGateConfig
 from seerattn.hf.attention import add_call
+from seerattn.hf.placement import execution_device
 from seerattn.hf.rotary import gate_rotation
 from seerattn.hf.state import GATES, Attachment, AttentionLayer, LayerState
 
@@ -81,6 +82,9 @@ class GateSwitch(nn.Module, BaseTunerLayer):
         if self.acts and own:
             self.attachment.active = own[0]
             self.attachment.refresh()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Holds nothing that could be moved."""
 
     def delete_adapter(self, adapter_name: str) -> None:
         """See `BaseTunerLayer.delete_adapter`."""
@@ -150,17 +154,6 @@ def delete_gate(attachment: Attachment, name: str) -> None:
     if attachment.active == name:
         attachment.active = next(iter(attachment.policies), None)
     attachment.refresh()
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: the device that accelerate's hooks bring it to, or that of its weights."""
-    for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        for one in (hook, *getattr(hook, "hooks", ())):
-            place = getattr(one, "execution_device", None)
-            if place is not None:
-                return torch.device(place)
-    return next(module.parameters()).device
 
 
 def await_weights(gate: AttnGate) -> None:

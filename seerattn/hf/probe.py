@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
-from seerattn.hf.attention import IMPLEMENTATIONS
 from seerattn.hf.mask import CallMask, make_mask
+from seerattn.hf.placement import dense_implementation, execution_device, implementation
 from seerattn.hf.proof import (
     MARKER,
     SPY,
@@ -50,7 +50,7 @@ _CALL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError,
 def _spy_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    reached = kwargs.pop(MARKER, None) is module
+    reached = kwargs.pop(MARKER, None) == id(module)
     SPY.get().calls.append(Seen(module, query, key, value, attention_mask, kwargs, reached))
     batch, heads, tokens, _ = query.shape
     return value.new_zeros(batch, tokens, heads, value.shape[-1]), None
@@ -84,7 +84,7 @@ def _share_verdict(model: PreTrainedModel) -> list[AttentionLayer]:
     verdict: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            if model.get_input_embeddings().weight.is_meta:
+            if execution_device(model.get_input_embeddings()).type == "meta":
                 raise ValueError("model must have weights in the first process of FSDP, got one on the meta device")
             verdict = [[_by_name(layer, model) for layer in _probe(model)]]
         except ValueError as error:
@@ -238,38 +238,13 @@ def _kept(modules: set[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Runs ``model`` with another attention implementation."""
-    before = model.config._attn_implementation
-    set_implementation(model, name)
-    try:
-        yield
-    finally:
-        set_implementation(model, before)
-
-
-def set_implementation(model: PreTrainedModel, name: str) -> None:
-    """Switches the attention implementation of a model.
-
-    Raises:
-        ValueError: the architecture does not let it be switched.
-    """
-    model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
-        raise ValueError(
-            f"model must call its attention through the transformers attention interface, got {type(model).__name__}, "
-            "which does not"
-        )
-
-
-@contextmanager
 def _watching(model: PreTrainedModel, dense: str) -> Iterator[Spy]:
     spy = Spy(dense)
     token = SPY.set(spy)
 
     def see_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         spy.inputs[module] = (args, kwargs)
-        return args, kwargs | {MARKER: module}
+        return args, kwargs | {MARKER: id(module)}
 
     def see_tables(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         spy.tables.append((module, args, kwargs, output))
@@ -291,8 +266,9 @@ def _watching(model: PreTrainedModel, dense: str) -> Iterator[Spy]:
 
 
 def _ids(model: PreTrainedModel) -> Tensor:
-    embedding = model.get_input_embeddings().weight
-    return torch.arange(1, PROBE_TOKENS + 1, device=embedding.device)[None] % embedding.shape[0]
+    embedding = model.get_input_embeddings()
+    ids = torch.arange(1, PROBE_TOKENS + 1) % embedding.weight.shape[0]
+    return ids[None].to(execution_device(embedding))
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, use_cache: bool = False, **options: Any) -> Any:
@@ -313,19 +289,3 @@ def _is_windowed(call: Seen, model: PreTrainedModel) -> bool:
     window = call.kwargs.get("sliding_window")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return window is not None and (longest is None or window < longest)
-
-
-def dense_implementation(model: PreTrainedModel) -> str:
-    """Name of the implementation that ours replaces on ``model``.
-
-    Raises:
-        ValueError: it is one that ours cannot fall back on.
-    """
-    current = model.config._attn_implementation
-    for dense, ours in IMPLEMENTATIONS.items():
-        if current in (dense, ours):
-            return dense
-    raise ValueError(
-        f"attn_implementation must be one of {list(IMPLEMENTATIONS)} before attaching, got {current!r}; "
-        "load the model with attn_implementation='sdpa'"
-    )

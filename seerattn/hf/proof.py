@@ -20,7 +20,7 @@ from seerattn.hf.attention import logits_of
 from seerattn.hf.call import LayerCall
 from seerattn.hf.mask import CallMask, Unservable
 from seerattn.hf.rotary import Rotation
-from seerattn.hf.state import Attachment, AttentionLayer, LayerState
+from seerattn.hf.state import Attachment, AttentionLayer, LayerState, Tables
 from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.checks import HEAD_DIMS
 from seerattn.selection.block_indices import BlockIndices

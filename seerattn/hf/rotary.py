@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,22 @@ from seerattn.selection.selector import RotaryTables
 
 # What a layer keeps, most of it frequencies by the length of a call.
 KEPT_RESULTS = 16
+
+
+class Form(NamedTuple):
+    """What a rotary function does with its tables: the first three as in `RotaryTables`.
+
+    Attributes:
+        width: leading channels of a head that are rotated.
+        interleaved: whether neighbours are rotated together, otherwise halves.
+        column_step: columns of the tables from pair to pair.
+        backwards: whether it turns by the negative of the angle.
+    """
+
+    width: int
+    interleaved: bool
+    column_step: int
+    backwards: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +106,8 @@ class Rotation:
     def frequencies(self, head_dim: int, tokens: int | None = None) -> Tensor:
         """Frequencies that the model's embedding class has for heads of that width, fp32 on the CPU, one a pair.
 
-        At the width of the model they are those that its module holds, with the rounding of its dtype.
+        At the width of the model they are those that its module holds, with the rounding of its dtype. They are
+        negative where the model turns by the negative of the angle.
 
         Args:
             head_dim: the width.
@@ -99,7 +117,9 @@ class Rotation:
             ValueError: the class cannot be built at that width.
         """
         reached = self._reached(tokens) if self.depends_on_length else None
-        return self._once((head_dim, reached), lambda: self._find_frequencies(head_dim, reached))
+        found = self._once((head_dim, reached), lambda: self._find_frequencies(head_dim, reached))
+        form = None if self.function is unproven else self.form()
+        return -found if form is not None and form.backwards else found
 
     def _once(self, key: Any, find: Callable[[], Any]) -> Any:
         found = self._kept.get(key)
@@ -155,7 +175,7 @@ class Rotation:
         longest = int(getattr(self.embedding, own, self.embedding.max_seq_len_cached))
         return tokens if tokens < self.original_length else max(tokens, longest)
 
-    def first_tables(self) -> tuple[Tensor, Tensor]:
+    def _first_tables(self) -> tuple[Tensor, Tensor]:
         """Tables of some positions, fp32 on the CPU, wherever the model is."""
         forward, like = _forward_of(self._fresh(None)), torch.empty(0, dtype=torch.float32)
         return _ask(forward, like, torch.arange(1, 9)[None], self.arguments)
@@ -170,23 +190,26 @@ class Rotation:
         return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
     def as_tables(self, cos: Tensor, sin: Tensor) -> RotaryTables | None:
-        """What `rotate` does with these tables, for kernels that undo it; None if it fits none of the known forms."""
-        form = self.form(cos, sin)
-        return None if form is None else RotaryTables(cos, sin, **form)
+        """What `rotate` does with these tables, for kernels that undo it; None if its form is not known."""
+        form = self.form((cos, sin))
+        if form is None:
+            return None
+        return RotaryTables(cos, -sin if form.backwards else sin, form.width, form.interleaved, form.column_step)
 
-    def form(self, cos: Tensor, sin: Tensor) -> dict[str, Any] | None:
-        """Width, pairing of channels and column step of `RotaryTables`, found with these tables the first time."""
-        return self._once("form", lambda: self._find_form(cos[:1, -8:].float(), sin[:1, -8:].float()))
+    def form(self, tables: tuple[Tensor, Tensor] | None = None) -> Form | None:
+        """What `rotate` does, found the first time with some tables; None if it fits none of the known forms."""
+        return self._once("form", lambda: self._find_form(*(tables or self._first_tables())))
 
-    def _find_form(self, cos: Tensor, sin: Tensor) -> dict[str, Any] | None:
+    def _find_form(self, cos: Tensor, sin: Tensor) -> Form | None:
+        cos, sin = cos[:1, -8:].float(), sin[:1, -8:].float()
         columns = cos.shape[-1]
         x = torch.randn(1, 1, cos.shape[1], self.width, generator=torch.Generator().manual_seed(0)).to(cos.device)
         turned = self.rotate(x, cos, sin)
-        for width, step in ((columns, 1), (columns, 2), (2 * columns, 1)):
-            for interleaved in (False, True):
-                form = {"width": width, "interleaved": interleaved, "column_step": step}
-                if width <= self.width and torch.allclose(_turn(x, cos, sin, **form), turned, atol=1e-5):
-                    return form
+        sizes = ((columns, 1), (columns, 2), (2 * columns, 1))
+        for (width, step), interleaved, backwards in product(sizes, (False, True), (False, True)):
+            form = Form(width, interleaved, step, backwards)
+            if width <= self.width and torch.allclose(_turn(x, cos, sin, form), turned, atol=1e-5):
+                return form
         return None
 
     def unrotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -226,9 +249,10 @@ def _ask(
         return make(like, positions.expand(3, *positions.shape), **arguments)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, width: int, interleaved: bool, column_step: int) -> Tensor:
-    """Rotates ``x [B, h, n, D]`` in the form that `RotaryTables` describes."""
-    pairs = width // 2
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, form: Form) -> Tensor:
+    """Rotates ``x [B, h, n, D]`` in a form."""
+    width, interleaved, column_step, backwards = form
+    pairs, sin = width // 2, -sin if backwards else sin
     cos, sin = (t[:, None, :, : pairs * column_step : column_step] for t in (cos, sin))
     first = slice(0, width, 2) if interleaved else slice(0, pairs)
     second = slice(1, width, 2) if interleaved else slice(pairs, width)
@@ -262,13 +286,13 @@ def gate_rotation(rotation: Rotation | None, *, gate_dim: int) -> GateRotation:
     frequencies, count = _padded(rotation, gate_dim)
     if rotation is None or rotation.function is unproven:
         return GateRotation(frequencies, None)
-    form = rotation.form(*rotation.first_tables())
+    form = rotation.form()
     if form is None:
         raise ValueError(
             "rope of a gate must rotate the channel pairs of the model, got ones of no known form from "
             f"{rotation.function.__module__}; use AttnGateConfig(rope=False)"
         )
-    return GateRotation(frequencies, Pairing(2 * count, form["interleaved"]) if count else None)
+    return GateRotation(frequencies, Pairing(2 * count, form.interleaved) if count else None)
 
 
 def gate_frequencies(rotation: Rotation | None, *, gate_dim: int, tokens: int | None = None) -> Tensor:

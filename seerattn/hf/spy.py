@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from seerattn.hf.attention import IMPLEMENTATIONS, logits_of, seer_attention
 from seerattn.hf.mask import CallMask, make_mask
-from seerattn.hf.probe import dense_implementation, implementation, probe
+from seerattn.hf.placement import dense_implementation, implementation
+from seerattn.hf.probe import probe
 from seerattn.hf.state import attachment_of
 
 # "flash" and "sdpa" in a name would make transformers look for those libraries.

@@ -13,8 +13,9 @@ import seerattn
 from seerattn import AttnGateConfig
 from seerattn.gate import AttnGate, Pairing
 from seerattn.gate_selector import GateSelector, pooled_inputs
-from seerattn.hf.probe import AttentionLayer, probe
+from seerattn.hf.probe import probe
 from seerattn.hf.rotary import gate_frequencies, gate_rotation, unproven
+from seerattn.hf.state import AttentionLayer
 from seerattn.selection import AttentionContext, BlockIndices, RotaryTables, TokenBudget
 
 BLOCK = 32
@@ -91,7 +92,7 @@ def test_gate_of_averages_scores_blocks_by_the_models_own_logits(name: str, form
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["llama", "cohere", "glm4", "phi", "stablelm", "smollm3"])
+@pytest.mark.parametrize("name", ["llama", "cohere", "glm4", "phi", "stablelm", "smollm3", "nanochat"])
 def test_fused_gate_of_averages_chooses_blocks_by_the_models_own_logits(
     name: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.glm import modeling_glm
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
+from transformers.models.nanochat import modeling_nanochat
 
 import seerattn
 from seerattn import AttnGateConfig, TopK
@@ -48,6 +49,13 @@ def test_form_of_a_rotation_matches_the_models_function(function, spread: str, h
     else:
         assert (tables.width, tables.interleaved, tables.column_step) == form
         assert tables.cos is cos and tables.sin is sin
+
+
+def test_rotation_by_negative_angles_is_told_as_one_by_negative_sines() -> None:
+    angle = torch.cat((ANGLES, ANGLES), -1)[None]
+    tables = Rotation(modeling_nanochat.apply_rotary_pos_emb, WIDTH, nn.Identity()).as_tables(angle.cos(), angle.sin())
+    assert (tables.width, tables.interleaved, tables.column_step) == (WIDTH, False, 1)
+    assert torch.equal(tables.sin, -angle.sin()) and torch.equal(tables.cos, angle.cos())
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
