@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from tiny_corpus import tiny_tokenizer, write_documents, write_model
+from tiny_corpus import tiny_tokenizer, topical_model, write_documents, write_model
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,9 @@ from seerattn.gate import AttnGateConfig
 from seerattn.gate.attn_gate import parameter_count
 from seerattn.training.distill import DistillConfig, plan
 from seerattn.training.losses import LossKind
+from seerattn.training.packing import SamplePlan
+
+CODE = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +36,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.jsonl").write_text("")
     (folder / "text.csv").write_text("a,b")
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text"')
-    tiny_model("gpt-neox").save_pretrained(folder / "neox")
-    tiny_tokenizer().save_pretrained(folder / "neox")
-    gated = seerattn.attach(tiny_model("llama"), AttnGateConfig(block_q=32))
+    tiny_model("bloom").save_pretrained(folder / "bloom")
+    tiny_tokenizer().save_pretrained(folder / "bloom")
+    (folder / "deep.jsonl").write_text("[" * 100_000)
+    (folder / "half.jsonl").write_text('{"text": "\\ud800"}')
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress((folder / "data.jsonl").read_bytes())[:-40])
+    for name, values in {
+        "more": {"num_hidden_layers": 3},
+        "cut": {},
+        "code": CODE,
+        "small": {"vocab_size": 50},
+    }.items():
+        shutil.copytree(folder / "model", folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | values))
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    tiny_model("llama", vocab_size=50).save_pretrained(folder / "small")
+    gated = seerattn.attach(topical_model(), AttnGateConfig(block_q=32))
     gated.save_pretrained(folder / "gates", save_embedding_layers=False)
     return folder
 
@@ -154,7 +173,7 @@ ERRORS = {
     "other data": ({"data": "{folder}/text.csv"}, [], "data must be .jsonl or .txt"),
     "short documents": ({"data": "{folder}/short.jsonl"}, [], "a document of at least two blocks"),
     "missing model": ({"model": "{folder}/nowhere"}, [], "model must be"),
-    "unknown architecture": ({"model": "{folder}/neox"}, [], "GPTNeoX"),
+    "unknown architecture": ({"model": "{folder}/bloom"}, [], "Bloom"),
     "context longer than the model's": ({"context": 2048}, [], "1024"),
     "context of less than two blocks": ({"context": 64}, [], "context must be a multiple of the block size 64"),
     "context off the grid": ({"context": 200}, [], "context must be a multiple of the block size 64"),
@@ -176,15 +195,40 @@ ERRORS = {
     "recall documents": ({}, ["--recall-share", "0.5"], "length must be at least 256"),
     "steps": ({"steps": 0}, [], "steps must be at least 1"),
     "device": ({}, ["--device", "toaster"], "device must be"),
+    "device without numbers": (
+        {},
+        ["--device", "meta"],
+        "device must be cpu, cuda or another that computes, got 'meta'",
+    ),
+    "device that is not there": ({}, ["--device", "cuda:99"], "device must be cpu, cuda or another that computes"),
+    "seed": ({}, ["--seed", "-1"], "seed must be at least 0, got -1"),
+    "tracker": ({}, ["--report-to", "nosuch"], "report_to must be none or a tracker that is installed"),
+    "model with code of its own": ({"model": "{folder}/code"}, [], "allow it with --trust-remote-code"),
+    "tokens unknown to the model": (
+        {"model": "{folder}/small"},
+        [],
+        "tokens must be among the 50 that the model knows",
+    ),
+    "deeply nested data": ({"data": "{folder}/deep.jsonl"}, [], "got line 1 of"),
+    "half a surrogate": ({"data": "{folder}/half.jsonl"}, [], "half a surrogate in line 1"),
+    "cut archive": ({"data": "{folder}/cut.jsonl.gz"}, [], "data must be readable UTF-8 text"),
 }
 
 
-@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry run"])
-@pytest.mark.parametrize("name", ERRORS)
+# What a dry run does not read.
+WEIGHTS = {
+    "model without a layer": ({"model": "{folder}/more"}, [], "model must hold all weights of its config"),
+    "model that is cut off": ({"model": "{folder}/cut"}, [], "model must be a causal language model that can be"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dry"), [*((name, dry) for name in ERRORS for dry in (False, True)), *((name, False) for name in WEIGHTS)]
+)
 def test_bad_input_is_one_sentence_and_exit_code_2(
     name: str, dry: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options, arguments, message = ERRORS[name]
+    options, arguments, message = (ERRORS | WEIGHTS)[name]
     arguments = [*arguments, "--dry-run"] if dry else arguments
     options = {key: value.format(folder=folder) if isinstance(value, str) else value for key, value in options.items()}
     monkeypatch.chdir(tmp_path)
@@ -192,6 +236,29 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seerattn: ")]
     assert len(errors) == 1 and message in errors[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_command_that_was_refused_can_be_corrected(folder: Path, tmp_path: Path) -> None:
+    for wrong in (["--seed", "-1"], ["--report-to", "nosuch"], ["--device", "meta"], ["--lr", "1e39"]):
+        assert call(folder, *wrong, "--warmup-steps", 0, output=tmp_path / "out", logging_steps=1, save_steps=1) == 2
+        left = {path.name for path in tmp_path.iterdir()}
+        # A loss was seen and recorded before nothing was finite any more.
+        assert left == (set() if wrong[0] != "--lr" else {"out"})
+    shutil.rmtree(tmp_path / "out")
+    assert call(folder, output=tmp_path / "out") == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_dry_run_of_a_million_steps_looks_at_no_sample(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SamplePlan, "__getitem__", lambda *_: pytest.fail("a sample was looked at"))
+    monkeypatch.setattr(SamplePlan, "is_synthetic", lambda *_: pytest.fail("a sample was looked at"))
+    options = {"output": tmp_path / "out", "steps": 10**6, "batch_size": 16, "context": 512, "recall_share": 0.25}
+    assert call(folder, "--dry-run", **options) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "16000000 of 512 tokens, 25% recall documents; 1 documents are packed" in shown
+    assert f"the text {0.75 * 16e6 * 512 / 900:,.1f} times over" in shown
 
 
 def test_output_that_is_taken_is_left_as_it_is(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import typer
 from accelerate.commands.launch import launch_command_parser
-from tiny_corpus import tiny_tokenizer, write_documents, write_model
+from tiny_corpus import tiny_tokenizer, topical_model, write_documents, write_model
 from tiny_models import tiny_model
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():
         model.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
-    gated = seerattn.attach(tiny_model("llama"), AttnGateConfig(block_q=32))
+    gated = seerattn.attach(topical_model(), AttnGateConfig(block_q=32))
     gated.save_pretrained(folder / "gates", save_embedding_layers=False)
     return folder
 
