@@ -69,6 +69,7 @@ class SeerModel(BaseTuner):
         self._configs.update({adapter_name: peft_config} if switched else peft_config)
         self._others: dict[str, PeftConfig] | None = None
         self.active_adapter: str | list[str] = adapter_name
+        self.register_load_state_dict_pre_hook(_to_own_names)
         config = self._configs[adapter_name]
         if not config.keeps_base:
             freeze = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
@@ -219,18 +220,10 @@ class SeerModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SeerConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Checkpoint names to those of the model at hand, which may hold its layers elsewhere than the one trained."""
-        layers = attachment_of(model).layers.values()
-        names = {layer.module: name for name, layer in _named(model, layers)}
-        here = {layer.layer: names[layer.module] for layer in layers}
-        mapped = {}
-        for key, tensor in state_dict.items():
-            module, found, parameter = key.partition(f".{GATES}.")
-            numbers = [part for part in module.split(".") if part.isdigit()]
-            if not found or not numbers or int(numbers[-1]) not in here:
-                raise ValueError(f"gates must hold tensors of gates of this model alone, got {key[:100]}")
-            mapped[f"{here[int(numbers[-1])]}.{GATES}.{adapter_name}.{parameter}"] = tensor
-        return mapped
+        foreign = next((key for key in state_dict if f".{GATES}." not in key), None)
+        if foreign is not None:
+            raise ValueError(f"gates must hold tensors of gates alone, got {foreign[:100]}")
+        return {key.replace(f".{GATES}.", f".{GATES}.{adapter_name}."): x for key, x in state_dict.items()}
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """See the model's own; PEFT asks for it whatever the model is."""
@@ -391,9 +384,15 @@ def load_gated(model: nn.Module, name: str | Path) -> GatedModel:
     return gated
 
 
-def _named(model: nn.Module, layers: Sequence[Any]) -> list[tuple[str, Any]]:
-    by_module = {layer.module: layer for layer in layers}
-    return [(name, by_module[module]) for name, module in model.named_modules() if module in by_module]
+def _to_own_names(tuner: SeerModel, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+    """Pre-hook of loading: the model at hand may hold its layers under other names than the one that was trained."""
+    layers = {layer.module: layer.layer for layer in tuner.attachment.layers.values()}
+    here = {layers[part]: f"{prefix}{name}" for name, part in tuner.named_modules() if part in layers}
+    for key in [key for key in state_dict if f".{GATES}." in key]:
+        module, _, parameter = key.partition(f".{GATES}.")
+        layer = next((int(part) for part in reversed(module.split(".")) if part.isdigit()), None)
+        if layer in here and module != here[layer]:
+            state_dict[f"{here[layer]}.{GATES}.{parameter}"] = state_dict.pop(key)
 
 
 def _without_weights(gate: nn.Module) -> nn.Module:

@@ -39,22 +39,26 @@ def averaging_gate(form: str, layer: AttentionLayer) -> AttnGate:
     return gate
 
 
-def constant_blocks(layer: AttentionLayer, length: int, context: AttentionContext) -> tuple[Tensor, Tensor]:
+def constant_blocks(layer: AttentionLayer, length: int) -> tuple[Tensor, Tensor]:
     """Queries and keys after RoPE that were the same all over each block before it."""
     g = torch.Generator().manual_seed(5)
     made = []
     for heads in (layer.num_heads, layer.num_kv_heads):
         x = torch.randn(1, heads, -(-length // BLOCK), layer.head_dim, generator=g)
         x = x.repeat_interleave(BLOCK, 2)[:, :, :length]
-        made.append(x if layer.rotation is None else layer.rotation.rotate(x, context.rotary.cos, context.rotary.sin))
+        made.append(x if layer.rotation is None else layer.rotation.rotate(x, *own_tables(layer, length)))
     return tuple(made)
+
+
+def own_tables(layer: AttentionLayer, length: int) -> tuple[Tensor, Tensor]:
+    return layer.rotation.tables(torch.arange(length)[None], torch.ones(1))
 
 
 def layer_context(layer: AttentionLayer, length: int, **others) -> AttentionContext:
     rotation = layer.rotation
     if rotation is None:
         return AttentionContext(0, 1.0, None, lambda x, start: x.float(), rotary=RotaryTables(), **others)
-    cos, sin = rotation.tables(torch.arange(length)[None], torch.ones(1))
+    cos, sin = own_tables(layer, length)
 
     def unrotate(x: Tensor, start: int) -> Tensor:
         end = start + x.shape[2]
@@ -84,7 +88,7 @@ def assert_scores_are_logits(scores: Tensor, logits: Tensor) -> None:
 def test_gate_of_averages_scores_blocks_by_the_models_own_logits(name: str, form: str) -> None:
     for layer in probe(tiny_model(name)):
         context = layer_context(layer, 8 * BLOCK)
-        q, k = constant_blocks(layer, 8 * BLOCK, context)
+        q, k = constant_blocks(layer, 8 * BLOCK)
         gate = averaging_gate(form, layer)
         scores = gate(*pooled_inputs(gate, q, k, context, "reference"))
         assert_scores_are_logits(scores, true_logits(q, k))
@@ -100,7 +104,7 @@ def test_fused_gate_of_averages_chooses_blocks_by_the_models_own_logits(
     large_steps(monkeypatch)
     layer = probe(tiny_model(name))[-1]
     context = layer_context(layer, 9 * BLOCK - 5)
-    q, k = constant_blocks(layer, 9 * BLOCK - 5, context)
+    q, k = constant_blocks(layer, 9 * BLOCK - 5)
     selector = GateSelector(averaging_gate(form, layer), TokenBudget(tokens=4 * BLOCK), "triton")
     chosen = selector.select(q, k, context).to_mask()
     logits = true_logits(q, k)
@@ -217,7 +221,7 @@ def test_gate_of_averages_scores_long_calls_by_the_models_own_logits(kind: str) 
     tables_of_call(layer.rotation.embedding, 8 * BLOCK)
     own = layer_context(layer, 8 * BLOCK)
     context = replace(own, frequencies=lambda width: gate_frequencies(layer.rotation, gate_dim=width, tokens=8 * BLOCK))
-    q, k = constant_blocks(layer, 8 * BLOCK, context)
+    q, k = constant_blocks(layer, 8 * BLOCK)
     assert_scores_are_logits(gate(*pooled_inputs(gate, q, k, context)), true_logits(q, k))
     with pytest.raises(AssertionError):
         assert_scores_are_logits(gate(*pooled_inputs(gate, q, k, own)), true_logits(q, k))
