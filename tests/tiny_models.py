@@ -82,6 +82,7 @@ ROTARY = {
         SIZES | FULL | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
     ),
     "qwen3.5": (tf.Qwen3_5TextConfig, SIZES | FULL),
+    "nanochat": (tf.NanoChatConfig, WIDE),  # turns by the negative of the angle
     "gpt-neox": (tf.GPTNeoXConfig, {key: value for key, value in WIDE.items() if key != "num_key_value_heads"}),
     "gpt2": (
         tf.GPT2Config,
