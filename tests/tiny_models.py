@@ -89,6 +89,24 @@ ROTARY = {
         {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 97, "bos_token_id": 1, "eos_token_id": None},
     ),
 }
+# RoPE whose frequencies depend on the length, with an original length of 128.
+LONG_ROPE = {
+    "phi3-longrope": (
+        tf.Phi3Config,
+        WIDE
+        | {"sliding_window": None, "original_max_position_embeddings": 128}
+        | {
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128}
+        },
+    ),
+    "llama-dynamic": (
+        tf.LlamaConfig,
+        SIZES
+        | {"max_position_embeddings": 128}
+        | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+}
+LONG_ROPE["phi3-longrope"][1]["rope_parameters"] |= {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
 REFUSED = {
     "mla": (tf.DeepseekV3Config, WIDE | MLA | {"qk_nope_head_dim": 32, "v_head_dim": 32}),
     "mla-equal-widths": (tf.DeepseekV3Config, WIDE | MLA | {"qk_nope_head_dim": 16, "v_head_dim": 32}),
@@ -105,7 +123,7 @@ EAGER = ("gemma2", "gpt-oss")
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
     """A model in evaluation mode with seeded random weights."""
-    config_class, values = (SUPPORTED | ROTARY | REFUSED)[name]
+    config_class, values = (SUPPORTED | ROTARY | LONG_ROPE | REFUSED)[name]
     config = config_class(**values | overrides)
     implementation = {"attn_implementation": "eager"} if name in EAGER else {}
     torch.manual_seed(0)

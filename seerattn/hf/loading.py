@@ -66,7 +66,8 @@ def read_model(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    config = read_config(name, trust_remote_code=trust_remote_code) if config is None else config
+    if config is None and kind is None:
+        config = read_config(name, trust_remote_code=trust_remote_code)
     with _reading(f"a causal language model that can be loaded, got {name}", name):
         if device.type == "meta":
             with init_empty_weights():

@@ -14,6 +14,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -134,7 +135,13 @@ def _probe(model: PreTrainedModel) -> list[AttentionLayer]:
     dense = dense_implementation(model)
     names = {module: key for key, module in model.named_modules()}
     with _watching(model, dense) as spy:
-        _forward(model, _ids(model))
+        try:
+            _forward(model, _ids(model))
+        except _CALL_ERRORS as error:
+            raise ValueError(
+                f"model must run with an attention function and a mask that are not its own, got {name}, in which that "
+                f"ends in {type(error).__name__}: {str(error)[:200]}"
+            ) from error
         calls = spy.take()
         if not calls:
             raise ValueError(
@@ -195,11 +202,10 @@ def _prove_beyond(model: PreTrainedModel, spy: Spy, layers: list[AttentionLayer]
         return
     original = max(layer.rotation.original_length for layer in by_module.values())
     ids = _ids(model)
-    with _kept({layer.rotation.embedding for layer in by_module.values()}):
-        _forward(model, ids, position_ids=original + torch.arange(ids.shape[1], device=ids.device)[None])
-        for call in spy.take():
-            if call.module in by_module:
-                prove_rotation(call, spy, f"{name}, at {by_module[call.module].name} beyond {original} tokens")
+    _forward(model, ids, position_ids=original + torch.arange(ids.shape[1], device=ids.device)[None])
+    for call in spy.take():
+        if call.module in by_module:
+            prove_rotation(call, spy, f"{name}, at {by_module[call.module].name} beyond {original} tokens")
 
 
 def _prove_cached(
@@ -224,17 +230,20 @@ def _prove_cached(
 
 
 @contextmanager
-def _kept(modules: set[nn.Module]) -> Iterator[None]:
-    """Leaves buffers and counters of modules as they were."""
-    before = [(module, module.__dict__.copy(), module._buffers.copy()) for module in modules]
+def _kept(modules: list[nn.Module]) -> Iterator[None]:
+    """Leaves frequencies and counters of rotary modules as they were; some follow the length of the last call."""
+    kinds = (dict, set)
+    before = [{key: copy(x) if isinstance(x, kinds) else x for key, x in vars(module).items()} for module in modules]
+    tensors = [x for module in modules for x in (*vars(module).values(), *module._buffers.values())]
+    values = [(x, x.clone()) for x in tensors if isinstance(x, Tensor)]
     try:
         yield
     finally:
-        for module, attributes, buffers in before:
+        for module, attributes in zip(modules, before):
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for tensor, value in values:
+            tensor.copy_(value)
 
 
 @contextmanager
@@ -253,16 +262,21 @@ def _watching(model: PreTrainedModel, dense: str) -> Iterator[Spy]:
         stack.callback(SPY.reset, token)
         stack.enter_context(torch.no_grad())
         stack.enter_context(implementation(model, PROBE))
+        stack.enter_context(_kept([module for module in model.modules() if _is_rotary(module)]))
         for module in model.modules():
             parameters = inspect.signature(module.forward).parameters.values()
             takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters)
-            if any(key.endswith("inv_freq") for key, _ in module.named_buffers(recurse=False)):
+            if _is_rotary(module):
                 stack.callback(module.register_forward_hook(see_tables, with_kwargs=True).remove)
             elif takes_more and (
                 hasattr(module, "layer_idx") or "position_embeddings" in inspect.signature(module.forward).parameters
             ):
                 stack.callback(module.register_forward_pre_hook(see_inputs, with_kwargs=True).remove)
         yield spy
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    return any(key.endswith("inv_freq") for key, _ in module.named_buffers(recurse=False))
 
 
 def _ids(model: PreTrainedModel) -> Tensor:
