@@ -22,6 +22,7 @@ from test_distill_runs import RUN, assert_same_result, records, train
 from tiny_corpus import write_documents, write_model
 from torch import nn
 
+import seerattn.training.output as run_folders
 from seerattn.training.checkpoints import last_whole
 from seerattn.training.distill import DistillConfig
 from seerattn.training.finetune import FinetuneConfig
@@ -308,6 +309,49 @@ def test_run_that_is_killed_while_it_saves_is_resumed_as_if_nothing_had_been(
     assert (output / "run.lock").exists()
     train(folder, output, SHORT, resume=True)
     assert_same_result(output, uninterrupted)
+
+
+HOLDER = "import sys; from pathlib import Path; from seerattn.locking import locked\n"
+HOLDER += "with locked(Path(sys.argv[1]), 'output'): print('held', flush=True); sys.stdin.read()"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_second_process_in_a_folder_is_refused_and_changes_nothing(
+    resume: bool, folder: Path, output: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = output if resume else tmp_path / "new"
+    output.mkdir(exist_ok=True)
+    look = run_folders.check_unlocked
+    for late in (False, True):
+        # The first one may come in while the second one reads its data.
+        monkeypatch.setattr(run_folders, "check_unlocked", (lambda *_: None) if late else look)
+        command = [sys.executable, "-c", HOLDER, str(output)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout.readline() == "held\n"
+            before = contents(output)
+            with pytest.raises(
+                ValueError, match=f"^output must be used by one run at a time, but process {holder.pid} "
+            ):
+                train(folder, output, SHORT, resume=resume)
+            assert contents(output) == before
+    train(folder, output, SHORT, resume=resume)
+    assert_same_result(output, uninterrupted)
+
+
+def test_run_that_began_meanwhile_is_not_written_over(
+    folder: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "new"
+    wait = run_folders.locked
+
+    def another_run_first(place: Path, name: str) -> Any:
+        shutil.copytree(output, place, dirs_exist_ok=True)
+        return wait(place, name)
+
+    monkeypatch.setattr(run_folders, "locked", another_run_first)
+    with pytest.raises(ValueError, match=r"^output must be a new or empty folder"):
+        train(folder, other, SHORT)
+    assert contents(other) == contents(output)
 
 
 def test_run_that_was_killed_before_it_wrote_anything_can_be_begun_again(
