@@ -137,8 +137,8 @@ class LayerCall:
             if all(_alike(m[:, -q_len:], t[:, last]) for m, t in zip(made, tables)):
                 return made
         raise Unservable(
-            "position_ids must count up by one along a prompt, got resetting or skipping ones; "
-            "pass packed documents one by one"
+            "position_ids must count up by one along a prompt that comes in several calls, got resetting or skipping "
+            "ones, as packed documents and images have; give such a prompt in one call"
         )
 
     def _positions(self, row: int | None, k_len: int, slots: Tensor | None) -> Iterator[Tensor]:
