@@ -169,3 +169,96 @@ def test_gates_rotate_the_share_of_channels_that_the_model_rotates() -> None:
     without = probe(tiny_model("smollm3"))[1]
     assert without.rotation is None
     assert (gate_frequencies(None, gate_dim=32) == 0).all()
+
+
+def test_head_dim_that_no_kernel_takes_is_refused_at_attach() -> None:
+    for head_dim in (24, 288):
+        model = tiny_model("llama", head_dim=head_dim)
+        with pytest.raises(ValueError, match=f"the head dim must be 32 to 256, got {head_dim} in LlamaForCausalLM"):
+            seerattn.attach(model, AttnGateConfig())
+        assert model.config._attn_implementation == "sdpa" and not layer_states(model)
+
+
+def test_overflow_is_told_as_an_overflow() -> None:
+    model = tiny_model("llama", torch.float16)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.fill_(6e4)
+    with pytest.raises(
+        ValueError, match=r"must be finite, got an overflow in torch.float16 .* load the model in bfloat16"
+    ):
+        seerattn.attach(model, AttnGateConfig())
+
+
+@pytest.mark.parametrize("number", [-1, 1, None])
+def test_layers_that_share_a_number_are_refused(number: int | None) -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.layer_idx = number
+    # With a cache such a model would fail by itself; nothing here asks for one.
+    with pytest.raises(ValueError, match="attention modules must have a layer_idx of their own, got"):
+        seerattn.attach(model, AttnGateConfig())
+
+
+def test_module_that_is_called_twice_a_forward_is_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    with pytest.raises(ValueError, match="attention modules must be called once a forward"):
+        seerattn.attach(model, AttnGateConfig())
+
+
+def test_module_that_drops_keywords_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    forward = LlamaAttention.forward
+
+    def without_keywords(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **_):
+        return forward(self, hidden_states, position_embeddings, attention_mask, past_key_values)
+
+    monkeypatch.setattr(LlamaAttention, "forward", without_keywords)
+    with pytest.raises(ValueError, match="must pass keywords on to their attention function"):
+        seerattn.attach(tiny_model("llama"), AttnGateConfig())
+
+
+def test_attention_that_adds_something_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations import sdpa_attention
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def with_a_bias(module, query, key, value, attention_mask, **kwargs):
+        bias = torch.arange(key.shape[2], dtype=query.dtype)
+        causal = torch.ones(query.shape[2], key.shape[2]).tril().log()
+        return sdpa_attention.sdpa_attention_forward(module, query, key, value, causal + bias, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", with_a_bias)
+    with pytest.raises(ValueError, match="attention must be the softmax of scaled products"):
+        seerattn.attach(tiny_model("llama"), AttnGateConfig())
+
+
+def test_model_that_keeps_no_cache_is_served_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    forward = LlamaAttention.forward
+
+    def other_keys(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        if past_key_values is not None and past_key_values.get_seq_length(self.layer_idx):
+            past_key_values.layers[self.layer_idx].keys.mul_(2)
+        return forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", other_keys)
+    model = seerattn.attach(tiny_model("llama"), AttnGateConfig(), seerattn.TopK(density=0.5), impl="reference")
+    cache = model(tokens(1, 130), use_cache=True).past_key_values
+    with pytest.raises(
+        ValueError, match=r"a prompt must come in one call, got 70 tokens against a cache, .* other keys"
+    ):
+        model(tokens(1, 70), past_key_values=cache)
+
+
+def test_gates_that_learn_refuse_labels_without_their_own_loss() -> None:
+    ids = tokens(1, 70)
+    model = seerattn.attach(tiny_model("llama"), AttnGateConfig()).train()
+    with pytest.raises(ValueError, match="gates must be trained by their own loss"):
+        model(input_ids=ids, labels=ids)
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids).loss
+    for state in layer_states(model):
+        state.gate.requires_grad_(False)
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, expected)
