@@ -193,6 +193,7 @@ def split_layers(stacked: AttnGate, layers: int) -> list[AttnGate]:
             num_kv_heads=stacked.num_kv_heads // layers,
             head_dim=stacked.head_dim,
             inv_freq=stacked.inv_freq,
+            pairing=stacked.pairing,
         ).to(stacked.k_weight.device)
         state = {
             name: weight.chunk(layers)[layer] if "norm" not in name else weight
@@ -347,8 +348,8 @@ def train_gates(
     seed: int,
 ) -> dict[str, Training]:
     """Trains every variant on the same steps."""
+    from seerattn.hf.rotary import gate_rotation
     from seerattn.hf.state import layer_states
-    from seerattn.hf.rotary import gate_frequencies
 
     rng = random.Random(seed)
     config, device, bos = base.config, base.device, tokenizer.bos_token_id
@@ -372,7 +373,7 @@ def train_gates(
             num_heads=layers * config.num_attention_heads,
             num_kv_heads=layers * config.num_key_value_heads,
             head_dim=config.head_dim,
-            inv_freq=gate_frequencies(rotation, gate_dim=variant.config.gate_dim or config.head_dim),
+            **gate_rotation(rotation, gate_dim=variant.config.gate_dim or config.head_dim)._asdict(),
         )
         trainings[name] = Training(variant, gate.to(device), steps)
     spy = Spy(sorted({variant.config.block_q for variant in variants.values()}))

@@ -21,7 +21,9 @@ from seerattn.eval.data import Window
 from seerattn.eval.recall import RecallMeter, run_dense
 from seerattn.eval.results import Result, ResultsFile, Stopwatch
 from seerattn.gate.attn_gate import AttnGate
-from seerattn.hf.checkpoint import CONFIG, check_gate_folder
+from seerattn.gate_selector import pooled_inputs
+from seerattn.hf.checkpoint import CONFIG
+from seerattn.hf.config import check_gate_folder
 from seerattn.ops.pooled_attention import pooled_attention
 from seerattn.saving import write_whole
 from seerattn.selection.block_indices import causal_block_mask, forced_block_mask
@@ -69,7 +71,7 @@ class Calibrator:
         """Collects one call of whole sequences, queries and keys after RoPE."""
         gate = self._gates[context.layer]
         config = gate.config
-        scores = gate(context.unrotate(q, 0), context.unrotate(k, 0))
+        scores = gate(*pooled_inputs(gate, q, k, context))
         geometry = (0, q.shape[2], *scores.shape[2:], config.block_q, config.block_k)
         causal = causal_block_mask(*geometry)[0].to(scores.device)
         forced = forced_block_mask(*geometry, self._sink_blocks)[0].to(scores.device)

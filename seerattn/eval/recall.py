@@ -22,6 +22,7 @@ from seerattn.eval.arms import DENSE, Arm, Subject, TunedArm
 from seerattn.eval.data import Window, batches
 from seerattn.eval.maps import BlockMaps
 from seerattn.eval.results import Result, ResultsFile, Stopwatch
+from seerattn.gate_selector import pooled_inputs
 from seerattn.ops.pooled_attention import block_mass, pooled_attention
 from seerattn.selection.block_indices import BlockIndices, forced_block_mask
 from seerattn.selection.selector import AttentionContext, Selector
@@ -212,7 +213,8 @@ def observe_maps(subject: Subject, arm: Arm, window: Window, heads: Sequence[tup
         if not wanted:
             return
         _, target = pooled_attention(q, k, k, block_q=block_q, block_k=block_k, **context.logits)
-        scores = gates[context.layer](context.unrotate(q, 0), context.unrotate(k, 0))
+        gate = gates[context.layer]
+        scores = gate(*pooled_inputs(gate, q, k, context))
         forced = forced_block_mask(0, q.shape[2], *scores.shape[2:], block_q, block_k, policy.sink_blocks)[0]
         forced = forced.to(scores.device)
         # Every row keeps a block to normalise over: -1e30 is as good as -inf where there is another.

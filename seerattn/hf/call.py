@@ -26,11 +26,13 @@ class LayerCall:
         state: of the layer.
         position_embeddings: the model's rotary tables (cos, sin) of the call.
         position_ids: positions of the call's tokens, if the architecture passes them on.
+        tokens: length of the call that this one is a part of, its past included, where frequencies depend on it.
     """
 
     state: LayerState
     position_embeddings: Tables | None
     position_ids: Tensor | None
+    tokens: int | None = None
 
     def on(self, device: torch.device) -> LayerCall:
         """The same call with its tables where the layer runs: a sharded model makes them on its first device."""
@@ -44,7 +46,7 @@ class LayerCall:
         tables = self.position_embeddings
         if tables is not None:
             tables = tuple((x[row : row + 1] if x.shape[0] > 1 else x)[:, begin:end] for x in tables)
-        return replace(self, position_embeddings=tables, position_ids=None)
+        return replace(self, position_embeddings=tables, position_ids=None, tokens=self._length(None))
 
     def context(
         self,
@@ -80,8 +82,7 @@ class LayerCall:
             cos, sin = self._tables(row, q_len, k_len, mask, slots)
             rotary = state.rotation.as_tables(cos, sin)
             if state.rotation.depends_on_length:
-                tokens = k_len if self.position_ids is None else int(self.position_ids.max()) + 1
-                at = partial(gate_frequencies, state.rotation, tokens=tokens)
+                at = partial(gate_frequencies, state.rotation, tokens=self._length(mask) or k_len)
                 frequencies = lambda width: at(gate_dim=width).to(cos.device)  # noqa: E731
 
             def unrotate(x: Tensor, start: int) -> Tensor:
@@ -97,6 +98,17 @@ class LayerCall:
             rotary=rotary,
             frequencies=frequencies,
         )
+
+    def _length(self, mask: CallMask | None) -> int | None:
+        """Tokens of the call by its positions, read once a forward; None where nothing depends on them."""
+        rotation = self.state.rotation
+        if self.position_ids is None or rotation is None or not rotation.depends_on_length:
+            return self.tokens
+        if mask is None:
+            return int(self.position_ids.max()) + 1
+        if mask.positions_end is None:
+            mask.positions_end = int(self.position_ids.max()) + 1
+        return mask.positions_end
 
     def _tables(self, row: int | None, q_len: int, k_len: int, mask: CallMask | None, slots: Tensor | None) -> Tables:
         """Rotary tables of the keys of one row, or of all rows, in their order."""

@@ -46,6 +46,7 @@ class CallMask:
         dense_densities: densities for which a layer of this forward found dense attention faster: the other layers
             need not ask, which took 17 us each of a short prompt.
         tables: rotary tables of cached keys, by rotation and row.
+        positions_end: one more than the largest position, where a layer asked for it.
     """
 
     # All that transformers asks of a mask which `generate` prepares for a static cache.
@@ -61,6 +62,7 @@ class CallMask:
         self.learning = LEARNING.get()
         self.dense_densities: set[float | None] = set()
         self.tables: dict[Any, Tables] = {}
+        self.positions_end: int | None = None
 
     def running(self, attachment: Attachment) -> Running:
         """What the layers of this forward run, the same for all of them."""

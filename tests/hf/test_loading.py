@@ -134,7 +134,7 @@ def test_layers_that_predict_further_tokens_may_follow_the_others(folder: Path) 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"null"])
 def test_tokenizer_that_cannot_be_read_is_told_in_a_sentence(content: bytes, folder: Path) -> None:
     (folder / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ValueError, match="^model must be one with a tokenizer, got .*copy: "):
+    with pytest.raises(ValueError, match=r"^model must be one with a tokenizer, got .*copy: "):
         read_tokenizer(str(folder))
 
 
@@ -177,6 +177,6 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_allowed(
 
 @pytest.mark.parametrize("name", ["nosuch", "meta", "mps:7", "cuda:99", "cuda:-1", "xpu:9", "hpu", "", "\udc80"])
 def test_device_that_does_not_compute_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="^device must be cpu, cuda or another that computes, got "):
+    with pytest.raises(ValueError, match=r"^device must be cpu, cuda or another that computes, got "):
         choose_device(name)
     assert choose_device("cpu") == CPU
