@@ -22,7 +22,6 @@ from seerattn.training.output import (
     LOG_NAME,
     check_output,
     check_replaced,
-    check_same_run,
     records,
 )
 from seerattn.training.runs import (
@@ -203,8 +202,6 @@ def run(prepared: Plan, output: Path, *, resume: bool = False) -> PeftModel:
     """Carries a plan out; see `distill`."""
     check_output(output, resume=resume)
     model, facts = prepared.model, prepared.facts()
-    if resume:
-        check_same_run(facts, output)
     arguments = training_arguments(
         prepared.config,
         output,

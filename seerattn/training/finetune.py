@@ -29,7 +29,6 @@ from seerattn.training.output import (
     LOG_NAME,
     check_output,
     check_replaced,
-    check_same_run,
     records,
 )
 from seerattn.training.runs import (
@@ -321,8 +320,6 @@ def run(prepared: Plan, output: Path, *, resume: bool = False) -> PreTrainedMode
     """Carries a plan out; see `finetune`."""
     check_output(output, resume=resume)
     config, model, facts = prepared.config, prepared.model, prepared.facts()
-    if resume:
-        check_same_run(facts, output)
     arguments = training_arguments(
         config,
         output,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -203,18 +204,32 @@ def test_run_on_replaced_weights_is_not_resumed(folder: Path, output: Path, unin
     assert_same_result(output, uninterrupted)
 
 
-@pytest.mark.parametrize("at_the_end", [False, True], ids=["in a step", "in the last step"])
-def test_gates_that_are_not_finite_are_never_saved(at_the_end: bool, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("steps", "save_steps", "told"),
+    [
+        # After the first step the rate of the second one leaves nothing finite: seen by the loss of the third,
+        (6, 4, "losses and gradients must be finite, got others at step 3, first seen in the gate's loss of layer 0;"),
+        # by the checkpoint of the second,
+        (6, 1, "weights must be finite, got others at step 2, first seen in .*seer_gate.*;"),
+        # or by nothing any more.
+        (2, 4, "weights must be finite, got others at step 2, first seen in .*seer_gate.*;"),
+    ],
+)
+def test_gates_that_are_not_finite_are_never_saved(
+    steps: int, save_steps: int, told: str, folder: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
-    # After the first step the rate of the second one leaves nothing finite: seen by a loss, or by nothing any more.
-    config = replace(SHORT, steps=2 if at_the_end else 6, save_steps=1, logging_steps=1, warmup_steps=1, lr=3e38)
-    with pytest.raises(ValueError, match=r"must be finite, got others at step [23], first seen in .*; the run stopped"):
+    config = replace(SHORT, steps=steps, save_steps=save_steps, logging_steps=1, warmup_steps=1, lr=3e38)
+    with pytest.raises(ValueError, match=f"^{told} the run stopped .* with a smaller lr or with other text"):
         train(folder, output, config)
-    assert [path.name for path in (output / "checkpoints").iterdir()] == ["checkpoint-1"]
-    state = load_file(last_whole(output / "checkpoints") / "adapter_model.safetensors")
-    assert all(bool(weight.isfinite().all()) for weight in state.values())
+    saved = [output / "checkpoints" / "checkpoint-1"] if save_steps == 1 else []
+    assert list((output / "checkpoints").iterdir()) == saved
+    for checkpoint in saved:
+        state = load_file(last_whole(output / "checkpoints") / "adapter_model.safetensors")
+        assert last_whole(output / "checkpoints") == checkpoint
+        assert all(bool(weight.isfinite().all()) for weight in state.values())
     assert {path.name for path in output.iterdir()} == {"checkpoints", "run.json", "training.jsonl"}
-    assert all(torch.isfinite(torch.tensor(record["loss"])) for record in records(output))
+    assert all(math.isfinite(record["loss"]) for record in records(output))
 
 
 def test_run_that_fails_before_its_first_record_leaves_nothing(
@@ -315,25 +330,26 @@ HOLDER = "import sys; from pathlib import Path; from seerattn.locking import loc
 HOLDER += "with locked(Path(sys.argv[1]), 'output'): print('held', flush=True); sys.stdin.read()"
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["from the start", "meanwhile"])
 @pytest.mark.parametrize("resume", [False, True])
 def test_second_process_in_a_folder_is_refused_and_changes_nothing(
-    resume: bool, folder: Path, output: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+    resume: bool, late: bool, folder: Path, output: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     output = output if resume else tmp_path / "new"
     output.mkdir(exist_ok=True)
-    look = run_folders.check_unlocked
-    for late in (False, True):
-        # The first one may come in while the second one reads its data.
-        monkeypatch.setattr(run_folders, "check_unlocked", (lambda *_: None) if late else look)
-        command = [sys.executable, "-c", HOLDER, str(output)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-            assert holder.stdout.readline() == "held\n"
-            before = contents(output)
-            with pytest.raises(
-                ValueError, match=f"^output must be used by one run at a time, but process {holder.pid} "
-            ):
-                train(folder, output, SHORT, resume=resume)
-            assert contents(output) == before
+    command = [sys.executable, "-c", HOLDER, str(output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        before = contents(output)
+        told = f"^output must be used by one run at a time, but process {holder.pid} on "
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(ValueError, match=told):
+            if late:
+                # The first one came in while this one read its data.
+                patched.setattr(run_folders, "check_unlocked", lambda *_: None)
+            else:
+                patched.setattr(sys.modules["seerattn.training.distill"], "plan", lambda *_, **__: pytest.fail("begun"))
+            train(folder, output, SHORT, resume=resume)
+        assert contents(output) == before
     train(folder, output, SHORT, resume=resume)
     assert_same_result(output, uninterrupted)
 
