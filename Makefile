@@ -5,10 +5,14 @@ OLDEST := .venv-oldest/bin
 # One thread a process keeps small tests fast on few cores; the demo and the benchmark use all of them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-newest test-oldest test-gpu memcheck lint format bench-cpu clean
+.PHONY: demo models test test-newest test-oldest test-public test-gpu memcheck fuzz lint format bench-cpu clean
 
 demo: .venv/.installed
 	$(BIN)/python recipes/demo.py
+
+# Downloads, checks and converts public models into outputs/models; MODELS="smollm2" makes one.
+models: .venv/.installed
+	$(BIN)/python recipes/public_models.py $(MODELS)
 
 test: lint test-newest test-oldest
 
@@ -21,6 +25,11 @@ test-oldest: .venv-oldest/.installed
 	@echo "== integration tests, oldest supported transformers =="
 	$(TEST_ENV) $(OLDEST)/python -m pytest tests/hf tests/invariants
 
+test-public: .venv/.installed
+	@echo "== a public model: SmolLM2-135M-Instruct =="
+	$(BIN)/python recipes/public_models.py smollm2
+	$(TEST_ENV) $(BIN)/python -m pytest tests/public
+
 # These two run with the Python at hand, which must have a CUDA build of torch.
 test-gpu:
 	python -m pytest tests/ops
@@ -28,6 +37,10 @@ test-gpu:
 memcheck:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 		python -m pytest tests/ops/test_block_sparse_attention_triton.py -k "padding or packed or unselected"
+
+# Thousands of damaged arguments and files; the suite tries a hundred. SEERATTN_FUZZ_SEED begins elsewhere.
+fuzz: .venv/.installed
+	SEERATTN_FUZZ_TRIES=$${SEERATTN_FUZZ_TRIES:-2000} $(TEST_ENV) $(BIN)/python -m pytest tests/fuzz
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
