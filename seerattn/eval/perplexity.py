@@ -131,7 +131,6 @@ def evaluate_perplexity(
                         subject, arm, pieces, blank, batch=batch, timed=timed, advance=advance
                     )
                     row = cell.setdefault(measured, seconds)
-                    times = cell.setdefault(_time_row(time, row, taken), seconds) if taken else None
                 rows.append(row)
                 if baseline is None:
                     baseline = row
@@ -141,7 +140,8 @@ def evaluate_perplexity(
                     )
                     difference = replace(row, what="perplexity_difference", samples={}, **gap._asdict())
                     rows.append(cell.setdefault(difference, row.seconds))
-                rows += [times] if timed else []
+                if timed:
+                    rows.append(times or cell.append(_time_row(time, row, taken), seconds))
     return rows
 
 

@@ -16,6 +16,7 @@ import seerattn
 from seerattn.eval.families import GATE_POLICIES, SELECTORS, SOURCES, check_options, make_family
 from seerattn.eval.needle import TASKS as RETRIEVAL
 from seerattn.eval.needle import Needle
+from seerattn.texts import fits, short
 
 TASKS = ("perplexity", "recall", *RETRIEVAL)
 BOOKS = Path(seerattn.__file__).parent.parent / "assets" / "books"
@@ -150,7 +151,8 @@ def read_recipe(
         raise ValueError(f"recipe must be a YAML file, got {path}, which is none")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # PyYAML raises the last ones of values that do not fit their tags, and of dates that there are not.
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"recipe must be YAML, got {path}: {error}") from error
     reader = _Reader(path.parent)
     keys = ("models", "selectors", "tasks", "densities", "budgets", "contexts", "last_rows_dense", "calibration")
@@ -191,7 +193,7 @@ def check_files(recipe: Recipe, model: ModelEntry, config: Any) -> None:
     """
     from seerattn.baselines.plan import describe_model
     from seerattn.eval.results import fingerprint
-    from seerattn.hf.checkpoint import check_gate_folder
+    from seerattn.hf.config import check_gate_folder
 
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", math.inf)
@@ -239,7 +241,7 @@ class _Reader:
         values = dict(entry) if isinstance(entry, dict) else {"selector": entry}
         kind = values.pop("selector", None)
         if kind not in SELECTORS:
-            raise ValueError(f"selector must be one of {', '.join(SELECTORS)}, got {kind!r}")
+            raise ValueError(f"selector must be one of {', '.join(SELECTORS)}, got {short(kind)}")
         files = {name: self._by_model(values.pop(name, None), f"{name} of {kind}") for name in ("gates", "plan")}
         name = _text(values.pop("name", kind), "name")
         check_options(kind, values)
@@ -250,7 +252,7 @@ class _Reader:
             make = f"; make one with seerattn plan {kind} and name it under plan" if needs_plan else "; take it out"
             raise ValueError(f"{kind} must have {'a plan, got none' if needs_plan else 'no plan, got one'}{make}")
         if kind == "gate" and values.get("policy", "top_k") not in GATE_POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(GATE_POLICIES)}, got {values['policy']!r}")
+            raise ValueError(f"policy must be one of {', '.join(GATE_POLICIES)}, got {short(values['policy'])}")
         for folder in files["gates"].values():
             if not folder.is_dir():
                 raise ValueError(f"gates must be a folder, got {folder}")
@@ -260,7 +262,7 @@ class _Reader:
         values = dict(entry) if isinstance(entry, dict) else {"task": entry}
         kind = values.get("task")
         if kind not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {kind!r}")
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {short(kind)}")
         own = {
             "perplexity": ("data", "windows"),
             "recall": ("data", "windows"),
@@ -310,13 +312,16 @@ class _Reader:
         if value is None:
             return {}
         by_model = value if isinstance(value, dict) else {"": value}
-        return {model: self.path(_text(path, what)) for model, path in by_model.items()}
+        return {
+            model if model == "" else _text(model, f"model of {what}"): self.path(_text(path, what))
+            for model, path in by_model.items()
+        }
 
 
 def _mapping(value: Any, what: str, known: Sequence[str], required: Sequence[str] = ()) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{what} must be a mapping with {', '.join(known)}, got {value!r}")
-    unknown, missing = [str(key) for key in value if key not in known], [key for key in required if key not in value]
+        raise ValueError(f"{what} must be a mapping with {', '.join(known)}, got {short(value)}")
+    unknown, missing = [short(key) for key in value if key not in known], [key for key in required if key not in value]
     if unknown or missing:
         got = f"{', '.join(unknown)}" if unknown else f"none of {', '.join(missing)}"
         raise ValueError(f"{what} must have keys among {', '.join(known)}, got {got}")
@@ -328,19 +333,24 @@ def _list(value: Any) -> list[Any]:
 
 
 def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{what} must be text, got {value!r}")
+    if not isinstance(value, str) or not value.strip() or not _encodes(value):
+        raise ValueError(f"{what} must be text, got {short(value)}")
     return value
+
+
+def _encodes(text: str) -> bool:
+    """Whether a text has no half of a character, which no file can hold, and no end in its middle."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _number(
     value: Any, what: str, kind: Callable[[Any], Any], low: float, high: float = math.inf, above: bool = False
 ) -> Any:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and (kind is float or value == int(value))
+    number = fits(value, float) and (kind is float or value == int(value))
     if not number or not low <= value <= high or (above and value == low):
         whole = "a whole number" if kind is int else "a number"
         bound = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-        raise ValueError(f"{what} must be {whole} {bound}, got {value!r}")
+        raise ValueError(f"{what} must be {whole} {bound}, got {short(value)}")
     return kind(value)
 
 

@@ -19,13 +19,14 @@ _PROVENANCE += ("seconds", "timestamp", "part")
 _CELL: dict[str, Any] = (
     dict.fromkeys(("task", "metric", "filter", "note", "dtype", "device", "impl", "work", "launch", "clock"), str)
     | dict.fromkeys(("block_q", "block_k", "rows_alike", "mask_heads", "layers", "layer", "batch"), int)
-    | {"budget": str, "depth": float | None, "share": float | str, "target_share": float, "map": bool}
+    | {"budget": str, "depth": float, "share": float | str, "target_share": float, "map": bool}
     | {"training": dict[str, Any]}
 )
 _SAMPLES: dict[str, Any] = (
-    dict.fromkeys(("losses", "tokens", "index", "attention", "scores", "log_prob"), list[float | None])
+    dict.fromkeys(("losses", "tokens", "scores", "log_prob"), list[float | None])
     | dict.fromkeys(("p", "dense", "score"), list[float | None])
-    | {"documents": list[int], "error": list[str], "head_density": list[list[float | None]]}
+    | {"index": list[float], "attention": list[float], "head_density": list[list[float]]}
+    | {"documents": list[int], "error": list[str]}
 )
 _TRAINING: dict[str, Any] = {
     "name": str,
@@ -43,6 +44,7 @@ _NEEDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 # Of a measurement by `seerattn bench`, which says the device in its cell; with blocks, and of a whole model.
 _BENCH, _BENCH_BLOCKS, _BENCH_MODEL = ("impl",), ("block_q", "block_k", "share"), ("layers",)
+_BENCH_SPARSE = ("attention_ms", "selection_ms", "ttft_s")
 _BUDGETS = ("density", "time")
 # Of what others are divided by, or drawn on a logarithmic axis.
 _POSITIVE = ("perplexity", "attention_ms", "selection_ms", "pooled_ms", "ttft_s", "finetune_layer_ms")
@@ -165,12 +167,12 @@ def parse_line(line: str | bytes) -> Result:
 def _check_whole(values: Mapping[str, Any], cell: Mapping[str, Any], samples: Mapping[str, Any]) -> None:
     """Refuses a record without what its quantity needs, or at odds with itself."""
     needed, of_samples = _NEEDED.get(values["what"], ((), ()))
-    if values.get("value") is None:
-        of_samples = ()
     if "device" in cell:
         needed += _BENCH
-        if values["what"] in ("attention_ms", "selection_ms") and values["selector"] != "dense":
+        if values["what"] in _BENCH_SPARSE and values["selector"] != "dense":
             needed += _BENCH_BLOCKS
+            if values.get("density") is None:
+                raise ValueError(f"a record of {short(values['what'])} with blocks must have a density, got none")
         if values["what"] == "ttft_s":
             needed += _BENCH_MODEL
     if cell.get("task") == "passkey" and values["what"] == "accuracy":
@@ -189,6 +191,14 @@ def _check_whole(values: Mapping[str, Any], cell: Mapping[str, Any], samples: Ma
     value = values["value"]
     if value is not None and value <= 0 and values["what"] in _POSITIVE:
         raise ValueError(f"value of {short(values['what'])} must be above 0, got {value}")
+    if values["what"] == "accuracy" and not (value is not None and 0 <= value <= 1 <= values["n"]):
+        raise ValueError(f"value of 'accuracy' must be a share of some documents, got {value} of {values['n']}")
+    if ("block_q" in cell) != ("block_k" in cell):
+        raise ValueError("cell must have block_q and block_k, got one of them")
+    if values["what"] == "task_guard" and any(len(samples[name]) != 1 for name in ("p", "dense", "score")):
+        raise ValueError("samples of 'task_guard' must be one p, one dense score and one score, got other numbers")
+    if not all(samples.get("head_density", ())):
+        raise ValueError("samples.head_density must have a density in every layer, got a layer without")
     for name in ("n", "context"):
         if values[name] < 0:
             raise ValueError(f"{name} must be at least 0, got {values[name]}")

@@ -41,7 +41,7 @@ def head_densities(results: Sequence[Result]) -> dict[tuple[str, str], list[Resu
     """By model and text the perplexity rows that counted every head, in their setting with the fewest dense rows."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for r in results:
-        if r.what == "perplexity" and "head_density" in r.samples and kind(r) != "dense" and budget(r) == "density":
+        if r.what == "perplexity" and r.samples.get("head_density") and kind(r) != "dense" and budget(r) == "density":
             groups.setdefault((r.model, r.text), []).append(r)
     for place, rows in groups.items():
         longest = max(r.context for r in rows)
@@ -49,6 +49,7 @@ def head_densities(results: Sequence[Result]) -> dict[tuple[str, str], list[Resu
         fewest = min(map(last_rows_dense, rows))
         order = arms(rows)
         rows = [r for r in rows if last_rows_dense(r) == fewest]
+        rows = [r for r in rows if by_head(r).shape == by_head(rows[0]).shape]
         groups[place] = sorted(rows, key=lambda r: (order.index(r.arm), -(r.density or 0.0)))
     return groups
 

@@ -139,7 +139,8 @@ def time_grids(results: Sequence[Result]) -> list[Grid]:
 
     def measure(rows: Sequence[Result]) -> Measured:
         index, attention = (sum(rows[-1].sampled(name)) for name in ("index", "attention"))
-        more = f"{index / (index + attention):.0%} choice" if index else ""
+        total = index + attention
+        more = f"{index / total:.0%} choice" if index and total else ""
         return Measured(rows[-1].value, None, more)
 
     grids = []

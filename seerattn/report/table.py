@@ -127,7 +127,8 @@ def _by_depth(results: Sequence[Result]) -> list[str]:
 def _recall(results: Sequence[Result]) -> list[str]:
     def cell(rows: list[Result]) -> str:
         (row,) = rows
-        return f"{row.value:.3f}" if row.stderr is None else f"{row.value:.3f} ± {row.stderr:.3f}"
+        value = "not finite" if row.value is None else f"{row.value:.3f}"
+        return value if row.stderr is None else f"{value} ± {row.stderr:.3f}"
 
     titles = {"target_recall": "Recall of the target map", "mass_recall": "Recall of the attention mass"}
     parts = []

@@ -65,6 +65,8 @@ def damage(text: str) -> dict[str, str]:
         "model that is none": json.dumps(values | {"model": []}),
         "a later format": json.dumps(values | {"plan": 2}),
         "no text": "\xff\xfe",
+        "nested": "[" * 100_000,
+        "a number that is none": text.replace("0.1", "NaN"),
     }
 
 
@@ -75,6 +77,30 @@ def test_plan_rejects_a_damaged_file(tmp_path, kind) -> None:
     path.write_bytes(damage(path.read_text())[kind].encode("latin-1"))
     with pytest.raises(ValueError, match="plan must be a whole file that a search wrote"):
         Plan.load(path)
+
+
+def test_plan_is_written_over_plans_and_nothing_else(tmp_path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("")
+    for made in (plan(), plan(rules=RULES[::-1])):
+        made.save(path)
+        assert Plan.load(path) == made
+    for text in ("my notes", '{"lr": 1}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"output must be a new file or a plan, got .*name another file"):
+            plan().save(path)
+        assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"method": 1}, {"made": []}, {"model": MODEL | {"layers": True}}, {"model": MODEL | {"weights": 1}},
+     {"model": MODEL | {"heads": -1}}, {"rules": "abc"}, {"rules": [{"a": 1}, [], [{}, {}]]}],
+    ids=str,
+)  # fmt: skip
+def test_plan_rejects_values_of_another_kind(values: dict) -> None:
+    with pytest.raises(ValueError, match=r"(method|made|model|weights|rules) of a (plan|layer)"):
+        plan(**values)
 
 
 def test_plan_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch) -> None:

@@ -175,6 +175,22 @@ TEXT = {"task": "perplexity", "data": "docs.jsonl"}
 BAD = {
     "no yaml": ("a: [", "recipe must be YAML"),
     "no mapping": ("- a", "the recipe must be a mapping"),
+    "nested": ("[" * 100_000, "recipe must be YAML"),
+    "no such date": ("2020-13-45: 1", "recipe must be YAML"),
+    "no such truth": ("models: !!bool maybe", "recipe must be YAML"),
+    "a billion laughs": (
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+        + "models: {model: *i}\nselectors: [dense]\ntasks: [perplexity]\n",
+        "the recipe must have keys among",
+    ),
+    "half a character": ('{"models": ["\\ud800"], "selectors": ["dense"], "tasks": []}', "model must be text"),
+    "a key that is no text": (changed(models=[{"model": "model", 1: 2}]), "keys among model, name"),
+    "not a number": (changed(densities=[float("nan")]), "densities must be a number above 0"),
+    "infinite batch": (changed(batch=float("inf")), "batch must be a whole number"),
+    "endless number": (changed(batch=10**400), "batch must be a whole number"),
+    "option of another kind": (selector(selector="streaming", block_q=[64]), "of the kind that they have by default"),
+    "truth as a size": (selector(selector="streaming", block_q=True), "of the kind that they have by default"),
     "unknown key": (changed(magic=1), "keys among models, selectors"),
     "missing key": ({"models": ["model"]}, "got none of selectors, tasks"),
     "no budget": (changed(densities=[]), "must have densities or budgets"),

@@ -97,6 +97,19 @@ BAD = {
     "depth": (("needle", *BASE, "--depths", "1.5"), "depths"),
     "heads": (("recall", *BASE, "--heads", "one"), "heads must be LAYER:HEAD"),
     "maps": (("recall", *BASE, "--maps", "@maps.npz"), "maps must have gates"),
+    "no heads": (
+        ("recall", *BASE, "--gates", "@gates-of-model", "--heads", "", "--maps", "@m.npz"),
+        "heads must be LAYER",
+    ),
+    "other heads": (
+        ("recall", *BASE, "--gates", "@gates-of-model", "--contexts", "300", "--heads", "0:99", "--maps", "@m.npz"),
+        "heads must be among 4 heads",
+    ),
+    "maps over data": (
+        ("recall", *BASE, "--gates", "@gates-of-model", "--maps", "@docs.jsonl"),
+        "maps must be a new file or block maps",
+    ),
+    "no number": (("perplexity", *BASE, "--densities", "nan"), "densities must be at least 0 and finite"),
     "goal": (("calibrate", *BASE, "--gates", "@gates-of-model"), "one of density and target-recall"),
     "unreachable goal": (
         ("calibrate", *BASE, "--gates", "@gates-of-model", "--context", "400", "--density", "0.1"),
@@ -124,3 +137,14 @@ def test_report_command_names_what_it_wrote(folder, tmp_path, capsys) -> None:
     written = {report / name for name in ("report.html", "table.md", "perplexity.png", "perplexity.svg")}
     assert set(report.iterdir()) == written
     assert set(capsys.readouterr().out.split()) == set(map(str, written))
+
+
+@pytest.mark.parametrize("command", ["perplexity", "needle", "recall"])
+def test_eval_refuses_a_file_that_is_not_its_own_before_it_loads_a_model(folder, tmp_path, capsys, command) -> None:
+    output = tmp_path / "settings.json"
+    output.write_text('{"lr": 1}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("seerattn.cli.evaluate.load_subject", None)
+        assert run(folder, command, *BASE, "--output", str(output)) == 2
+    assert "output must be a new file or results" in capsys.readouterr().err
+    assert output.read_text() == '{"lr": 1}'

@@ -11,6 +11,7 @@ from tiny_models import tiny_model
 from seerattn.baselines.family import Family
 from seerattn.baselines.streaming import streaming_family
 from seerattn.eval import compare, perplexity
+from seerattn.eval.appending import Appended, NotWritten
 from seerattn.eval.arms import Arm, Gates, Subject, TunedArm
 from seerattn.eval.compare import Comparison, Outcome, gates_of, make_cells, make_jobs
 from seerattn.eval.recipe import ModelEntry, Recipe, SelectorEntry, TaskEntry
@@ -289,3 +290,24 @@ def test_arms_held_run_the_untouched_model_bit_for_bit(subject) -> None:
                 assert not torch.equal(run.model(input_ids=ids).logits, before)
             assert torch.equal(subject.model(input_ids=ids).logits, before)
     assert json.dumps(run.head_density()) and 0 < run.density() < 1
+
+
+def test_a_comparison_stops_when_its_results_cannot_be_written(subject, entries, data, tmp_path, monkeypatch) -> None:
+    """Going on would measure for nothing, and the next start would not miss what was lost."""
+    tasks = tuple(TaskEntry(task, "t", (data,), (CONTEXT,)) for task in ("perplexity", "recall"))
+    recipe = recipe_of(data, entries["dense"], entries["streaming"], tasks=tasks)
+    for room in range(4):
+        left, append = [room], Appended.append
+
+        def full(self: Appended, piece: bytes, left: list[int] = left, append=append) -> None:
+            if not left[0]:
+                raise NotWritten("no space left")
+            left[0] -= 1
+            append(self, piece)
+
+        path = tmp_path / f"{room}.jsonl"
+        with monkeypatch.context() as patch, pytest.raises(NotWritten, match="no space left"):
+            patch.setattr(Appended, "append", full)
+            run(subject, recipe, ResultsFile(path))
+        written = read_results([path]) if room else []
+        assert not any(row.what == "failure" for row in written) and path.exists() == bool(room)

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -6,6 +7,7 @@ from tiny_corpus import tiny_tokenizer
 from tiny_models import tiny_model, tokens
 
 from seerattn.eval import perplexity, statistics
+from seerattn.eval.appending import Appended
 from seerattn.eval.arms import DENSE, Arm, Gates, Subject, make_arms
 from seerattn.eval.data import cut_windows
 from seerattn.eval.results import ResultsFile, read_results
@@ -171,3 +173,30 @@ def test_arms_reject_unknown_selectors_and_densities(gate_folders) -> None:
         make_arms(["gate"], [0.1])
     with pytest.raises(ValueError, match="selectors must name gate"):
         make_arms(["oracle"], [0.1], gates=gate_folders)
+
+
+def test_times_that_an_old_file_lacks_are_measured_again(subject, documents, tmp_path, monkeypatch) -> None:
+    path, cut, arms = tmp_path / "r.jsonl", windows_of(documents), make_arms(["oracle"], [0.5])
+    whole = perplexity.evaluate_perplexity(subject, arms, cut, ResultsFile(path), text="t", settings={}, timed=True)
+    lines = path.read_text().splitlines(True)
+    # As files were written before groups: lines alone, the last one missing.
+    old = [json.loads(line) | {"part": None} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in old[:-1]))
+    found = perplexity.evaluate_perplexity(subject, arms, cut, ResultsFile(path), text="t", settings={}, timed=True)
+    assert [row.key for row in found] == [row.key for row in whole]
+    assert [row.key for row in read_results([path])] == [row.key for row in whole]
+    # What was there stays; only the missing row is new.
+    assert path.read_text().splitlines()[:-1] == [json.dumps(line) for line in old[:-1]]
+    monkeypatch.setattr(perplexity, "document_losses", None)
+    perplexity.evaluate_perplexity(subject, arms, cut, ResultsFile(path), text="t", settings={}, timed=True)
+
+
+def test_rows_of_one_arm_are_written_as_one(subject, documents, tmp_path, monkeypatch) -> None:
+    pieces = []
+    monkeypatch.setattr(Appended, "append", lambda self, piece: pieces.append(piece))
+    options = {"text": "t", "settings": {}, "timed": True}
+    perplexity.evaluate_perplexity(
+        subject, make_arms(["oracle"], [0.5]), windows_of(documents), ResultsFile(tmp_path / "r.jsonl"), **options
+    )
+    found = [[json.loads(line)["what"] for line in piece.splitlines()] for piece in pieces]
+    assert found == [["perplexity", "attention_ms"], ["perplexity", "perplexity_difference", "attention_ms"]]
