@@ -128,11 +128,11 @@ def _check_tracker(name: str) -> None:
         return
     from transformers.integrations import get_available_reporting_integrations
 
-    found = ["all", *get_available_reporting_integrations()]
-    if name not in found:
+    found = get_available_reporting_integrations()
+    if name not in ("all", *found):
         raise ValueError(
-            f"report_to must be none or a tracker that is installed here, among {', '.join(found)}, got {name!r}; "
-            "install it"
+            "report_to must be none, all or a tracker that is installed here, got "
+            f"{name!r} where {', '.join(found) or 'none'} can be imported; install it"
         )
 
 

@@ -202,7 +202,7 @@ ERRORS = {
     ),
     "device that is not there": ({}, ["--device", "cuda:99"], "device must be cpu, cuda or another that computes"),
     "seed": ({}, ["--seed", "-1"], "seed must be at least 0, got -1"),
-    "tracker": ({}, ["--report-to", "nosuch"], "report_to must be none or a tracker that is installed"),
+    "tracker": ({}, ["--report-to", "nosuch"], "report_to must be none, all or a tracker that is installed"),
     "model with code of its own": ({"model": "{folder}/code"}, [], "allow it with --trust-remote-code"),
     "tokens unknown to the model": (
         {"model": "{folder}/small"},
