@@ -297,12 +297,13 @@ def test_a_comparison_stops_when_its_results_cannot_be_written(subject, entries,
     tasks = tuple(TaskEntry(task, "t", (data,), (CONTEXT,)) for task in ("perplexity", "recall"))
     recipe = recipe_of(data, entries["dense"], entries["streaming"], tasks=tasks)
     for room in range(4):
-        left, append = [room], Appended.append
+        pieces, append = [], Appended.append
 
-        def full(self: Appended, piece: bytes, left: list[int] = left, append=append) -> None:
-            if not left[0]:
+        def full(self: Appended, piece: bytes, room: int = room, pieces: list = pieces, append=append) -> None:
+            """For a moment: what comes after would fit again."""
+            pieces.append(piece)
+            if len(pieces) == room + 1:
                 raise NotWritten("no space left")
-            left[0] -= 1
             append(self, piece)
 
         path = tmp_path / f"{room}.jsonl"
