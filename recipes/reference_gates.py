@@ -38,7 +38,7 @@ from seerattn.eval.perplexity import evaluate_perplexity
 from seerattn.eval.results import ResultsFile
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.hf.attach import attach, detach
-from seerattn.ops.pooled_attention import pooled_attention
+from seerattn.ops.attention_map import attention_map
 from seerattn.selection import TopK
 from seerattn.selection.block_indices import forced_block_mask
 from seerattn.training.losses import gate_loss, group_target, target_recall
@@ -173,7 +173,7 @@ class Spy:
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         targets = []
         for block in self.blocks:
-            out, target = pooled_attention(query, key, value, block_q=block, block_k=block, scale=scaling)
+            out, (target,) = attention_map(query, key, value, block_q=block, block_k=block, scale=scaling)
             rows = slice(self.stretch.start // block, self.stretch.stop // block)
             targets.append(target[:, :, rows, : rows.stop])
         cos, sin = self.rotary

@@ -36,7 +36,8 @@ _HOME = {
     "TokenBudget": "seerattn.selection",
     "policy_from_dict": "seerattn.selection",
     "block_sparse_attention": "seerattn.ops.block_sparse_attention",
-    "pooled_attention": "seerattn.ops.pooled_attention",
+    "attention_map": "seerattn.ops.attention_map",
+    "MapForm": "seerattn.selection.map_form",
 }
 __all__ = sorted(_HOME)
 

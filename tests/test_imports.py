@@ -38,8 +38,8 @@ def offences(paths: list[Path], forbidden) -> list[str]:
     return [f"{path}: {name}" for path in paths for name in sorted(imported(path)) if forbidden(name)]
 
 
-def test_ops_import_of_ours_only_block_indices_and_ops() -> None:
-    allowed = ("seerattn.selection.block_indices", "seerattn.ops")
+def test_ops_import_of_ours_only_their_two_contracts_and_ops() -> None:
+    allowed = ("seerattn.selection.block_indices", "seerattn.selection.map_form", "seerattn.ops")
     assert not offences(importers("ops"), lambda n: starts(n, "seerattn") and not starts(n, *allowed))
 
 

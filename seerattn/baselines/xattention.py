@@ -11,8 +11,9 @@ from torch import Tensor
 
 from seerattn.baselines.family import Family, SelectorAt
 from seerattn.baselines.plan import Plan
-from seerattn.ops.pooled_attention import block_mass
+from seerattn.ops.attention_map import attention_map
 from seerattn.selection.block_indices import BlockIndices, forced_block_mask, num_query_blocks
+from seerattn.selection.map_form import MASS
 from seerattn.selection.policies import Knob
 from seerattn.selection.selector import AttentionContext
 
@@ -157,7 +158,8 @@ def minimum_thresholds(
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage must be in (0, 1], got {coverage}")
     scores = antidiagonal_scores(q, k, stride=stride, block=block, scale=scale)
-    true = block_mass(q, k, block_q=block, block_k=block, scale=scale, softcap=softcap, sinks=sinks)
+    logits = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    true = attention_map(q, k, form=MASS, block_q=block, block_k=block, **logits).map
     mass, order = true.sort(dim=-1, descending=True, stable=True)
     needed = mass.cumsum(-1) - mass < coverage * mass.sum(-1, keepdim=True)
     lowest = scores.gather(-1, order).masked_fill(~needed, torch.inf).amin(-1, keepdim=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from seerattn.bench.inputs import Shape, random_blocks, random_qkv
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.selection.block_indices import BlockIndices, forced_block_mask
+from seerattn.selection.map_form import PUBLISHED, MapForm
 from seerattn.selection.policies import TopK
 
 TOKENS = 1000  # whole blocks of no size
@@ -73,15 +74,16 @@ def check_pooled(
     shape: Shape,
     device: torch.device,
     *,
+    form: MapForm = PUBLISHED,
     tokens: int = TOKENS,
 ) -> tuple[float, float]:
-    """Error over bound, and 1: the worse one of a pooled attention's output and target, in 64 x 64 blocks."""
+    """Error over bound, and 1: the worse one of an attention's output and map, in 64 x 64 blocks."""
     q, k, v = random_qkv(shape, tokens, device, seed=1)
-    out, target = attend(q, k, v)
+    out, found = attend(q, k, v)
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
     error, bound = _compare(out, q, k, v, causal)
-    exact, eager = (_target(_probabilities(*x, causal)) for x in ((q.double(), k.double()), (q, k)))
-    map_error, map_bound = float((target - exact).abs().max()), _bound(eager.to(q.dtype), exact)
+    exact, eager = (_map(_probabilities(*x, causal), form) for x in ((q.double(), k.double()), (q, k)))
+    map_error, map_bound = float((found - exact).abs().max()), _bound(eager.to(q.dtype), exact)
     return max(error / bound, map_error / map_bound), 1.0
 
 
@@ -172,7 +174,10 @@ def gate_scores(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
     scores = scores.masked_fill(ahead, -torch.inf)
     if c.normalize_subblocks:
         scores = scores.log_softmax(-1)
-    scores = scores.unflatten(1, (-1, c.query_subblocks)).unflatten(3, (-1, c.key_subblocks)).amax((2, 4))
+    pieces = scores.unflatten(2, (-1, c.key_subblocks))
+    scores = pieces.amax(3) if c.target_keys == "max" else pieces.exp().sum(3).log()
+    pieces, power = scores.unflatten(1, (-1, c.query_subblocks)), c.target_power
+    scores = pieces.amax(2) if power is None else (power * pieces).exp().sum(2).log() / power
     return scores[None]
 
 
@@ -204,8 +209,10 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
-def _target(p: Tensor) -> Tensor:
-    """Largest probability of every block, rows divided by their sum."""
+def _map(p: Tensor, form: MapForm) -> Tensor:
+    """What rows give to key blocks, averaged as the form says over query blocks, rows divided by their sum."""
     pad = -p.shape[-1] % BLOCK
-    tiles = F.pad(p, (0, pad, 0, pad)).unflatten(-1, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).amax((3, 5))
+    tiles = F.pad(p, (0, pad, 0, pad)).unflatten(-1, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+    # An order of a norm may be infinite.
+    tiles = torch.linalg.vector_norm(tiles.amax(5) if form.keys == "max" else tiles.sum(5), form.power, dim=3)
     return tiles / tiles.sum(-1, keepdim=True)

@@ -10,14 +10,14 @@ import torch
 from peft import PeftModel
 
 from seerattn.bench.attention import require_dense
-from seerattn.bench.check import BLOCK, check_pooled
+from seerattn.bench.check import check_pooled
 from seerattn.bench.dense import sdpa_backend
 from seerattn.bench.model import BenchModel, Size, gate_form
+from seerattn.bench.pooled import attention_with_map
 from seerattn.bench.session import Session
 from seerattn.bench.timing import long_runs, peak_gib, reset_peak
 from seerattn.eval.results import Result
 from seerattn.hf.distillation import GateLosses
-from seerattn.ops.pooled_attention import pooled_attention
 from seerattn.ops.resolve import preferred
 from seerattn.training.layer_loss import LayerLoss
 
@@ -83,13 +83,12 @@ class _Steps:
     def distill(self, tokens: int, form: str) -> list[Result | None]:
         """The model with fresh gates, training them; and the hours of the recipe."""
         device, shape = self.session.device, self.size.shape
-        impl = preferred("pooled_attention", "auto", device)
+        impl = preferred("attention_map", "auto", device)
         c = gate_form(form)
         sizes = {"block_q": c.block_q, "block_k": c.block_k}
 
         def run() -> dict[str, dict[str, Any]]:
-            attend = lambda *x: pooled_attention(*x, block_q=BLOCK, block_k=BLOCK)  # noqa: E731
-            self.session.check(f"pooled {impl}", lambda: check_pooled(attend, shape, device))
+            self.session.check(f"pooled {impl}", lambda: check_pooled(attention_with_map, shape, device))
             return self._run(_training_step(self.model.gated(form), self._inputs(tokens)), tokens)
 
         values = {"selector": "gate", "gates": form, "realised_density": 1.0, "seed": 0}

@@ -31,7 +31,7 @@ from seerattn.hf.call import LayerCall
 from seerattn.hf.finetuning import SparseTraining
 from seerattn.hf.mask import make_mask
 from seerattn.hf.state import layer_states, learning
-from seerattn.ops.pooled_attention import pooled_targets
+from seerattn.ops.attention_map import attention_map
 from seerattn.selection.block_indices import num_query_blocks
 from seerattn.selection.policies import TopK
 from seerattn.training.layer_loss import LayerLoss
@@ -312,7 +312,7 @@ def _loss_and_gradients(
 def _attention_and_targets(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.arange(num_query_blocks(0, q.shape[2], BLOCK))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out, pooled_targets(q, k, rows, block_q=BLOCK, block_k=BLOCK)
+    return out, attention_map(q, k, query_blocks=rows, block_q=BLOCK, block_k=BLOCK).map
 
 
 def _realised(training: SparseTraining | None) -> float:

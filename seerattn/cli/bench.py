@@ -45,6 +45,9 @@ TargetSharesOption = Annotated[str, typer.Option(help="Shares of the query block
 AlikeOption = Annotated[str, typer.Option(help="Neighbouring query blocks that draw the same key blocks.")]
 BackwardOption = Annotated[bool, typer.Option("--backward", help="Time forward and backward together, as in training.")]
 FormsOption = Annotated[str, typer.Option(help=f"Gates: {FORMS}.")]
+FormsOption = Annotated[
+    str, typer.Option(help="Maps, keys:power of each: max or sum over keys, 1 to inf over rows, such as max:inf,sum:2.")
+]
 FormOption = Annotated[str, typer.Option(help=f"Gate: {FORMS}.")]
 GateImplsOption = Annotated[str, typer.Option(help="Gate and selection: triton, reference.")]
 HeadsOption = Annotated[int, typer.Option(help="Query heads.", min=1)]
@@ -121,6 +124,7 @@ def attention(
 def pooled(
     lengths: LengthsOption = "8192,32768,65536,131072",
     variants: VariantsOption = "",
+    forms: FormsOption = "max:inf",
     heads: HeadsOption = 32,
     kv_heads: KVHeadsOption = 8,
     head_dim: HeadDimOption = 128,
@@ -131,11 +135,13 @@ def pooled(
 ) -> None:
     """Time attention that also emits the map gates learn from, and count its memory, beside dense attention."""
     from seerattn.bench.pooled import PLAIN, bench_pooled
+    from seerattn.selection.map_form import MapForm
 
     session, shape = _session(device, output, time_limit), _shape(device, heads, kv_heads, head_dim, dtype)
     dense = [name for name in default_baselines(session.device) if name in ("sdpa", "flash", "cudnn")]
-    chosen = words(variants) or [preferred("pooled_attention", "auto", session.device), PLAIN, *dense]
-    rows = bench_pooled(session, shape, lengths=numbers("lengths", lengths, int, 1), variants=chosen)
+    chosen = words(variants) or [preferred("attention_map", "auto", session.device), PLAIN, *dense]
+    maps = list(dict.fromkeys(MapForm.parse(word) for word in words(forms)))
+    rows = bench_pooled(session, shape, lengths=numbers("lengths", lengths, int, 1), variants=chosen, forms=maps)
     _finish(session, rows, output)
 
 

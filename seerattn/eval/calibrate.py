@@ -24,7 +24,7 @@ from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import pooled_inputs
 from seerattn.hf.checkpoint import CONFIG
 from seerattn.hf.config import check_gate_folder
-from seerattn.ops.pooled_attention import pooled_attention
+from seerattn.ops.attention_map import attention_map
 from seerattn.saving import write_whole
 from seerattn.selection.block_indices import causal_block_mask, forced_block_mask
 from seerattn.selection.policies import Policy, Threshold
@@ -81,7 +81,8 @@ class Calibrator:
         if self._goal == "density":
             share = (causal / causal.sum()).expand(scores.shape)
         else:
-            _, target = pooled_attention(q, k, k, block_q=config.block_q, block_k=config.block_k, **context.logits)
+            sizes = {"block_q": config.block_q, "block_k": config.block_k}
+            target = attention_map(q, k, form=config.target, **sizes, **context.logits).map
             share = target.unflatten(1, (scores.shape[1], -1)).mean(2) / scores.shape[2]
         free = causal & ~forced
         layer = self._layers.setdefault(context.layer, BlockGains())
@@ -211,7 +212,9 @@ def evaluate_calibration(
     policy = Threshold(threshold=calibrator.thresholds(value, per_head=per_head), on=on)
     arm = Arm("gate", policy, folder)
     block_q, block_k = subject.block_sizes(arm)
-    meter = RecallMeter({"gate": subject.selector(arm)}, block_q=block_q, block_k=block_k)
+    # Checked on the map that the gates learned, as calibrated.
+    target = next(iter(gates.values())).config.target
+    meter = RecallMeter({"gate": subject.selector(arm)}, block_q=block_q, block_k=block_k, target=target)
     advance = progress("checking", len(checking)) if progress else None
     run_dense(subject, meter.see, checking, batch=batch, advance=advance)
     if save:

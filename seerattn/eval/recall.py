@@ -1,8 +1,8 @@
 """Recall: how much of the true block map the chosen blocks hold, per layer and head.
 
-Two maps are asked: the *target* that gates learn, the row-normalised maximum of attention probabilities in each
-tile, and the attention *mass*. Mass alone misleads: a window of recent blocks can hold as much of it as the oracle's
-choice and still lose everything that was to be retrieved.
+Two maps are asked: the published *target* of gates, the row-normalised maximum of attention probabilities in each tile,
+whatever map a gate has learned, and the attention *mass*. Mass alone misleads: a window of recent blocks can hold as
+much of it as the oracle's choice and still lose everything that was to be retrieved.
 
 The model runs dense, so every selector sees the queries and keys of the unchanged model.
 """
@@ -23,8 +23,9 @@ from seerattn.eval.data import Window, batches
 from seerattn.eval.maps import BlockMaps
 from seerattn.eval.results import Result, ResultsFile, Stopwatch
 from seerattn.gate_selector import pooled_inputs
-from seerattn.ops.pooled_attention import block_mass, pooled_attention
+from seerattn.ops.attention_map import attention_map
 from seerattn.selection.block_indices import BlockIndices, forced_block_mask
+from seerattn.selection.map_form import MASS, PUBLISHED, MapForm
 from seerattn.selection.selector import AttentionContext, Selector
 from seerattn.training.losses import target_recall
 
@@ -62,12 +63,18 @@ class RecallMeter:
         selectors: for each name, what gives the selector of a layer; None leaves the layer out.
         block_q: query block size in tokens, that of all selectors.
         block_k: key block size in tokens.
+        target: form of the map whose recall is "target_recall".
     """
 
     def __init__(
-        self, selectors: dict[str, Callable[[int], Selector | None]], *, block_q: int = 64, block_k: int = 64
+        self,
+        selectors: dict[str, Callable[[int], Selector | None]],
+        *,
+        block_q: int = 64,
+        block_k: int = 64,
+        target: MapForm = PUBLISHED,
     ) -> None:
-        self._selectors = selectors
+        self._selectors, self._target = selectors, target
         self._blocks = {"block_q": block_q, "block_k": block_k}
         # By name, quantity and layer, a [H] row for every sequence seen.
         self._rows: dict[str, dict[Quantity, dict[int, list[Tensor]]]] = {
@@ -77,15 +84,19 @@ class RecallMeter:
     @torch.no_grad()
     def see(self, q: Tensor, k: Tensor, context: AttentionContext) -> None:
         """Measures one call of sequences of equal length, queries and keys after RoPE."""
-        mass, target = block_mass(q, k, **context.logits, **self._blocks, return_target=True)
+        selectors = {name: at(context.layer) for name, at in self._selectors.items()}
+        # Maps of oracles come out of the same walk; making them again would double the cost of the whole measurement.
+        chosen_by = (selector.target for selector in selectors.values() if isinstance(selector, OracleSelector))
+        forms = tuple(dict.fromkeys((self._target, MASS, *chosen_by)))
+        maps = dict(zip(forms, attention_map(q, k, form=forms, **context.logits, **self._blocks).maps))
+        target, mass = maps[self._target], maps[MASS]
         q_len, k_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]
-        for name, selector_at in self._selectors.items():
-            selector = selector_at(context.layer)
+        for name, selector in selectors.items():
             if selector is None:
                 continue
             if isinstance(selector, OracleSelector):
-                # Its map is at hand; making it again would double the cost of the whole measurement.
-                blocks = selector.choose(target, q_len=q_len, k_len=k_len, kv_heads=kv_heads, layer=context.layer)
+                known = maps[selector.target]
+                blocks = selector.choose(known, q_len=q_len, k_len=k_len, kv_heads=kv_heads, layer=context.layer)
             else:
                 blocks = selector.select(q, k, context)
             mask = blocks.to_mask()
@@ -212,8 +223,8 @@ def observe_maps(subject: Subject, arm: Arm, window: Window, heads: Sequence[tup
         wanted = [head for layer, head in heads if layer == context.layer]
         if not wanted:
             return
-        _, target = pooled_attention(q, k, k, block_q=block_q, block_k=block_k, **context.logits)
         gate = gates[context.layer]
+        target = attention_map(q, k, form=gate.config.target, block_q=block_q, block_k=block_k, **context.logits).map
         scores = gate(*pooled_inputs(gate, q, k, context))
         forced = forced_block_mask(0, q.shape[2], *scores.shape[2:], block_q, block_k, policy.sink_blocks)[0]
         forced = forced.to(scores.device)

@@ -18,16 +18,20 @@ from seerattn.gate.rope import Pairing, block_positions, rotate
 # causal prefix only, which also halves the work.
 STRIP_ELEMENTS_CPU = 1 << 21  # 8 MiB; 2^19 and 2^22 take 1.4x as long at 16k tokens
 STRIP_ELEMENTS_DEVICE = 1 << 26
+# The score of a pair of sub-blocks that is none, until blocks are scored: a log-sum-exp of nothing but -inf has no
+# gradient.
+HIDDEN = -1e30
 
 
 class AttnGate(nn.Module):
     """The gate of one attention layer (arXiv 2410.13276, section 3).
 
     Queries and keys before RoPE are pooled per sub-block, projected per head, rotated at the position of the first
-    token of their sub-block, and multiplied; a block scores the maximum over its pairs of sub-blocks. Everything is
-    fp32. Block (i, j) depends on the tokens of query block i and key block j alone unless `normalize_subblocks` is
-    set, which adds the log-sum-exp over the causal keys of block i - known in full when block i is computed. So
-    chunked and one-shot calls score alike wherever chunks are cut on block boundaries.
+    token of their sub-block, and multiplied; scores of a block's pairs of sub-blocks are reduced as the target asks, in
+    the published form by the maximum. Everything is fp32. Block (i, j) depends on the tokens of query block i and
+    key block j alone unless `normalize_subblocks` is set, which adds the log-sum-exp over the causal keys of block i -
+    known in full when block i is computed. So chunked and one-shot calls score alike wherever chunks are cut on block
+    boundaries.
 
     Args:
         config: form of the gate.
@@ -191,7 +195,7 @@ class AttnGate(nn.Module):
 
         Returns:
             fp32 ``[B, Hm, Nq, Nk]``, -inf for blocks without a causal pair. Logits over key blocks: their softmax is
-            the predicted row of the max-pooled attention map.
+            the predicted row of the map that is the gate's target.
         """
         c = self.config
         q_size, k_size = c.q_size, c.k_size
@@ -201,7 +205,7 @@ class AttnGate(nn.Module):
         budget = STRIP_ELEMENTS_CPU if gate_q.device.type == "cpu" else STRIP_ELEMENTS_DEVICE
         per_strip = budget // max(1, batch * heads * gate_k.shape[2] * c.query_subblocks)
         strip = max(1, per_strip) * c.query_subblocks
-        # Strips are cut on block boundaries, so that every maximum over sub-blocks is taken within one strip.
+        # Strips are cut on block boundaries, so that all sub-blocks of a block lie in one strip.
         edges = [0, *range(strip - int(numbers[0]) % c.query_subblocks, windows, strip), windows]
         rows = []
         for begin, end in pairwise(edges):
@@ -233,17 +237,18 @@ class AttnGate(nn.Module):
         q_last = ((q_window + 1) * q_size - 1).clamp(max=last)
         # Only windows from the first query on can lie ahead of a query.
         ahead = first_window * q_size // k_size + 1
-        s[..., ahead:].masked_fill_(k_window[ahead:] * k_size > q_last[:, None], -torch.inf)
+        s[..., ahead:].masked_fill_(k_window[ahead:] * k_size > q_last[:, None], HIDDEN)
         if c.normalize_subblocks:
             s = s.log_softmax(-1)
+        if c.key_subblocks > 1:
+            s = F.pad(s, (0, -s.shape[-1] % c.key_subblocks), value=HIDDEN).unflatten(-1, (-1, c.key_subblocks))
+            s = s.amax(-1) if c.target_keys == "max" else s.logsumexp(-1)
         if c.query_subblocks > 1:
             head = first_window % c.query_subblocks
-            s = F.pad(s, (0, 0, head, -(head + windows) % c.query_subblocks), value=-torch.inf)
-            s = s.unflatten(2, (-1, c.query_subblocks)).amax(3)
-        if c.key_subblocks > 1:
-            s = F.pad(s, (0, -s.shape[-1] % c.key_subblocks), value=-torch.inf).unflatten(-1, (-1, c.key_subblocks))
-            s = s.amax(-1)
-        return s
+            s = F.pad(s, (0, 0, head, -(head + windows) % c.query_subblocks), value=HIDDEN)
+            s = s.unflatten(2, (-1, c.query_subblocks))
+            s = s.amax(3) if c.target_power is None else (s * c.target_power).logsumexp(3) / c.target_power
+        return s.masked_fill(s < HIDDEN / 2, -torch.inf)
 
     def forward(self, q: Tensor | Pooled, k: Tensor | Pooled, rows: Tensor | None = None) -> Tensor:
         """Scores the last ``T`` tokens as queries against all ``S`` keys.

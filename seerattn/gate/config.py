@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from reprlib import repr as short
 from typing import Any, Literal, get_args
+
+from seerattn.selection.map_form import PUBLISHED, Keys, MapForm
 
 Pooling = Literal["avg", "max", "min", "salient"]
 Share = Literal["query_head", "kv_group"]
@@ -15,6 +18,8 @@ POOLINGS: tuple[str, ...] = get_args(Pooling)
 # Nothing that is of use comes near these, and a slip of the keyboard must not fill the memory.
 MAX_GATE_DIM = 1024
 MAX_DISTANCES = 1 << 16
+# Of the published form, and of gates saved before there was another one.
+PUBLISHED_TARGET = {"target_keys": PUBLISHED.keys, "target_power": None}
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,17 @@ class AttnGateConfig:
         rope: whether gate queries and keys are rotated with the model's own frequencies at the position of the first
             token of their sub-block.
         qk_norm: RMSNorm with a learned weight on gate queries and keys, before the rotation.
-        query_subblocks: queries are pooled in this many pieces a block; a block scores the maximum over its pieces.
+        target_keys: of the map that the gate learns: what a query row gives to a key block is the "max" or the "sum" of
+            its probabilities there, see `MapForm`. Scores of key sub-blocks are reduced to fit, by the maximum or the
+            log-sum-exp.
+        target_power: of the power mean over query rows that the gate learns, 1 or more; None is the largest row. Scores
+            ``s`` of query sub-blocks are reduced to fit, by ``log(sum(exp(power * s))) / power`` or the maximum.
+        query_subblocks: queries are pooled in this many pieces a block; a block's score reduces those of its pieces as
+            the target asks.
         key_subblocks: the same for keys.
         normalize_subblocks: subtract from the scores of every query sub-block their log-sum-exp over its causal keys
-            before taking the maximum. The target is the maximum of *softmax rows*, so a query sub-block whose
-            attention is flat must not outbid one that is sharp.
+            before reducing them. The target is made of *softmax rows*, so a query sub-block whose attention is flat
+            must not outbid one that is sharp.
         distance_bias: learned bias per head and block distance; distances from this many blocks on share the last
             entry. 0 is off.
         share: one gate a query head (the paper), or one a KV group, which makes index lists and scores ``G`` times
@@ -60,6 +71,8 @@ class AttnGateConfig:
     gate_dim: int | None = None
     rope: bool = True
     qk_norm: bool = False
+    target_keys: Keys = "max"
+    target_power: float | None = None
     query_subblocks: int = 8
     key_subblocks: int = 8
     normalize_subblocks: bool = True
@@ -70,11 +83,15 @@ class AttnGateConfig:
 
     @classmethod
     def paper(cls, **overrides) -> AttnGateConfig:
-        """The published form (arXiv 2410.13276, section 3): Q avg, K max+min+avg, no Q linear, gate RoPE, 64 x 64."""
+        """The published form (arXiv 2410.13276, section 3): Q avg, K max+min+avg, no Q linear, gate RoPE, 64 x 64.
+
+        Its target is the published one, `PUBLISHED`.
+        """
         form = cls(
             q_pooling=("avg",),
             k_pooling=("max", "min", "avg"),
             q_linear=False,
+            **PUBLISHED_TARGET,
             query_subblocks=1,
             key_subblocks=1,
             normalize_subblocks=False,
@@ -105,6 +122,12 @@ class AttnGateConfig:
         width = self.gate_dim
         if width is not None and not (_is_int(width) and 2 <= width <= MAX_GATE_DIM and width % 2 == 0):
             raise ValueError(f"gate_dim must be an even number of 2 to {MAX_GATE_DIM} or None, got {short(width)}")
+        try:
+            target = self.target
+        except ValueError as error:  # it begins with the name of the field there
+            raise ValueError(f"target_{error}") from None
+        # JSON has no infinity.
+        object.__setattr__(self, "target_power", None if target.power == math.inf else target.power)
         if not self.q_linear and (len(self.q_pooling) > 1 or self.share == "kv_group"):
             raise ValueError(
                 "q_linear=False needs a single query pooling and share='query_head', "
@@ -114,6 +137,11 @@ class AttnGateConfig:
             raise ValueError(
                 f"distance_bias must be 0 or a number of blocks up to {MAX_DISTANCES}, got {short(self.distance_bias)}"
             )
+
+    @property
+    def target(self) -> MapForm:
+        """The form of the map that the gate learns."""
+        return MapForm(self.target_keys, math.inf if self.target_power is None else self.target_power)
 
     @property
     def q_size(self) -> int:
@@ -131,7 +159,7 @@ class AttnGateConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> AttnGateConfig:
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`. A target that is not told, as gates of old have none, is the published one.
 
         Raises:
             ValueError: it is no dictionary, a key is unknown or a value is none that a gate can have.
@@ -141,7 +169,7 @@ class AttnGateConfig:
         unknown = [key for key in values if key not in {f.name for f in fields(cls)}]
         if unknown:
             raise ValueError(f"gate config must only hold fields of AttnGateConfig, got unknown {short(unknown)}")
-        return cls(**values)
+        return cls(**PUBLISHED_TARGET | values)
 
 
 def _is_int(value: Any) -> bool:

@@ -15,7 +15,7 @@ from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.pooling import Pooled
 from seerattn.gate_selector import pooled_inputs
 from seerattn.hf.mask import CallMask, document_numbers
-from seerattn.ops.pooled_attention import pooled_attention
+from seerattn.ops.attention_map import attention_map
 from seerattn.selection.block_indices import num_query_blocks
 
 if TYPE_CHECKING:
@@ -79,10 +79,11 @@ class GateLosses:
         check_whole(query, mask)
         gate, layer, k_len, lengths = call.state.gate, call.state.layer, mask.k_len, mask.lengths
         segment_ids, config = self.documents(query, mask, call), gate.config
-        out, target = pooled_attention(
+        out, (target,) = attention_map(
             query,
             key,
             value,
+            form=config.target,
             block_q=config.block_q,
             block_k=config.block_k,
             **logits,

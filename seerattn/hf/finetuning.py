@@ -14,8 +14,8 @@ from seerattn.gate_selector import GateSelector, pooled_inputs
 from seerattn.hf.distillation import GateLoss, GateLosses, check_whole, gathered
 from seerattn.hf.mask import CallMask, document_bounds
 from seerattn.hf.meters import DensityMeter
+from seerattn.ops.attention_map import attention_map
 from seerattn.ops.block_sparse_attention import block_sparse_attention
-from seerattn.ops.pooled_attention import pooled_targets
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 from seerattn.selection.policies import TopK
 
@@ -140,9 +140,8 @@ class SparseTraining(GateLosses):
         gate, layer, tokens = call.state.gate, call.state.layer, q.shape[2]
         config = gate.config
         rows = self.rows(layer, num_query_blocks(0, tokens, config.block_q))
-        target = pooled_targets(
-            q, k, rows, block_q=config.block_q, block_k=config.block_k, **logits, segment_ids=segment_ids
-        )
+        wanted = {"form": config.target, "query_blocks": rows, "block_q": config.block_q, "block_k": config.block_k}
+        target = attention_map(q, k, **wanted, **logits, segment_ids=segment_ids).map
         context = call.context(row=None, q_len=tokens, k_len=tokens, **logits)
         self.add(layer, gate, *pooled_inputs(gate, q, k, context), target, segment_ids, rows=rows)
 

@@ -24,9 +24,9 @@ IMPLS: dict[str, dict[str, str]] = {
         "flash4": "seerattn.ops.block_sparse_attention.flash4",
         "reference": "seerattn.ops.block_sparse_attention.reference",
     },
-    "pooled_attention": {
-        "triton": "seerattn.ops.pooled_attention.triton_fwd",
-        "reference": "seerattn.ops.pooled_attention.reference",
+    "attention_map": {
+        "triton": "seerattn.ops.attention_map.triton_fwd",
+        "reference": "seerattn.ops.attention_map.reference",
     },
     # The reference of these is torch modules, outside of `ops`.
     "gate_scores": {"triton": "seerattn.ops.gate_scores.triton_select", "reference": "seerattn.gate_selector"},

@@ -1,5 +1,6 @@
 """The gates of the benchmarks: they let the implementations pass and nothing that is wrong."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,10 +17,10 @@ from seerattn.bench.check import (
 )
 from seerattn.bench.inputs import Shape, random_qkv
 from seerattn.bench.model import GATE_FORMS, gate_form, layer_context, random_gate, rotary_tables
-from seerattn.bench.pooled import plain_pooled_attention
+from seerattn.bench.pooled import attention_with_map, plain_attention_with_map
 from seerattn.gate_selector import GateSelector
 from seerattn.ops.block_sparse_attention import block_sparse_attention
-from seerattn.ops.pooled_attention import pooled_attention
+from seerattn.selection.map_form import MASS, PUBLISHED, MapForm
 from seerattn.selection.policies import TopK
 
 CPU = torch.device("cpu")
@@ -57,10 +58,19 @@ def test_dense_check_fails_without_causality() -> None:
     assert fails(check_dense(lambda q, k, v: attend(q, k, v, is_causal=False), SHAPES[0], CPU, tokens=300))
 
 
-@pytest.mark.parametrize("attend", [pooled_attention, plain_pooled_attention])
+@pytest.mark.parametrize(
+    "form", [PUBLISHED, MASS, MapForm("sum", 2), MapForm("max", 4), MapForm("sum", math.inf)], ids=str
+)
+@pytest.mark.parametrize("version", [attention_with_map, plain_attention_with_map])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.dtype_name)
-def test_pooled_check_passes_both_versions_and_fails_wrong_maps_and_outputs(attend, shape) -> None:
-    error, bound = check_pooled(attend, shape, CPU, tokens=300)
+def test_pooled_check_passes_both_versions_and_fails_wrong_maps_and_outputs(version, shape, form) -> None:
+    def attend(q, k, v):
+        return version(q, k, v, form)
+
+    def check(*args, tokens):
+        return check_pooled(*args, form=form, tokens=tokens)
+
+    error, bound = check(attend, shape, CPU, tokens=300)
     assert 0 < error <= bound
 
     def other_map(q, k, v):
@@ -71,8 +81,10 @@ def test_pooled_check_passes_both_versions_and_fails_wrong_maps_and_outputs(atte
         out, target = attend(q, k, v)
         return out.roll(1, 2), target
 
-    assert fails(check_pooled(other_map, SHAPES[0], CPU, tokens=300))
-    assert fails(check_pooled(other_output, shape, CPU, tokens=300))
+    other_form = MapForm("sum", 3)
+    assert fails(check(other_map, SHAPES[0], CPU, tokens=300))
+    assert fails(check(other_output, shape, CPU, tokens=300))
+    assert fails(check(lambda q, k, v: version(q, k, v, other_form), SHAPES[0], CPU, tokens=300))
 
 
 @pytest.mark.parametrize("block_q, block_k", [(64, 64), (128, 32)])

@@ -125,11 +125,11 @@ def test_a_time_limit_leaves_cells_out_and_a_later_run_measures_them(
 def test_an_implementation_that_does_not_match_its_oracle_ends_with_exit_code_1(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = pooled.plain_pooled_attention
-    monkeypatch.setattr(pooled, "plain_pooled_attention", lambda *qkv: (right(*qkv)[0] * 1.1, right(*qkv)[1]))
+    right = pooled.plain_attention_with_map
+    monkeypatch.setattr(pooled, "plain_attention_with_map", lambda *x: (right(*x)[0] * 1.1, right(*x)[1]))
     output = tmp_path / "r.jsonl"
     assert run("pooled", *TINY, "--lengths", "130", "--variants", "pytorch,reference", "--output", output) == 1
-    assert "pooled pytorch does not match its fp64 oracle" in capsys.readouterr().err
+    assert "map max:inf of pytorch does not match its fp64 oracle" in capsys.readouterr().err
     assert [r.cell["impl"] for r in read_results([output])] == ["reference"]
 
 

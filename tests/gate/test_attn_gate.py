@@ -1,8 +1,9 @@
 """The gate against a written-out fp64 recomputation, and its invariances."""
 
 import itertools
+import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from seerattn.gate import AttnGate, AttnGateConfig, Pairing
 from seerattn.gate import attn_gate as module
 from seerattn.gate.attn_gate import parameter_count
 from seerattn.gate.pooling import Pooled, pool_blocks
+from seerattn.selection.map_form import PUBLISHED, MapForm
 
 D, H, HKV = 16, 4, 2
 INV_FREQ = 10_000.0 ** -(torch.arange(D // 2) / (D // 2))
@@ -72,6 +74,7 @@ def oracle(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
     batch, group = q.shape[0], H // HKV
     num_q = (start + q.shape[2] - 1) // c.block_q - start // c.block_q + 1
     out = torch.full((batch, gate.mask_heads, num_q, -(-keys // c.block_k)), -math.inf, dtype=torch.float64)
+    pieces: dict[tuple[int, ...], list[Tensor]] = {}
     for b, m in itertools.product(range(batch), range(gate.mask_heads)):
         kv = m if c.share == "kv_group" else m // group
         members = range(m * group, (m + 1) * group) if c.share == "kv_group" else [m]
@@ -97,9 +100,16 @@ def oracle(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
             if c.normalize_subblocks:
                 total = torch.stack(list(row.values())).logsumexp(0)
                 row = {j: s - total for j, s in row.items()}
+            given: dict[int, list[Tensor]] = {}  # what this piece of a query block gives to each key block
             for j, s in row.items():
-                qi, kj = i // c.query_subblocks - start // c.block_q, j // c.key_subblocks
-                out[b, m, qi, kj] = torch.maximum(out[b, m, qi, kj], s)
+                given.setdefault(j // c.key_subblocks, []).append(s)
+            for kj, s in given.items():
+                share = torch.stack(s).amax(0) if c.target_keys == "max" else torch.stack(s).exp().sum(0).log()
+                pieces.setdefault((b, m, i // c.query_subblocks - start // c.block_q, kj), []).append(share)
+    for place, shares in pieces.items():
+        a = c.target_power
+        s = torch.stack(shares)
+        out[place] = s.amax(0) if a is None else (s * a).exp().sum(0).log() / a
     return out
 
 
@@ -116,6 +126,13 @@ FORMS = {
     "salient-keys": AttnGateConfig.paper(block_q=32, block_k=64, k_pooling=("salient", "avg")),
     "salient-queries-group": AttnGateConfig(
         block_q=64, block_k=32, q_pooling=("avg", "salient"), k_pooling=("avg",), share="kv_group", query_subblocks=4
+    ),
+    "mass": AttnGateConfig(block_q=32, block_k=32, target_keys="sum", target_power=1),
+    "sum-2": AttnGateConfig(block_q=32, block_k=64, target_keys="sum", target_power=2, query_subblocks=4),
+    "sum-largest-row": AttnGateConfig(block_q=64, block_k=32, target_keys="sum", share="kv_group"),
+    "max-4": AttnGateConfig(block_q=32, block_k=32, target_power=4, normalize_subblocks=False, distance_bias=2),
+    "sum-8-unpieced-queries": AttnGateConfig(
+        block_q=32, block_k=32, target_keys="sum", target_power=8, query_subblocks=1, normalize_subblocks=False
     ),
 }
 
@@ -239,6 +256,9 @@ def test_config_survives_a_round_trip_through_json_types(name: str) -> None:
         ({"init": "zeros"}, "init must be one of"),
         ({"gate_dim": 7}, "gate_dim must be an even number of 2 to 1024 or None, got 7"),
         ({"distance_bias": -1}, "distance_bias must be"),
+        ({"target_keys": "mean"}, "target_keys must be max or sum, got 'mean'"),
+        ({"target_power": 0.5}, "target_power must be a number of 1 to 1024, or inf for the largest row, got 0.5"),
+        ({"target_power": -math.inf}, "target_power must be a number of 1 to 1024, .* got -inf"),
     ],
 )
 def test_config_rejects_what_no_gate_can_be(values: dict, sentence: str) -> None:
@@ -253,10 +273,43 @@ def test_config_rejects_what_no_gate_can_be(values: dict, sentence: str) -> None
 def test_config_takes_values_of_its_own_kinds_alone(field: str, value: object) -> None:
     if (field, value) == ("gate_dim", None) or (value is True and isinstance(getattr(AttnGateConfig(), field), bool)):
         return
+    if field == "target_power" and value in (1.5, 64.0, math.inf, None):
+        return
     with pytest.raises(ValueError, match=r"^\S+ must .*, got .{0,60}$"):
         AttnGateConfig.from_dict({field: value})
     with pytest.raises(ValueError, match=r"^\S+ must .*, got .{0,60}$"):
         AttnGateConfig(**{field: value})
+
+
+def test_target_of_saved_gates_that_do_not_tell_it_and_of_the_published_form_is_the_published_one(monkeypatch) -> None:
+    told = AttnGateConfig(target_keys="sum", target_power=2).to_dict()
+    assert AttnGateConfig.from_dict(json.loads(json.dumps(told))).target == MapForm("sum", 2)
+    # Whatever becomes the default of fresh gates.
+    monkeypatch.setattr(AttnGateConfig.__init__, "__defaults__", _defaults(target_keys="sum", target_power=2.0))
+    assert AttnGateConfig().target == MapForm("sum", 2)
+    silent = {name: value for name, value in told.items() if not name.startswith("target")}
+    assert AttnGateConfig.from_dict(silent).target == AttnGateConfig.paper().target == PUBLISHED
+
+
+def _defaults(**changes: object) -> tuple:
+    return tuple(changes.get(f.name, f.default) for f in fields(AttnGateConfig))
+
+
+def test_an_infinite_power_is_the_largest_row_and_saved_without_infinity() -> None:
+    config = AttnGateConfig(target_power=math.inf)
+    assert config == AttnGateConfig() and config.target == PUBLISHED
+    assert json.loads(json.dumps(config.to_dict(), allow_nan=False))["target_power"] is None
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(("length", "keys"), [(1, 1), (33, 100), (70, 131)])
+def test_gradients_of_all_that_is_causal_are_finite(name: str, length: int, keys: int) -> None:
+    """Blocks without a causal pair of sub-blocks must not reach the gradient, not even as 0 times infinity."""
+    gate = make(FORMS[name])
+    gradients = torch.autograd.grad(gate(*qk(length, keys)).softmax(-1).square().sum(), gate.parameters())
+    assert all(g.isfinite().all() for g in gradients)
+    if keys > gate.config.block_k:
+        assert float(gradients[0].abs().max()) > 0
 
 
 @pytest.mark.parametrize("values", [None, [], "x", 3, [("block_q", 64)]])

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import seerattn
-from seerattn import AttnGate, AttnGateConfig, KeepAll, SeerConfig, TopK, pooled_attention
+from seerattn import AttnGate, AttnGateConfig, KeepAll, SeerConfig, TopK, attention_map
 from seerattn.hf.distillation import GateLosses
 from seerattn.hf.gates import SeerGates
 from seerattn.hf.state import layer_states
@@ -309,8 +309,8 @@ def test_losses_and_gradients_match_plain_autograd(config: AttnGateConfig) -> No
     cos, sin = inner.rotary_emb(torch.zeros(1), torch.arange(100)[None])
     total = 0.0
     for i, gate in enumerate(gates):
-        q, k, v = (seen[i, side].detach().unflatten(-1, (-1, 32)).transpose(1, 2) for side in "qkv")
-        _, target = pooled_attention(*apply_rotary_pos_emb(q, k, cos, sin), v, block_q=32, block_k=32)
+        q, k = (seen[i, side].detach().unflatten(-1, (-1, 32)).transpose(1, 2) for side in "qk")
+        target = attention_map(*apply_rotary_pos_emb(q, k, cos, sin), block_q=32, block_k=32).map
         total = total + cross_entropy(gate, q, k, target, None)[0] / 2
     total.backward()
     assert torch.allclose(out["loss"], total, rtol=1e-5)

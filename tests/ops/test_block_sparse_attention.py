@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from seerattn.ops.attention_map import attention_map
 from seerattn.ops.block_sparse_attention import block_sparse_attention, reference
-from seerattn.ops.pooled_attention import pooled_attention
 from seerattn.selection.block_indices import BlockIndices
 
 DIM = 32
@@ -283,4 +283,4 @@ def test_logits_without_a_meaning_are_rejected_by_every_impl(name, value, impl):
     with pytest.raises(ValueError, match=f"{name} must be a finite number"):
         block_sparse_attention(q, k, v, blocks, impl=impl, **{name: value})
     with pytest.raises(ValueError, match=f"{name} must be a finite number"):
-        pooled_attention(q, k, v, impl=impl, **{name: value})
+        attention_map(q, k, v, impl=impl, **{name: value})

@@ -29,6 +29,8 @@ class GateForm(Protocol):
     qk_norm: bool
     query_subblocks: int
     key_subblocks: int
+    target_keys: str
+    target_power: float | None
     normalize_subblocks: bool
     distance_bias: int
     q_size: int

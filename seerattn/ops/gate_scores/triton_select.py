@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -259,6 +260,8 @@ def select_blocks(
         K_SUBBLOCKS=form.key_subblocks,
         PLANES=launch.planes,
         NORMALIZE=form.normalize_subblocks,
+        SUM=form.target_keys == "sum" and form.key_subblocks > 1,
+        POWER=form.target_power if form.target_power and form.query_subblocks > 1 else math.inf,
         FORCED_SCORED=rule.forced_scored,
         RULE=RULES[rule.kind],
         PER_HEAD=per_head,

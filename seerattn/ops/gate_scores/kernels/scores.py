@@ -15,12 +15,22 @@ from seerattn.ops.gate_scores.kernels.choice import (
 )
 from seerattn.ops.gate_scores.kernels.pooling import LOW_SCALE
 
+LARGEST = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _log_power_sum(x, POWER: tl.constexpr):
+    """``log2(sum(2^(POWER * x))) / POWER`` over the second of three axes; -inf where all of them are."""
+    largest = tl.max(x, axis=1)
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    return base + tl.log2(tl.sum(tl.exp2((x - base[:, None, :]) * POWER), axis=1)) / POWER
+
 
 @triton.jit
 def _score_tile(
     q_high, q_low, keys, key_row, plane_rows, k_scales, scratch, stride, factor, bias, q_last, m, total, n,
     BM: tl.constexpr, BN: tl.constexpr, Q_SUBBLOCKS: tl.constexpr, K_SUBBLOCKS: tl.constexpr, K_SIZE: tl.constexpr,
-    PLANES: tl.constexpr, NORMALIZE: tl.constexpr, MASKED: tl.constexpr,
+    PLANES: tl.constexpr, NORMALIZE: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Scores of one tile of key windows, reduced to key blocks (and query blocks, if not normalised) into scratch."""
     BLOCKS: tl.constexpr = BN // K_SUBBLOCKS
@@ -36,22 +46,31 @@ def _score_tile(
     if MASKED:
         window = n * BN + place % BLOCKS * K_SUBBLOCKS + place // BLOCKS
         s = tl.where((window * K_SIZE)[None, :] <= q_last[:, None], s, float("-inf"))
-    best = s
-    if K_SUBBLOCKS > 1:
-        best = tl.max(tl.reshape(s, [BM, K_SUBBLOCKS, BLOCKS]), axis=1)
     column = n * BLOCKS + tl.arange(0, BLOCKS)
+    if SUM:
+        of_block = _log_power_sum(tl.reshape(s * factor[:, None], [BM, K_SUBBLOCKS, BLOCKS]), 1.0)
+    else:
+        best = s
+        if K_SUBBLOCKS > 1:
+            best = tl.max(tl.reshape(s, [BM, K_SUBBLOCKS, BLOCKS]), axis=1)
+        of_block = best * factor[:, None]
     if NORMALIZE:
-        m_new = tl.maximum(m, tl.max(best, axis=1) * factor)
-        p = tl.exp2(s * factor[:, None] - m_new[:, None])
+        if SUM:
+            m_new = tl.maximum(m, tl.max(of_block, axis=1))
+            p = tl.exp2(of_block - m_new[:, None])
+        else:
+            m_new = tl.maximum(m, tl.max(best, axis=1) * factor)
+            p = tl.exp2(s * factor[:, None] - m_new[:, None])
         total = total * tl.exp2(m - m_new) + tl.sum(p, axis=1)
         m = m_new
         row = tl.arange(0, BM)
-        tl.store(scratch + row[:, None] * stride + column[None, :], best * factor[:, None])
+        tl.store(scratch + row[:, None] * stride + column[None, :], of_block)
     else:
-        best = best * factor[:, None] + bias[:, None]
+        best = of_block + bias[:, None]
         row = tl.arange(0, BM // Q_SUBBLOCKS)
         if Q_SUBBLOCKS > 1:
-            best = tl.max(tl.reshape(best, [BM // Q_SUBBLOCKS, Q_SUBBLOCKS, BLOCKS]), axis=1)
+            pieces = tl.reshape(best, [BM // Q_SUBBLOCKS, Q_SUBBLOCKS, BLOCKS])
+            best = tl.max(pieces, axis=1) if POWER == LARGEST else _log_power_sum(pieces, POWER)
         tl.store(scratch + row[:, None] * stride + column[None, :], best)
     return m, total
 
@@ -63,12 +82,14 @@ def score_and_choose_kernel(
     q_start, q_end, first_window, num_q_blocks, scale, knob, sink_blocks, dense_from,
     BM: tl.constexpr, BN: tl.constexpr, WIDTH_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, Q_SUBBLOCKS: tl.constexpr, K_SUBBLOCKS: tl.constexpr,
-    PLANES: tl.constexpr, NORMALIZE: tl.constexpr, FORCED_SCORED: tl.constexpr,
+    PLANES: tl.constexpr, NORMALIZE: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr, FORCED_SCORED: tl.constexpr,
     RULE: tl.constexpr, PER_HEAD: tl.constexpr, R: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Walks strips of `BM` query windows, the longest first: scores against all earlier key windows, then the choice.
 
-    ``scratch [programs, rows, stride]`` belongs to the program, which alone writes and reads it.
+    A block's score takes the log-sum-exp over its key windows with ``SUM``, else the maximum; then over query windows
+    ``log(sum(exp(POWER * score))) / POWER``, or the maximum. ``scratch [programs, rows, stride]`` belongs to the
+    program, which alone writes and reads it.
     """
     Q_SIZE: tl.constexpr = BLOCK_Q // Q_SUBBLOCKS
     K_SIZE: tl.constexpr = BLOCK_K // K_SUBBLOCKS
@@ -104,12 +125,12 @@ def score_and_choose_kernel(
         for n in range(0, whole):
             m, total = _score_tile(
                 q_high, q_low, keys, key_row, plane_rows, k_scales, scratch, stride, factor, bias, q_last, m, total, n,
-                BM, BN, Q_SUBBLOCKS, K_SUBBLOCKS, K_SIZE, PLANES, NORMALIZE, False,
+                BM, BN, Q_SUBBLOCKS, K_SUBBLOCKS, K_SIZE, PLANES, NORMALIZE, SUM, POWER, False,
             )  # fmt: skip
         for n in range(whole, tiles):
             m, total = _score_tile(
                 q_high, q_low, keys, key_row, plane_rows, k_scales, scratch, stride, factor, bias, q_last, m, total, n,
-                BM, BN, Q_SUBBLOCKS, K_SUBBLOCKS, K_SIZE, PLANES, NORMALIZE, True,
+                BM, BN, Q_SUBBLOCKS, K_SUBBLOCKS, K_SIZE, PLANES, NORMALIZE, SUM, POWER, True,
             )  # fmt: skip
         if NORMALIZE:
             tl.store(log_totals + tl.arange(0, BM), tl.where(live, m + tl.log2(total), float("inf")))
@@ -128,6 +149,15 @@ def score_and_choose_kernel(
                 for sub in range(1, Q_SUBBLOCKS):
                     y = tl.load(scratch + ((local * Q_SUBBLOCKS + sub) * stride)[:, None, None] + column)
                     x = tl.maximum(x, y - tl.load(log_totals + local * Q_SUBBLOCKS + sub)[:, None, None])
+                if POWER != LARGEST:
+                    # Read once more: the sum of an online softmax would take as many registers again.
+                    base = tl.where(x == float("-inf"), 0.0, x)
+                    powers = tl.zeros(x.shape, tl.float32)
+                    for sub in range(0, Q_SUBBLOCKS):
+                        y = tl.load(scratch + ((local * Q_SUBBLOCKS + sub) * stride)[:, None, None] + column)
+                        y -= tl.load(log_totals + local * Q_SUBBLOCKS + sub)[:, None, None]
+                        powers += tl.exp2((y - base) * POWER)
+                    x = base + tl.log2(powers) / POWER
             # Geometry of the rows: absolute query block, its first and last token, its key blocks.
             absolute = q_start // BLOCK_Q + block
             begin = tl.maximum(absolute * BLOCK_Q, q_start)

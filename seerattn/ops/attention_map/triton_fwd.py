@@ -1,4 +1,4 @@
-"""`impl="triton"`: dense causal attention that emits its block map on the way, and rows of the map alone."""
+"""`impl="triton"`: dense causal attention that emits its block maps on the way, and rows of the maps alone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from seerattn.ops.attention_map.kernel import attention_map_fwd
+from seerattn.ops.attention_map.maps import AttentionMaps
 from seerattn.ops.checks import scale_refusal
 from seerattn.ops.launch import new_output, on_device, row_geometry, tma_ready
-from seerattn.ops.pooled_attention.kernel import pooled_attention_fwd
-from seerattn.ops.pooled_attention.maps import AttentionMaps
 from seerattn.selection.block_indices import num_query_blocks
+from seerattn.selection.map_form import MapForm
 
 BLOCK_SIZES = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -47,7 +48,7 @@ class Launch:
     max_registers: int | None = None
 
 
-def choose_launch(*, block_q: int, head_dim: int, element_size: int, tokens: int, target_only: bool) -> Launch:
+def choose_launch(*, block_q: int, head_dim: int, element_size: int, tokens: int, lean: bool) -> Launch:
     """Picks a launch from the shapes of a call.
 
     One H100, bf16, 32/8 heads, head dim 128, 64 x 64 blocks, ms at 8k / 32k / 64k by (rows, keys, warps, stages,
@@ -55,10 +56,11 @@ def choose_launch(*, block_q: int, head_dim: int, element_size: int, tokens: int
     1.25 / 18.5 / 76.6; (64, 64, 4, 2, 2) 1.27 / 20.3 / 83.3; (128, 64, 4, 2, 2) 1.41 / 22.4 / 87.6. The other widths
     and fp32 were not measured.
 
-    The target alone needs no accumulator, so two programs fit on a multiprocessor and one can multiply while the other
-    exponentiates; ms for a tenth of the query blocks at 32k / 128k: (128, 128, 8, 2, 2) 1.05 / 23.0, (64, 64, 4, 3, 3)
-    1.12 / 17.1, (64, 128, 4, 2, 2) 1.20 / 17.9, (128, 128, 8, 3, 1) 1.27 / 18.0. At 128k the bound on scratch leaves
-    programs out, so the smaller ones win.
+    Lean calls, without an output and with one kind of scratch, need no accumulator, so two programs fit on a
+    multiprocessor and one can multiply while the other exponentiates; ms for a tenth of the query blocks, of the
+    published map, at 32k / 128k: (128, 128, 8, 2, 2) 1.05 / 23.0, (64, 64, 4, 3, 3) 1.12 / 17.1, (64, 128, 4, 2, 2)
+    1.20 / 17.9, (128, 128, 8, 3, 1) 1.27 / 18.0. At 128k the bound on scratch leaves programs out, so the smaller ones
+    win.
     """
     width = triton.next_power_of_2(head_dim)
     if element_size == 4:
@@ -66,9 +68,9 @@ def choose_launch(*, block_q: int, head_dim: int, element_size: int, tokens: int
         return Launch(rows=max(64, block_q), keys=32, num_warps=16, num_stages=1)
     if width == 256:
         return Launch(rows=128, keys=64, num_warps=8, num_stages=2)
-    if target_only and tokens > 1 << 16 and block_q <= 64:
+    if lean and tokens > 1 << 16 and block_q <= 64:
         return Launch(rows=64, keys=64, num_warps=4, num_stages=3, programs_per_sm=3, max_registers=168)
-    if target_only:
+    if lean:
         return Launch(rows=128, keys=128, num_warps=8, num_stages=2, programs_per_sm=2, max_registers=128)
     return Launch(rows=128, keys=128, num_warps=8, num_stages=3)
 
@@ -92,6 +94,8 @@ def attention_maps(
     k: Tensor,
     v: Tensor | None,
     *,
+    forms: tuple[MapForm, ...],
+    query_blocks: list[int] | None,
     block_q: int,
     block_k: int,
     scale: float,
@@ -99,50 +103,49 @@ def attention_maps(
     segment_ids: Tensor | None,
     softcap: float | None,
     sinks: Tensor | None,
-    target: bool,
-    mass: bool,
-    rows: list[int] | None = None,
     launch: Launch | None = None,
 ) -> AttentionMaps:
     """See `api`, which validates the arguments. ``lengths`` holds the keys of every row; no ``v``, no output.
 
-    ``rows`` are the query blocks whose maps are wanted, of whole sequences (``T == S``) and without an output.
+    ``query_blocks`` are the rows of the maps that are wanted, of whole sequences (``T == S``) and without an output.
     Documents of ``segment_ids`` are runs of equal ids. The output has the memory layout ``[B, T, H, D]``. q, k and v
     are copied only if their channels are not contiguous or (k, v) their strides no multiples of 16 bytes.
     """
     batch, heads, q_tokens, dim = q.shape
     kv_heads, k_tokens = k.shape[1:3]
-    target_only = v is None and not mass
+    kinds = {form.keys for form in forms}
+    lean = v is None and len(kinds) == 1
     launch = launch or choose_launch(
-        block_q=block_q, head_dim=dim, element_size=q.element_size(), tokens=k_tokens, target_only=target_only
+        block_q=block_q, head_dim=dim, element_size=q.element_size(), tokens=k_tokens, lean=lean
     )
     device = q.device
 
     q_len = [min(q_tokens, n) for n in lengths]
     q_start = [n - t for n, t in zip(lengths, q_len)]
-    if rows is None:
+    if query_blocks is None:
         num_q_blocks, listed = max(num_query_blocks(s, t, block_q) for s, t in zip(q_start, q_len)), None
     else:
         # Not cached on the device: they are drawn anew for every call. The host does not wait for the copy.
-        num_q_blocks, listed = len(rows), torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
+        num_q_blocks = len(query_blocks)
+        listed = torch.tensor(query_blocks, dtype=torch.int32).to(device, non_blocking=True)
     num_k_blocks = -(-max(lengths) // block_k)
     num_tiles = -(-num_q_blocks * block_q // launch.rows)
 
     whole = all(n == k_tokens for n in lengths)
     geometry = None if whole else on_device(tuple(row_geometry(q_tokens, k_tokens, lengths)), torch.int32, device)
     out = None if v is None else new_output(q, padded=not whole)
-    shape = (batch, heads, num_q_blocks, num_k_blocks)
-    target_map = torch.zeros(shape, dtype=torch.float32, device=device) if target else None
-    mass_map = torch.zeros(shape, dtype=torch.float32, device=device) if mass else None
+    maps = torch.zeros(len(forms), batch, heads, num_q_blocks, num_k_blocks, dtype=torch.float32, device=device)
 
     # One column of scratch a key block, or a step of the walk if that is shorter.
     column = min(block_k, launch.keys)
     columns = -(-max(lengths) // launch.keys) * (launch.keys // column)
     slot = columns * launch.rows
     work = batch * heads * num_tiles
-    programs = max(1, min(work, _resident(device, launch), SCRATCH_BYTES // (4 * slot * (target + mass))))
-    maxima = torch.empty(programs * slot, dtype=torch.float32, device=device) if target else None
-    sums = torch.empty(programs * slot, dtype=torch.float32, device=device) if mass else None
+    programs = max(1, min(work, _resident(device, launch), SCRATCH_BYTES // (4 * slot * len(kinds))))
+    maxima, sums = (
+        torch.empty(programs * slot, dtype=torch.float32, device=device) if kind in kinds else None
+        for kind in ("max", "sum")
+    )
 
     q = q if q.stride(3) == 1 else q.contiguous()
     block_dim = triton.next_power_of_2(dim)
@@ -150,13 +153,12 @@ def attention_maps(
     group = heads // kv_heads
     fitting = SECTION_BYTES // ((1 if v is None else 2) * k_tokens * dim * k.element_size())
     section = max(1, fitting, -(-SECTION_TILES * programs // (group * num_tiles)))
-    pooled_attention_fwd[(programs,)](
+    attention_map_fwd[(programs,)](
         q,
         TensorDescriptor.from_tensor(tma_ready(k), tile),
         None if v is None else TensorDescriptor.from_tensor(tma_ready(v), tile),
         out,
-        target_map,
-        mass_map,
+        maps,
         maxima,
         sums,
         sinks,
@@ -186,13 +188,15 @@ def attention_maps(
         COLUMN=column,
         D=dim,
         BLOCK_D=block_dim,
+        SUMS=tuple(form.keys == "sum" for form in forms),
+        POWERS=tuple(form.power for form in forms),
         CAPPED=softcap is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         maxnreg=launch.max_registers,
     )
-    return AttentionMaps(out, target_map, mass_map)
+    return AttentionMaps(out, maps.unbind())
 
 
 def _resident(device: torch.device, launch: Launch) -> int:

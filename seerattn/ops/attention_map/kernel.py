@@ -1,14 +1,17 @@
-"""The kernel of pooled attention: one walk over the keys, then from a scratch of maxima to rows of the map.
+"""The kernel of attention maps: one walk over the keys, then from a scratch of maxima or sums to rows of the maps.
 
 A resident program takes one tile of query rows after the other. While it walks the keys with an online softmax it
-leaves, per row and key block, the raw maximum (and the raw sum, for the mass) in a scratch of its own. Only after the
-walk is a row's normaliser known: the scratch, mostly still in L2, is then read back and reduced to rows of the map.
+leaves, per row and key block, the raw maximum or the raw sum (or both, as the maps ask) in a scratch of its own. Only
+after the walk is a row's normaliser known: the scratch, mostly still in L2, is then read back and reduced to rows of
+the maps.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+INFINITE = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -67,17 +70,40 @@ def _walk(
             # The document of a row may begin after all of these keys.
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
         p = tl.exp2(scores * scale - base[:, None])
+        p_sum = tl.sum(p, 1)
         if sums_ptr is not None:
-            sums = tl.sum(p.reshape(ROWS, KEYS // COLUMN, COLUMN), 2)
-            tl.store(sums_ptr + slots, tl.log2(sums) + base[:, None])
+            if KEYS == COLUMN:
+                tl.store(sums_ptr + key // COLUMN * ROWS + tl.arange(0, ROWS), tl.log2(p_sum) + base)
+            else:
+                sums = tl.sum(p.reshape(ROWS, KEYS // COLUMN, COLUMN), 2)
+                tl.store(sums_ptr + slots, tl.log2(sums) + base[:, None])
         shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(p, 1)
+        total = total * shrink + p_sum
         if v_tiles is not None:
             acc = acc * shrink[:, None]
             v = v_tiles.load([batch, kv_head, k_slot + key, 0]).reshape(KEYS, BLOCK_D)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
     return acc, top, total
+
+
+@triton.jit
+def _power_mean(shares, SUM: tl.constexpr, POWER: tl.constexpr):
+    """Log2 of what each tile of ``shares [CHUNK, COLUMNS, BLOCKS, BLOCK_Q]``, in log2, is worth, up to a constant."""
+    if not SUM:
+        rows = tl.max(shares, 1)
+    elif shares.shape[1] == 1:
+        rows = tl.reshape(shares, (shares.shape[0], shares.shape[2], shares.shape[3]))
+    else:
+        rows = tl.log2(tl.sum(tl.exp2(shares), 1))
+    largest = tl.max(rows, 2)
+    if POWER == INFINITE:
+        return largest
+    else:
+        # Relative to the largest row, whose power may be too small a number.
+        base = tl.where(largest == -float("inf"), 0.0, largest)
+        powers = tl.exp2((rows - base[:, :, None]) * POWER)
+        return base + tl.log2(tl.sum(powers, 2)) / POWER
 
 
 @triton.jit
@@ -94,7 +120,8 @@ def _write_map(
     ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     COLUMNS: tl.constexpr,
-    MASS: tl.constexpr,
+    SUM: tl.constexpr,
+    POWER: tl.constexpr,
 ):
     """Reduces the columns of scratch to rows of a map over the key blocks ``begin .. end``, each divided by its sum.
 
@@ -112,8 +139,13 @@ def _write_map(
         logs = tl.load(
             columns_ptr + column[:, None] * ROWS + row[None, :], mask=column[:, None] < written, other=-float("inf")
         )
-        p = tl.exp2(logs - normaliser[None, :]).reshape(CHUNK, COLUMNS, BLOCKS, BLOCK_Q)
-        values = tl.sum(tl.sum(p, 3), 1) if MASS else tl.max(tl.max(p, 3), 1)
+        shares = (logs - normaliser[None, :]).reshape(CHUNK, COLUMNS, BLOCKS, BLOCK_Q)
+        if SUM and POWER == 1:
+            values = tl.sum(tl.sum(tl.exp2(shares), 3), 1)
+        elif not SUM and POWER == INFINITE:
+            values = tl.exp2(tl.max(tl.max(shares, 3), 1))
+        else:
+            values = tl.exp2(_power_mean(shares, SUM, POWER))
         total += tl.sum(values, 0)
         k_block = first + tl.arange(0, CHUNK)
         inside = (k_block[:, None] < end) & (block[None, :] < num_q_blocks)
@@ -139,13 +171,12 @@ def _write_map(
         "num_k_blocks",
     ]
 )
-def pooled_attention_fwd(
+def attention_map_fwd(
     q_ptr,
     k_tiles,
     v_tiles,
     out_ptr,
-    target_ptr,
-    mass_ptr,
+    maps_ptr,
     maxima_ptr,
     sums_ptr,
     sinks_ptr,
@@ -179,6 +210,8 @@ def pooled_attention_fwd(
     COLUMN: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SUMS: tl.constexpr,
+    POWERS: tl.constexpr,
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -293,11 +326,10 @@ def pooled_attention_fwd(
 
             normaliser = tl.where(real, top + tl.log2(total), float("inf"))
             tl.debug_barrier()
-            map_offset = flat_head.to(tl.int64) * num_q_blocks * num_k_blocks
-            if target_ptr is not None:
+            for form in tl.static_range(len(SUMS)):
                 _write_map(
-                    target_ptr + map_offset,
-                    maxima_ptr,
+                    maps_ptr + (form * all_heads + flat_head).to(tl.int64) * num_q_blocks * num_k_blocks,
+                    sums_ptr if SUMS[form] else maxima_ptr,
                     normaliser,
                     begin // BLOCK_K,
                     last // BLOCK_K + 1,
@@ -308,23 +340,8 @@ def pooled_attention_fwd(
                     ROWS=ROWS,
                     BLOCK_Q=BLOCK_Q,
                     COLUMNS=BLOCK_K // COLUMN,
-                    MASS=False,
-                )
-            if mass_ptr is not None:
-                _write_map(
-                    mass_ptr + map_offset,
-                    sums_ptr,
-                    normaliser,
-                    begin // BLOCK_K,
-                    last // BLOCK_K + 1,
-                    tl.cdiv(end, KEYS) * (KEYS // COLUMN),
-                    tile * (ROWS // BLOCK_Q),
-                    num_q_blocks,
-                    num_k_blocks,
-                    ROWS=ROWS,
-                    BLOCK_Q=BLOCK_Q,
-                    COLUMNS=BLOCK_K // COLUMN,
-                    MASS=True,
+                    SUM=SUMS[form],
+                    POWER=POWERS[form],
                 )
             # The next tile writes over the scratch.
             tl.debug_barrier()

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from seerattn.ops.pooled_attention import block_mass, pooled_attention
-from tests.ops.test_pooled_attention import make_qkv, oracle
+from seerattn.ops.attention_map import attention_map
+from seerattn.selection.map_form import MASS, PUBLISHED
+from tests.ops.test_attention_map import FORMS, make_qkv, oracle
 
-triton_fwd = pytest.importorskip("seerattn.ops.pooled_attention.triton_fwd")
+triton_fwd = pytest.importorskip("seerattn.ops.attention_map.triton_fwd")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's products of bf16 are wrong.
@@ -29,14 +30,12 @@ def on_device(x):
 
 
 def run(q, k, v, block_q, block_k, **kwargs):
-    """Output, target and mass on the CPU; the target is the same bits from either op."""
+    """Output and all maps on the CPU."""
     q, k, v = map(on_device, (q, k, v))
     call = {"block_q": block_q, "block_k": block_k, "impl": "triton"} | {n: on_device(x) for n, x in kwargs.items()}
-    out, target = pooled_attention(q, k, v, **call)
-    mass, same_target = block_mass(q, k, return_target=True, **call)
-    assert torch.equal(target, same_target)
-    assert out.dtype == q.dtype and target.dtype == mass.dtype == torch.float32
-    return out.cpu(), target.cpu(), mass.cpu()
+    out, maps = attention_map(q, k, v, form=FORMS, **call)
+    assert out.dtype == q.dtype and len(maps) == len(FORMS) and all(x.dtype == torch.float32 for x in maps)
+    return out.cpu(), *(x.cpu() for x in maps)
 
 
 def eager_error(q, k, v, exact, scale=None, softcap=None, sinks=None, segment_ids=None):
@@ -187,27 +186,31 @@ def test_scratch_is_bounded_at_every_length(monkeypatch):
 
     monkeypatch.setattr(triton_fwd.torch, "empty", empty)
     monkeypatch.setattr(triton_fwd, "_resident", lambda *_: 132)
-    monkeypatch.setattr(triton_fwd, "pooled_attention_fwd", Kernel())
+    monkeypatch.setattr(triton_fwd, "attention_map_fwd", Kernel())
     k = on_device(torch.ones(1, 1, 1, 128, dtype=HALF))
     for tokens in (1 << 10, 1 << 15, 1 << 17, 1 << 20):
         for block_k in triton_fwd.BLOCK_SIZES:
-            allocated.clear()
-            with pytest.raises(Launched):
-                block_mass(
-                    k[:, :, :1].expand(1, 32, 64, 128),
-                    k.expand(1, 1, tokens, 128),
-                    block_k=block_k,
-                    return_target=True,
-                    impl="triton",
-                )
-            assert len(allocated) == 2 and sum(allocated) <= 128 << 20
+            inputs = k[:, :, :1].expand(1, 32, 64, 128), k.expand(1, 1, tokens, 128)
+            # As many forms as you like need no more than a number for their sums and one for their maxima.
+            for forms, kinds in ((FORMS, 2), ((PUBLISHED, MASS), 2), (MASS, 1), (PUBLISHED, 1)):
+                allocated.clear()
+                with pytest.raises(Launched):
+                    attention_map(*inputs, form=forms, block_k=block_k, impl="triton")
+                assert len(allocated) == kinds and sum(allocated) <= 128 << 20
 
 
 def test_two_runs_are_bitwise_equal():
     q, k, v = make_qkv(1, 4, 2, 200, 230, HALF)
     once = run(q, k, v, 64, 64)
     assert all(torch.equal(a, b) for a, b in zip(run(q, k, v, 64, 64), once))
-    assert torch.equal(block_mass(on_device(q), on_device(k), impl="triton").cpu(), once[2])
+
+
+def test_a_map_alone_has_the_bits_of_one_among_others():
+    q, k, v = make_qkv(1, 4, 2, 200, 230, HALF)
+    _, *expected = run(q, k, v, 64, 64)
+    for form, among in zip(FORMS, expected):
+        alone = attention_map(*map(on_device, (q, k, v)), form=form, impl="triton").map
+        assert torch.equal(alone.cpu(), among)
 
 
 def test_strided_inputs_give_the_bits_of_contiguous_ones():
@@ -229,4 +232,4 @@ def test_unsupported_calls_are_refused():
     }
     for message, (inputs, kwargs) in wrong.items():
         with pytest.raises(ValueError, match=message):
-            pooled_attention(*map(on_device, inputs), impl="triton", **kwargs)
+            attention_map(*map(on_device, inputs), impl="triton", **kwargs)

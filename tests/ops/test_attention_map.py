@@ -1,11 +1,16 @@
-"""Laws of `pooled_attention` and `block_mass`, against a dense fp64 oracle that walks the map token by token."""
+"""Laws of `attention_map`, against a dense fp64 oracle that walks the map token by token."""
+
+import math
 
 import pytest
 import torch
 
-from seerattn.ops.pooled_attention import block_mass, pooled_attention, reference
+from seerattn.ops.attention_map import attention_map, reference
+from seerattn.selection.map_form import MASS, PUBLISHED, MapForm
 
 DIM = 32
+# Published and mass, whose orders of reduction commute; and sums and maxima of either kind with all kinds of powers.
+FORMS = (PUBLISHED, MASS, *(MapForm("sum", a) for a in (2, 4, math.inf)), *(MapForm("max", a) for a in (1, 2, 8)))
 
 
 def make_qkv(batch, heads, kv_heads, q_tokens, k_tokens, dtype=torch.float64):
@@ -15,7 +20,7 @@ def make_qkv(batch, heads, kv_heads, q_tokens, k_tokens, dtype=torch.float64):
 
 
 def oracle(q, k, v, block_q, block_k, *, scale=None, softcap=None, sinks=None, segment_ids=None):
-    """Output, target and mass in fp64, of unpadded calls."""
+    """Output and a map of each of `FORMS` in fp64, of unpadded calls."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -33,26 +38,35 @@ def oracle(q, k, v, block_q, block_k, *, scale=None, softcap=None, sinks=None, s
         norm = torch.logaddexp(norm, sinks.double().view(1, -1, 1, 1))
     p = (scores - norm).exp()
     rows, columns = (k_tokens - 1) // block_q - start // block_q + 1, -(-k_tokens // block_k)
-    target, mass = torch.zeros(2, *q.shape[:2], rows, columns, dtype=torch.float64)
+    maps = torch.zeros(len(FORMS), *q.shape[:2], rows, columns, dtype=torch.float64)
     for t in range(q_tokens):
         i = (start + t) // block_q - start // block_q
         for j in range(columns):
             tile = p[:, :, t, j * block_k : (j + 1) * block_k]
-            target[:, :, i, j] = torch.maximum(target[:, :, i, j], tile.amax(-1))
-            mass[:, :, i, j] += tile.sum(-1)
-    return p @ v, target / target.sum(-1, keepdim=True), mass / mass.sum(-1, keepdim=True)
+            for x, form in zip(maps, FORMS):
+                r = tile.amax(-1) if form.keys == "max" else tile.sum(-1)
+                if form.power == math.inf:
+                    x[:, :, i, j] = torch.maximum(x[:, :, i, j], r)
+                else:
+                    x[:, :, i, j] += r**form.power
+    for x, form in zip(maps, FORMS):
+        if form.power < math.inf:
+            x.pow_(1 / form.power)
+    return p @ v, *(maps / maps.sum(-1, keepdim=True))
 
 
 def assert_matches_oracle(q, k, v, block_q, block_k, **kwargs):
-    expected_out, expected_target, expected_mass = oracle(q, k, v, block_q, block_k, **kwargs)
-    out, target = pooled_attention(q, k, v, block_q=block_q, block_k=block_k, **kwargs)
-    mass, same_target = block_mass(q, k, block_q=block_q, block_k=block_k, return_target=True, **kwargs)
+    expected_out, *expected = oracle(q, k, v, block_q, block_k, **kwargs)
+    call = {"block_q": block_q, "block_k": block_k, "form": FORMS} | kwargs
+    out, maps = attention_map(q, k, v, **call)
     torch.testing.assert_close(out, expected_out, rtol=1e-11, atol=1e-12)
     # Maps are computed in fp64 here and rounded to fp32 once.
-    assert target.dtype == mass.dtype == torch.float32
-    torch.testing.assert_close(target, expected_target.float(), rtol=2**-23, atol=1e-12)
-    torch.testing.assert_close(mass, expected_mass.float(), rtol=2**-23, atol=1e-12)
-    assert torch.equal(target, same_target)
+    assert len(maps) == len(expected)
+    for actual, exact in zip(maps, expected):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, exact.float(), rtol=2**-23, atol=1e-12)
+    without = attention_map(q, k, **call)
+    assert without.out is None and all(torch.equal(a, b) for a, b in zip(without.maps, maps))
 
 
 @pytest.mark.parametrize("budget", [1, 2 * 3 * 64 * 128, None])
@@ -92,19 +106,19 @@ def test_padded_row_matches_the_row_alone(q_tokens, packed):
         k[b, :, : 200 - n] = torch.inf
         v[b, :, : 200 - n] = torch.nan
     kwargs = {"block_q": 64, "block_k": 32}
-    out, target = pooled_attention(q, k, v, lengths=torch.tensor(lengths), segment_ids=segment_ids, **kwargs)
-    mass = block_mass(q, k, lengths=torch.tensor(lengths), segment_ids=segment_ids, **kwargs)
+    kwargs |= {"form": FORMS, "lengths": torch.tensor(lengths), "segment_ids": segment_ids}
+    out, maps = attention_map(q, k, v, **kwargs)
     for b, n in enumerate(lengths):
         t = min(q_tokens, n)
         assert (out[b, :, : q_tokens - t] == 0).all()
         if not n:
-            assert (target[b] == 0).all() and (mass[b] == 0).all()
+            assert all((x[b] == 0).all() for x in maps)
             continue
         alone = [x[b : b + 1, :, x.shape[2] - m :] for x, m in ((q, t), (k, n), (v, n))]
         own = segment_ids[b : b + 1, 200 - n :] if packed else None
         expected = oracle(*alone, 64, 32, segment_ids=own)
         torch.testing.assert_close(out[b, :, q_tokens - t :], expected[0][0], rtol=1e-11, atol=1e-12)
-        for actual, wanted in ((target[b], expected[1][0]), (mass[b], expected[2][0])):
+        for actual, wanted in ((x[b], exact[0]) for x, exact in zip(maps, expected[1:])):
             rows, columns = wanted.shape[1:]
             torch.testing.assert_close(actual[:, :rows, :columns], wanted.float(), rtol=2**-23, atol=1e-12)
             assert (actual[:, rows:] == 0).all() and (actual[..., columns:] == 0).all()
@@ -113,30 +127,40 @@ def test_padded_row_matches_the_row_alone(q_tokens, packed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_stays_within_its_error_budget(dtype):
     q, k, v = make_qkv(1, 4, 2, 300, 300, dtype)
-    expected_out, expected_target, _ = oracle(q, k, v, 64, 64)
-    out, target = pooled_attention(q, k, v)
+    expected_out, *expected = oracle(q, k, v, 64, 64)
+    out, maps = attention_map(q, k, v, form=FORMS)
     assert out.dtype == dtype
     # Inside all is fp32: scores of size 2 * 32 / sqrt(32) * 4 carry an absolute error of some 32 roundings, which
     # is a relative error of probabilities and maps; the output is rounded to its dtype at the end.
     scores = (q.double() @ k.double().repeat_interleave(2, 1).mT * DIM**-0.5).abs().max()
     band = 32 * torch.finfo(torch.float32).eps * float(scores)
-    assert ((target.double() - expected_target).abs() <= 2 * band * expected_target + 1e-12).all()
+    for actual, exact in zip(maps, expected):
+        assert ((actual.double() - exact).abs() <= 2 * band * exact + 1e-12).all()
     rounding = torch.finfo(dtype).eps / 2 * expected_out.abs()
     assert ((out.double() - expected_out).abs() <= rounding + 2 * band * v.double().abs().max()).all()
 
 
 def test_autocast_does_not_lower_the_precision_inside():
     q, k, v = make_qkv(1, 2, 1, 130, 130, torch.float32)
-    expected = pooled_attention(q, k, v)
+    expected = attention_map(q, k, v)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = pooled_attention(q, k, v)
-    assert all(torch.equal(a, e) for a, e in zip(actual, expected))
+        actual = attention_map(q, k, v)
+    assert torch.equal(actual.out, expected.out) and torch.equal(actual.map, expected.map)
 
 
 def test_results_carry_no_graph():
     q, k, v = (x.requires_grad_() for x in make_qkv(1, 2, 1, 40, 40))
-    out, target = pooled_attention(q, k, v)
-    assert not out.requires_grad and not target.requires_grad
+    out, maps = attention_map(q, k, v, form=FORMS)
+    assert not any(x.requires_grad for x in (out, *maps))
+
+
+def test_one_form_is_the_published_one_unless_another_is_named():
+    q, k, v = make_qkv(1, 2, 1, 70, 100)
+    several = dict(zip(FORMS, attention_map(q, k, form=FORMS).maps))
+    assert torch.equal(attention_map(q, k).map, several[PUBLISHED])
+    assert torch.equal(attention_map(q, k, v, form=MapForm("sum", 2)).map, several[MapForm("sum", 2)])
+    with pytest.raises(ValueError):
+        _ = attention_map(q, k, form=FORMS).map
 
 
 def test_bad_arguments_are_rejected():
@@ -147,7 +171,11 @@ def test_bad_arguments_are_rejected():
         "segment_ids must be int": {"segment_ids": torch.zeros(2, 64, dtype=torch.int64)},
         "block_q and block_k": {"block_q": 0},
         "impl must be one of auto, triton, reference": {"impl": "cuda"},
+        r"form must be a MapForm or several, got \(\)": {"form": ()},
+        "form must be a MapForm or several, got 'sum:2'": {"form": "sum:2"},
+        r"form must be a MapForm or several, got \[2\]": {"form": [2]},
+        "form must be a MapForm or several, got 3": {"form": 3},
     }
     for message, kwargs in wrong.items():
         with pytest.raises(ValueError, match=message):
-            pooled_attention(q, k, v, **kwargs)
+            attention_map(q, k, v, **kwargs)

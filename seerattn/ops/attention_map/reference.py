@@ -1,4 +1,4 @@
-"""`impl="reference"`: dense causal attention with its block maps, in plain torch on any device.
+"""`impl="reference"`: block maps of dense causal attention, and its output, in plain torch on any device.
 
 Query blocks are walked in chunks, each against the keys up to its causal edge, so scratch is bounded by a budget and
 never holds a ``T x S`` map.
@@ -6,14 +6,16 @@ never holds a ``T x S`` map.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from seerattn.ops.attention_map.maps import AttentionMaps
 from seerattn.ops.grid import from_grid, to_grid
-from seerattn.ops.pooled_attention.maps import AttentionMaps
 from seerattn.selection.block_indices import num_query_blocks
+from seerattn.selection.map_form import MASS, PUBLISHED, MapForm
 
 # Scores held at once, in elements; one query block of one KV group at least. CPU time at T = 4096, H 8, D 64: 0.28 s
 # with 2^18 to 2^20, 0.41 s with 2^22, 0.68 s with 2^24 (fresh pages for every chunk).
@@ -26,6 +28,8 @@ def attention_maps(
     k: Tensor,
     v: Tensor | None,
     *,
+    forms: tuple[MapForm, ...],
+    query_blocks: list[int] | None,
     block_q: int,
     block_k: int,
     scale: float,
@@ -33,13 +37,10 @@ def attention_maps(
     segment_ids: Tensor | None,
     softcap: float | None,
     sinks: Tensor | None,
-    target: bool,
-    mass: bool,
-    rows: list[int] | None = None,
 ) -> AttentionMaps:
     """See `api`, which validates the arguments. ``lengths`` holds the keys of every row; no ``v``, no output.
 
-    ``rows`` are the query blocks whose maps are wanted, of whole sequences (``T == S``) and without an output.
+    ``query_blocks`` are the rows of the maps that are wanted, of whole sequences (``T == S``) and without an output.
     """
     batch, heads, q_tokens, dim = q.shape
     kv_heads = k.shape[1]
@@ -51,7 +52,7 @@ def attention_maps(
     offset = [s % block_q for s in q_start]
     num_q_blocks = max(num_query_blocks(s, t, block_q) for s, t in zip(q_start, q_len))
     num_k_blocks = -(-max(lengths) // block_k)
-    blocks = range(num_q_blocks) if rows is None else rows
+    blocks = range(num_q_blocks) if query_blocks is None else query_blocks
     slots, zeros = num_q_blocks * block_q, [0] * batch
 
     def keys_on_grid(x: Tensor) -> Tensor:
@@ -65,8 +66,8 @@ def attention_maps(
 
     first, start, count = (torch.tensor(x, device=device)[:, None] for x in (offset, q_start, q_len))
     slot = torch.arange(slots, device=device)
-    if rows is not None:
-        slot = slot.view(-1, block_q)[torch.tensor(rows, device=device)].flatten()
+    if query_blocks is not None:
+        slot = slot.view(-1, block_q)[torch.tensor(query_blocks, device=device)].flatten()
         queries = queries[:, :, slot]
     q_pos = start - first + slot
     real = ((slot >= first) & (slot < first + count)).repeat_interleave(kv_heads, 0)
@@ -80,8 +81,7 @@ def attention_maps(
 
     out = None if values is None else q.new_empty(pairs, group, slots, dim)
     shape = (pairs, group, len(blocks), num_k_blocks)
-    target_map = torch.zeros(shape, dtype=work, device=device) if target else None
-    mass_map = torch.zeros(shape, dtype=work, device=device) if mass else None
+    maps = [torch.zeros(shape, dtype=work, device=device) for _ in forms]
 
     base = [s - o for s, o in zip(q_start, offset)]
     budget = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
@@ -112,20 +112,35 @@ def attention_maps(
             if out is not None:
                 out[pair, :, chunk] = (p.flatten(1, 2) @ values[pair, :width]).view(p.shape[0], group, -1, dim)
             tiles = p.unflatten(2, (-1, block_q))
-            if target:
-                target_map[pair, :, part, :edge] = tiles.amax(3).unflatten(-1, (-1, block_k)).amax(-1)
-            if mass:
-                mass_map[pair, :, part, :edge] = tiles.sum(3).unflatten(-1, (-1, block_k)).sum(-1)
+            for x, form in zip(maps, forms):
+                x[pair, :, part, :edge] = _reduced(tiles, form, block_k)
 
     if out is not None:
         out = from_grid(out.view(batch, heads, slots, dim), offset=offset, length=q_len, size=q_tokens)
-    return AttentionMaps(out, _distributions(target_map, batch), _distributions(mass_map, batch))
+    return AttentionMaps(out, tuple(_distributions(x, batch) for x in maps))
 
 
-def _distributions(x: Tensor | None, batch: int) -> Tensor | None:
+def _reduced(tiles: Tensor, form: MapForm, block_k: int) -> Tensor:
+    """Tiles ``[.., block_q, keys]`` as one number a key block, up to a factor that all of a row share."""
+    # These two may take rows first, along whole lines of memory: a fifth of the time on a CPU.
+    if form == PUBLISHED:
+        return tiles.amax(-2).unflatten(-1, (-1, block_k)).amax(-1)
+    if form == MASS:
+        return tiles.sum(-2).unflatten(-1, (-1, block_k)).sum(-1)
+    shares = tiles.unflatten(-1, (-1, block_k))
+    shares = shares.amax(-1) if form.keys == "max" else shares.sum(-1)
+    if form.power == 1:
+        return shares.sum(-2)
+    largest = shares.amax(-2)
+    if form.power == math.inf:
+        return largest
+    # Relative to the largest row, whose power may be too small a number.
+    relative = shares / torch.where(largest > 0, largest, 1)[..., None, :]
+    return largest * relative.pow(form.power).sum(-2).pow(1 / form.power)
+
+
+def _distributions(x: Tensor, batch: int) -> Tensor:
     """Divides every row by its sum, rows of zeros apart, as fp32 ``[B, H, Nq, Nk]``."""
-    if x is None:
-        return None
     total = x.sum(-1, keepdim=True)
     return (x / torch.where(total > 0, total, 1)).float().view(batch, -1, *x.shape[2:])
 
