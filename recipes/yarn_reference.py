@@ -31,21 +31,20 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import typer
+from corpora import documents_of, load_corpus, whole_lines, write_corpora
 from crew import Crew, Job
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from seerattn.eval.arms import Gates, Subject, choose_device, make_arms
-from seerattn.eval.data import cut_windows, digest, token_documents
+from seerattn.eval.data import cut_windows, digest
 from seerattn.eval.needle import Needle, evaluate_needle
 from seerattn.eval.perplexity import evaluate_perplexity
 from seerattn.eval.results import ResultsFile
 from seerattn.hf.context import extend_context
 from seerattn.report.curves import as_finetuning
 from seerattn.saving import write_whole
-from seerattn.training.data import Corpus, read_documents, tokenize
 from seerattn.training.distill import DistillConfig
 from seerattn.training.distill import plan as plan_distillation
 from seerattn.training.distill import run as run_distillation
@@ -193,44 +192,17 @@ class Places:
 
 
 def prepare(options: Options) -> None:
-    """Writes the tokenised text to OUTPUT/tokens, unless it is there.
-
-    Raises:
-        ValueError: no text, none long enough, or the folder holds the tokens of other options.
-    """
-    folder = options.output / "tokens"
-    wanted = {"context": max(options.context, *options.contexts), "train_tokens": options.train_tokens}
-    wanted |= {"documents": options.documents, "seed": options.seed}
-    about = folder / "about.json"
-    if about.exists():
-        if json.loads(about.read_text()) != wanted:
-            raise ValueError(f"output must hold tokens of {wanted}, got {about.read_text()}; use another folder")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    long = wanted["context"]
-    texts = read_documents(options.train)
-    print(f"tokenising {len(texts)} documents", flush=True)
-    enough = {"enough_tokens": options.train_tokens, "seed": options.seed, "progress": True}
-    found = {"train": tokenize(texts, tokenizer, min_tokens=long, **enough)}
-    for name, sources in zip(TEXTS, (options.books_test, options.proofs_test)):
-        documents = [ids for ids in token_documents(sources, tokenizer, tokens=long) if len(ids) >= long]
-        documents = documents[: options.documents]
-        if not documents:
-            raise ValueError(f"{name} must hold a document of {long} tokens, got none in {', '.join(sources)}")
-        offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
-        found[name] = Corpus(np.concatenate([np.asarray(ids) for ids in documents]), offsets, 0)
-    dtype = np.min_scalar_type(len(tokenizer) - 1)
-    for name, corpus in found.items():
-        np.savez_compressed(folder / f"{name}.npz", tokens=corpus.tokens.astype(dtype), offsets=corpus.offsets)
-        print(f"{name}: {len(corpus.lengths)} documents of {len(corpus.tokens):,} tokens", flush=True)
-    write_whole(about, json.dumps(wanted) + "\n")
-
-
-def load_corpus(output: Path, name: str) -> Corpus:
-    """One of the texts that `prepare` wrote."""
-    with np.load(output / "tokens" / f"{name}.npz") as arrays:
-        return Corpus(arrays["tokens"].astype(np.int32), arrays["offsets"], 0)
+    """Writes the tokenised text to OUTPUT/tokens, unless it is there; see `write_corpora`."""
+    write_corpora(
+        options.output / "tokens",
+        model=options.model,
+        train=options.train,
+        tests=dict(zip(TEXTS, (options.books_test, options.proofs_test))),
+        context=max(options.context, *options.contexts),
+        train_tokens=options.train_tokens,
+        documents=options.documents,
+        seed=options.seed,
+    )
 
 
 def carry_out(options: Options, run: Run) -> None:
@@ -250,7 +222,7 @@ def carry_out(options: Options, run: Run) -> None:
 def train(options: Options, run: Run, device: torch.device) -> None:
     """Trains one run, or continues it; all runs see the same samples."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    corpus = replace(load_corpus(options.output, "train"), sources=options.train)
+    corpus = replace(load_corpus(options.output / "tokens", "train"), sources=options.train)
     shared = {
         "context": options.context,
         "steps": options.steps,
@@ -310,7 +282,7 @@ def measure(options: Options, run: Run, device: torch.device) -> None:
     results = ResultsFile(places.results, device)
     told = {"training": run.cell(options)}
     for text in TEXTS:
-        documents = documents_of(load_corpus(options.output, text))
+        documents = documents_of(load_corpus(options.output / "tokens", text))
         for context in options.contexts:
             # The same tokens at every length, in as many windows as they fill; those run together.
             count = length // context
@@ -323,27 +295,16 @@ def measure(options: Options, run: Run, device: torch.device) -> None:
             evaluate_needle(subject, arms, needles, documents, results, text=text, settings=settings)
 
 
-def documents_of(corpus: Corpus) -> list[list[int]]:
-    """Token ids of each document."""
-    return [ids.tolist() for ids in np.split(corpus.tokens, corpus.offsets[1:-1])]
-
-
 def collect(options: Options, runs: list[Run]) -> None:
     """Puts results and records of all runs together, in the order of tables."""
     results, curves = [], []
     for run in runs:
         places = Places(options.output, run.name)
-        results += lines(places.results)
-        for record in map(json.loads, lines(places.trained / "training.jsonl")):
+        results += whole_lines(places.results)
+        for record in map(json.loads, whole_lines(places.trained / "training.jsonl")):
             curves.append(json.dumps({"arm": run.name} | as_finetuning(record)) + "\n")
     write_whole(options.output / "results.jsonl", "".join(results))
     write_whole(options.output / "curves.jsonl", "".join(curves))
-
-
-def lines(path: Path) -> list[str]:
-    """Whole lines of a file; none if it is missing."""
-    found = path.read_text().splitlines(True) if path.exists() else []
-    return [line for line in found if line.endswith("\n")]
 
 
 def job_of(options: Options, run: Run) -> Job:

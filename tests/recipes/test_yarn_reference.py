@@ -84,12 +84,12 @@ def test_tokens_hold_long_documents_alone_and_stand_in_for_the_text(inputs: dict
     options = options_of(inputs, tmp_path, train_tokens=10**6)
     yarn_reference.prepare(options)
     texts = [text for text in read_documents([inputs["train"]]) if len(text) >= 1024]
-    corpus = yarn_reference.load_corpus(tmp_path, "train")
+    corpus = yarn_reference.load_corpus(tmp_path / "tokens", "train")
     assert sorted(corpus.lengths) == sorted(map(len, texts)) and len(texts) == 4
-    books = yarn_reference.documents_of(yarn_reference.load_corpus(tmp_path, "books-test"))
+    books = yarn_reference.documents_of(yarn_reference.load_corpus(tmp_path / "tokens", "books-test"))
     assert [len(ids) for ids in books] == [1024, 1024]
     yarn_reference.prepare(replace(options, train=("gone.jsonl",), books_test=(), proofs_test=()))
-    assert np.array_equal(yarn_reference.load_corpus(tmp_path, "train").tokens, corpus.tokens)
+    assert np.array_equal(yarn_reference.load_corpus(tmp_path / "tokens", "train").tokens, corpus.tokens)
     with pytest.raises(ValueError, match="use another folder"):
         yarn_reference.prepare(replace(options, train_tokens=7))
 
@@ -187,7 +187,7 @@ def test_every_run_tells_its_text_and_the_model_and_gates_that_it_began_with(
 ) -> None:
     names = ("dense", "after", "annealed")
     facts = {name: json.loads((finished / "runs" / name / "run.json").read_text()) for name in names}
-    corpus = yarn_reference.load_corpus(finished, "train")
+    corpus = yarn_reference.load_corpus(finished / "tokens", "train")
     for run in facts.values():
         assert run["data"] == [str(inputs["train"])] and run["data_hash"] == corpus.fingerprint()
     start = [str(inputs["gates"]), fingerprint(inputs["gates"])]
