@@ -326,7 +326,7 @@ def check_filled(gate: AttnGate, layer: int) -> None:
             f"gates must stay where their layer runs, got those of layer {layer} offloaded; attach them with "
             "seerattn.attach(model, gates), which leaves them in memory"
         )
-    if not all(bool(p.isfinite().all()) for p in gate.parameters()):
+    if not all(bool(p.detach().isfinite().all()) for p in gate.parameters()):
         raise ValueError(
             f"gates must be finite in every layer, got none for layer {layer}; the checkpoint does not hold them, "
             "load whole gates of this model"
