@@ -1,4 +1,4 @@
-"""Launch configurations of the pooled attention kernel, beside dense attention without a map.
+"""Launch configurations of the kernel of attention maps, beside dense attention without a map.
 
     python benchmarks/gpu/pooled.py --check-only
     python benchmarks/gpu/pooled.py --out rows.jsonl              # checks, then times; about a minute on an H100
@@ -23,9 +23,9 @@ from seerattn.bench.inputs import Shape, random_qkv
 from seerattn.bench.session import Session
 from seerattn.bench.timing import device_time, extra_memory
 from seerattn.eval.results import Result, ResultsFile
-from seerattn.ops.pooled_attention import reference, triton_fwd
-from seerattn.ops.pooled_attention.maps import AttentionMaps
-from seerattn.ops.pooled_attention.triton_fwd import Launch
+from seerattn.ops.attention_map import AttentionMaps, reference, triton_fwd
+from seerattn.ops.attention_map.triton_fwd import Launch
+from seerattn.selection.map_form import MASS, PUBLISHED, MapForm
 
 BLOCK = 64
 LAUNCHES = {
@@ -43,12 +43,19 @@ ALL_TOKENS = 65536
 
 
 def run_maps(
-    attention_maps: Callable[..., AttentionMaps], q: Tensor, k: Tensor, v: Tensor, mass: bool = False, **options: object
+    attention_maps: Callable[..., AttentionMaps],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forms: tuple[MapForm, ...] = (PUBLISHED,),
+    **options: object,
 ) -> tuple[Tensor, ...]:
     maps = attention_maps(
         q,
         k,
         v,
+        forms=forms,
+        query_blocks=None,
         block_q=BLOCK,
         block_k=BLOCK,
         scale=q.shape[3] ** -0.5,
@@ -56,11 +63,9 @@ def run_maps(
         segment_ids=None,
         softcap=None,
         sinks=None,
-        target=True,
-        mass=mass,
         **options,
     )
-    return tuple(x for x in maps if x is not None)
+    return maps.out, *maps.maps
 
 
 def exact_maps(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -97,7 +102,7 @@ def check(launch: Launch, device: torch.device) -> tuple[float, float]:
     for seed, tokens in enumerate(CHECKED_TOKENS):
         q, k, v = random_qkv(Shape(heads=8, kv_heads=2), tokens, device, seed=seed, drift=1.0)
         exact_out, exact_target, exact_mass, eager_error = exact_maps(q, k, v)
-        first = run_maps(triton_fwd.attention_maps, q, k, v, mass=True, launch=launch)
+        first = run_maps(triton_fwd.attention_maps, q, k, v, (PUBLISHED, MASS), launch=launch)
         again = run_maps(triton_fwd.attention_maps, q, k, v, launch=launch)
         out, target, mass = first
         if not (torch.equal(out, again[0]) and torch.equal(target, again[1])):

@@ -1,11 +1,11 @@
-"""Targets of some query blocks: launches of the kernel, beside pooled attention, which computes all of them.
+"""Published targets of some query blocks: launches of the kernel, beside dense attention with all of them.
 
     python benchmarks/gpu/targets.py --check-only
     python benchmarks/gpu/targets.py --out rows.jsonl --time-limit 120
     python benchmarks/gpu/targets.py --launches 128x128w8s3p1 --lengths 131072
 
 One layer of Llama-3.1-8B in bf16, 64 x 64 blocks; the rows are drawn at random, the same ones for every variant. "op"
-is `pooled_targets` as training calls it, with its checks and its own choice of a launch; "op-l2" the same with heads in
+is `attention_map` as training calls it, with its checks and its own choice of a launch; "op-l2" the same with heads in
 sections that fit in L2 however few tiles they hold. Every variant is compared with an fp64 oracle before it is timed,
 at several lengths, plain and with packed documents, and twice for equal bits. The name of a launch is rows x keys of a
 tile, warps, stages, programs a multiprocessor.
@@ -27,8 +27,9 @@ from seerattn.bench.inputs import Shape, random_qkv
 from seerattn.bench.session import Session
 from seerattn.bench.timing import device_time, extra_memory
 from seerattn.eval.results import Result, ResultsFile
-from seerattn.ops.pooled_attention import pooled_attention, pooled_targets, triton_fwd
-from seerattn.ops.pooled_attention.triton_fwd import Launch
+from seerattn.ops.attention_map import attention_map, triton_fwd
+from seerattn.ops.attention_map.triton_fwd import Launch
+from seerattn.selection.map_form import PUBLISHED
 
 BLOCK = 64
 SHAPE = Shape()
@@ -40,7 +41,7 @@ LAUNCHES = {
     "64x64w4s3p3": Launch(rows=64, keys=64, num_warps=4, num_stages=3, programs_per_sm=3, max_registers=168),
     "256x64w8s3p1": Launch(rows=256, keys=64, num_warps=8, num_stages=3),
 }
-OP, OP_L2, DENSE = "op", "op-l2", "pooled_attention"
+OP, OP_L2, DENSE = "op", "op-l2", "with_output"
 CHECKED_TOKENS = (1000, 1024, 4095)
 
 
@@ -55,11 +56,14 @@ def targets(name: str, q: Tensor, k: Tensor, rows: Tensor, segment_ids: Tensor |
     """The rows of the map by one of the variants."""
     if name in (OP, OP_L2):
         with mock.patch.object(triton_fwd, "SECTION_TILES", 0 if name == OP_L2 else triton_fwd.SECTION_TILES):
-            return pooled_targets(q, k, rows, block_q=BLOCK, block_k=BLOCK, segment_ids=segment_ids, impl="triton")
+            call = {"query_blocks": rows, "block_q": BLOCK, "block_k": BLOCK, "segment_ids": segment_ids}
+            return attention_map(q, k, **call, impl="triton").map
     maps = triton_fwd.attention_maps(
         q,
         k,
         None,
+        forms=(PUBLISHED,),
+        query_blocks=rows.tolist(),
         block_q=BLOCK,
         block_k=BLOCK,
         scale=q.shape[3] ** -0.5,
@@ -67,12 +71,9 @@ def targets(name: str, q: Tensor, k: Tensor, rows: Tensor, segment_ids: Tensor |
         segment_ids=segment_ids,
         softcap=None,
         sinks=None,
-        target=True,
-        mass=False,
-        rows=rows.tolist(),
         launch=LAUNCHES[name],
     )
-    return maps.target
+    return maps.map
 
 
 def exact_targets(q: Tensor, k: Tensor, rows: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -171,7 +172,7 @@ def main() -> int:
             for name in names:
                 if name == DENSE and share < 1:
                     continue
-                run = partial(pooled_attention, q, k, v, impl="triton") if name == DENSE else None
+                run = partial(attention_map, q, k, v, impl="triton") if name == DENSE else None
                 row = measure(session, tokens, share, name, run or partial(targets, name, q, k, rows))
                 if row is not None and row.value is not None:
                     times[name] = row.value

@@ -32,7 +32,7 @@ def draw_pooled(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def _draw(rows: list[Result], folder: Path, name: str) -> list[Path]:
-    variants = {r.cell["impl"]: r.cell.get("map", False) for r in rows}
+    variants = {_variant(r): r.cell.get("map", False) for r in rows}
     variants = dict(sorted(variants.items(), key=lambda item: not item[1]))
     colours = iter(style.PALETTE), iter(_GREYS)
     looks = {impl: next(colours[0 if made else 1]) for impl, made in variants.items()}
@@ -54,7 +54,7 @@ def _panel(axes: Axes, rows: list[Result], looks: dict[str, str], variants: dict
     for i, impl in enumerate(variants):
         for place, length in enumerate(lengths):
             x = place + (i - (len(variants) - 1) / 2) * width
-            row = next((r for r in rows if (r.cell["impl"], r.context) == (impl, length)), None)
+            row = next((r for r in rows if (_variant(r), r.context) == (impl, length)), None)
             if row is None:
                 continue
             if not row.value:
@@ -71,7 +71,12 @@ def _panel(axes: Axes, rows: list[Result], looks: dict[str, str], variants: dict
     axes.grid(axis="x", visible=False)
 
 
+def _variant(row: Result) -> str:
+    return row.cell["impl"] + speed.form(row)
+
+
 def _label(impl: str, made: bool) -> str:
     if not made:
         return f"{speed.dense_name(impl)} (no map)"
-    return speed.dense_name(impl) if impl == "pytorch" else f"seerattn, {impl}"
+    name, *form = impl.split(maxsplit=1)
+    return " ".join([speed.dense_name(name) if name == "pytorch" else f"seerattn, {name}", *form])

@@ -64,6 +64,11 @@ def blocks(result: Result) -> str:
     return f"{result.cell['block_q']}x{result.cell['block_k']} per {result.cell['share']}{more}"
 
 
+def form(result: Result) -> str:
+    """Which map was made, where it is not the published target: " sum:2"."""
+    return f" {result.cell['form']}" if "form" in result.cell else ""
+
+
 def caption(figure: Figure, row: Result, *more: str) -> None:
     """Says above a figure what was measured on which device."""
     title = ", ".join((row.cell["device"], row.model, *more, row.cell.get("dtype", "")))

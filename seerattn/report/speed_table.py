@@ -82,7 +82,7 @@ def _name(row: Result) -> str:
     if cell.get("launch") == "graph":
         name += ", CUDA graph"
     if "map" in cell:
-        name += ", with the map" if cell["map"] else ", no map"
+        name += f", with the map{speed.form(row)}" if cell["map"] else ", no map"
     # Titles name the work of quantities that belong to one kind of it.
     if "work" in cell and not row.what.startswith("finetune"):
         name += f", {WORK.get(cell['work'], cell['work'])}"

@@ -1,5 +1,7 @@
 """Figures and tables of the benchmarks, from results written by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,21 @@ def pooled() -> list[Result]:
             rows.append(result("pooled_ms", None if failed else ms * factor, tokens, impl, cell, **more))
             rows.append(result("extra_memory_mib", None if failed else memory, tokens, impl, cell, **more))
     return rows
+
+
+def test_pooled_figure_and_table_tell_which_map_was_made(tmp_path, drawn) -> None:
+    other = [replace(r, cell=r.cell | {"form": "sum:2"}, value=5.0) for r in pooled() if r.cell["impl"] == "triton"]
+    report(tmp_path, pooled() + other)
+    (legend,) = drawn["pooled"].legends
+    assert [t.get_text() for t in legend.get_texts()][:3] == [
+        "seerattn, triton",
+        "plain PyTorch",
+        "seerattn, triton sum:2",
+    ]
+    assert [p.get_height() for p in drawn["pooled"].axes[0].patches].count(5.0) == 2
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| triton, with the map |  | 1.5 (1.33x) | 24 (1.33x) |\n" in table
+    assert "| triton, with the map sum:2 |  | 5 (0.40x) | 5 (6.40x) |\n" in table
 
 
 def models() -> list[Result]:
