@@ -43,6 +43,18 @@ def _options(
     ] = None,
     rope: Annotated[bool | None, typer.Option(help="Rotate gate queries and keys.", rich_help_panel=_FORM)] = None,
     qk_norm: Annotated[bool | None, typer.Option(help="RMSNorm on both sides.", rich_help_panel=_FORM)] = None,
+    target_keys: Annotated[
+        str | None,
+        typer.Option(
+            help="What a query row gives to a key block: max or sum of its probabilities.", rich_help_panel=_FORM
+        ),
+    ] = None,
+    target_power: Annotated[
+        float | None,
+        typer.Option(
+            help="Power mean of that over query rows to learn, from 1; inf is the largest.", rich_help_panel=_FORM
+        ),
+    ] = None,
     query_subblocks: Annotated[
         int | None, typer.Option(help="Pieces a query block is pooled in.", rich_help_panel=_FORM)
     ] = None,
@@ -50,7 +62,8 @@ def _options(
         int | None, typer.Option(help="Pieces a key block is pooled in.", rich_help_panel=_FORM)
     ] = None,
     normalize_subblocks: Annotated[
-        bool | None, typer.Option(help="Softmax within each query piece before the maximum.", rich_help_panel=_FORM)
+        bool | None,
+        typer.Option(help="Softmax within each query piece before they are reduced.", rich_help_panel=_FORM),
     ] = None,
     distance_bias: Annotated[
         int | None, typer.Option(help="Learned bias by block distance, up to so many blocks.", rich_help_panel=_FORM)

@@ -86,6 +86,8 @@ SWITCHES = {
         "--no-exclude-forced --rope --no-qk-norm",
         AttnGateConfig(block_q=32, query_subblocks=2, key_subblocks=4, normalize_subblocks=False, exclude_forced=False),
     ),
+    "target": ("--target-keys sum --target-power 2", AttnGateConfig(target_keys="sum", target_power=2)),
+    "published-target": ("--target-keys max --target-power inf", AttnGateConfig(target_keys="max", target_power=None)),
 }
 
 
@@ -186,6 +188,9 @@ ERRORS = {
     "no pooling": ({}, ["--k-pooling", ""], "k_pooling must be a non-empty subset"),
     "gate dim": ({}, ["--paper", "--gate-dim", "16"], "gate_dim must be the head dim 32"),
     "share": ({}, ["--share", "layer"], "share must be one of"),
+    "target keys": ({}, ["--target-keys", "mean"], "target_keys must be max or sum, got 'mean'"),
+    "target power": ({}, ["--target-power", "0.5"], "target_power must be a number of 1 to 1024, or inf"),
+    "no target power": ({}, ["--target-power", "nan"], "target_power must be a number of 1 to 1024, or inf"),
     "two gates": ({}, ["--gates", "{folder}/gates", "--paper"], "gates must be a folder, which holds their form"),
     "missing gates": ({}, ["--gates", "{folder}/model"], "gates must be a folder with adapter_config.json"),
     "loss": ({}, ["--loss", "hinge"], "loss must be one of"),

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from seerattn.eval.data import cut_windows
 from seerattn.eval.recall import RecallMeter, run_dense
 from seerattn.eval.results import ResultsFile
 from seerattn.selection import Threshold
+from seerattn.selection.map_form import PUBLISHED, MapForm
 
 CONTEXT = 400  # 7 blocks, 28 causal, 13 of them forced
 
@@ -18,8 +20,8 @@ def windows(documents):
     return cut_windows(documents, context=CONTEXT, count=1, bos_token_id=1)
 
 
-def measure(subject, folder, policy, windows) -> RecallMeter:
-    meter = RecallMeter({"gate": subject.selector(Arm("gate", policy, folder))})
+def measure(subject, folder, policy, windows, target=PUBLISHED) -> RecallMeter:
+    meter = RecallMeter({"gate": subject.selector(Arm("gate", policy, folder))}, target=target)
     run_dense(subject, meter.see, windows)
     return meter
 
@@ -51,16 +53,23 @@ def test_one_threshold_for_all_heads_meets_the_mean_density_and_lets_heads_diffe
         assert found.max() > found.min()
 
 
+@pytest.mark.parametrize("target", [PUBLISHED, MapForm("sum", 2)], ids=str)
 @pytest.mark.parametrize("per_head", [True, False])
-def test_thresholds_reach_the_recall_and_no_threshold_higher_does(subject, windows, per_head) -> None:
+def test_thresholds_reach_the_recall_of_the_gates_own_target_and_no_threshold_higher_does(
+    subject, windows, per_head, target, monkeypatch
+) -> None:
     for folder in subject._gates:
+        for gate in subject.gates(folder).values():
+            power = None if target == PUBLISHED else target.power
+            config = replace(gate.config, target_keys=target.keys, target_power=power)
+            monkeypatch.setattr(gate, "config", config)
         calibrator = Calibrator(subject.gates(folder), goal="recall", on="softmax")
         run_dense(subject, calibrator.see, windows)
         threshold = calibrator.thresholds(0.8, per_head=per_head)
         heads = subject.gates(folder)[0].mask_heads
 
         def recall_of(threshold, folder=folder, heads=heads):
-            meter = measure(subject, folder, Threshold(threshold=threshold), windows)
+            meter = measure(subject, folder, Threshold(threshold=threshold), windows, target)
             found = meter.table("gate", "target_recall")[1].mean(0)
             found = found.view(2, heads, -1).mean(-1)
             return found if per_head else found.mean()

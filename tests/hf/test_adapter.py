@@ -20,6 +20,7 @@ from seerattn import AttnGate, AttnGateConfig, KeepAll, SeerConfig, TopK, attent
 from seerattn.hf.distillation import GateLosses
 from seerattn.hf.gates import SeerGates
 from seerattn.hf.state import layer_states
+from seerattn.selection.map_form import PUBLISHED, MapForm
 
 GATE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, init="normal")
 LEARNED = replace(GATE, q_pooling=("salient", "max"), k_pooling=("avg", "salient"))
@@ -285,7 +286,10 @@ def cross_entropy(gate: AttnGate, q: Tensor, k: Tensor, target: Tensor, segment_
     return rows.mean(), {"rows": torch.tensor(float(rows.numel()))}
 
 
-@pytest.mark.parametrize("config", [GATE, LEARNED], ids=["pooled", "learned-pooling"])
+MEAN_SQUARE = replace(GATE, target_keys="sum", target_power=2)
+
+
+@pytest.mark.parametrize("config", [GATE, LEARNED, MEAN_SQUARE], ids=["pooled", "learned-pooling", "mean-square"])
 def test_losses_and_gradients_match_plain_autograd(config: AttnGateConfig) -> None:
     """The oracle recomputes queries and keys from the projections and keeps one graph over all layers."""
     model = seerattn.attach(tiny_model("llama"), config).train()
@@ -310,7 +314,8 @@ def test_losses_and_gradients_match_plain_autograd(config: AttnGateConfig) -> No
     total = 0.0
     for i, gate in enumerate(gates):
         q, k = (seen[i, side].detach().unflatten(-1, (-1, 32)).transpose(1, 2) for side in "qk")
-        target = attention_map(*apply_rotary_pos_emb(q, k, cos, sin), block_q=32, block_k=32).map
+        form = MapForm("sum", 2) if config == MEAN_SQUARE else PUBLISHED
+        target = attention_map(*apply_rotary_pos_emb(q, k, cos, sin), form=form, block_q=32, block_k=32).map
         total = total + cross_entropy(gate, q, k, target, None)[0] / 2
     total.backward()
     assert torch.allclose(out["loss"], total, rtol=1e-5)

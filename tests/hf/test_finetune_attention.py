@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -309,10 +310,11 @@ def test_documents_of_similar_length_are_attended_to_without_a_copy(monkeypatch:
         assert all(x.data_ptr() == y.data_ptr() and x.shape == y.shape for x, y in zip(ours, theirs))
 
 
-def test_loss_on_all_rows_matches_distillation() -> None:
+@pytest.mark.parametrize("form", [FORM, replace(FORM, target_keys="sum", target_power=2)], ids=["published", "sum-2"])
+def test_loss_on_all_rows_matches_distillation(form: AttnGateConfig) -> None:
     """The dense forward sees the same q and k as distillation, so the gates get the same loss and gradients."""
     for ids, at in ((IDS, positions(IDS)), packed()):
-        objective = gated()
+        objective = gated(form=form)
         sparse = training(1.0, target_share=1.0)
         _, loss = step(objective, ids, at, sparse)
         found = gradients(objective, gates=True)

@@ -62,13 +62,14 @@ def attention_inputs(base: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]
     return pairs
 
 
-def true_map(q: Tensor, k: Tensor, theta: float) -> Tensor:
-    """Row-normalised maxima of the softmax over tiles, ``[B, H, N, N]``."""
+def true_map(q: Tensor, k: Tensor, theta: float, power: float | None) -> Tensor:
+    """Row-normalised maxima of the softmax over tiles, or power means of their sums over keys, ``[B, H, N, N]``."""
     positions = torch.arange(q.shape[2], dtype=torch.float64)
     k = rotate(k, positions, theta).repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = rotate(q, positions, theta) @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     p = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf).softmax(-1)
-    tiles = p.unflatten(-1, (-1, BLOCK)).amax(-1).unflatten(-2, (-1, BLOCK)).amax(-2)
+    tiles = p.unflatten(-1, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+    tiles = tiles.amax((3, 5)) if power is None else (tiles.sum(5) ** power).mean(3) ** (1 / power)
     return tiles / tiles.sum(-1, keepdim=True)
 
 
@@ -84,10 +85,12 @@ def paper_scores(gate: AttnGate, weight: Tensor, q: Tensor, k: Tensor, theta: fl
 
 
 @pytest.mark.parametrize("exclude_forced", [False, True])
-def test_loss_and_gradient_match_a_written_out_fp64_model(exclude_forced: bool) -> None:
+@pytest.mark.parametrize("power", [None, 1.0, 2.0])
+def test_loss_and_gradient_match_a_written_out_fp64_model(exclude_forced: bool, power: float | None) -> None:
     ids = tokens(2, 5 * BLOCK)
+    target = {} if power is None else {"target_keys": "sum", "target_power": power}
     config = AttnGateConfig.paper(
-        block_q=BLOCK, block_k=BLOCK, k_pooling=("max", "min", "avg"), exclude_forced=exclude_forced
+        block_q=BLOCK, block_k=BLOCK, k_pooling=("max", "min", "avg"), exclude_forced=exclude_forced, **target
     )
     base = tiny_model("llama", dtype=torch.float64)
     theta = base.config.rope_parameters["rope_theta"]
@@ -101,7 +104,7 @@ def test_loss_and_gradient_match_a_written_out_fp64_model(exclude_forced: bool) 
     expected_total = 0.0
     for index, (gate, (q, k)) in enumerate(zip(gates_of(model), inputs)):
         weight = gate.k_weight.detach().double().requires_grad_()
-        target, scores = true_map(q, k, theta), paper_scores(gate, weight, q, k, theta)
+        target, scores = true_map(q, k, theta, power), paper_scores(gate, weight, q, k, theta)
         rows = []
         for head_target, head_scores in zip(target.flatten(0, 1), scores.flatten(0, 1)):
             for i in range(1, 5):  # a quarter of five rows is one
