@@ -18,7 +18,12 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 ModelOption = Annotated[str, typer.Option(help="Base model: a folder or the name of one on the Hub.")]
 GatesOption = Annotated[list[str], typer.Option(help="A folder of gates, or NAME=FOLDER; may be repeated.")]
-SelectorsOption = Annotated[str, typer.Option(help="Ways of choosing blocks: dense, gate, oracle, streaming.")]
+SelectorsOption = Annotated[
+    str,
+    typer.Option(
+        help="Ways of choosing blocks: dense, gate, oracle, streaming; oracle:sum:2 chooses by another map, keys:power."
+    ),
+]
 DensitiesOption = Annotated[str, typer.Option(help="Shares of the causal block area to compute, in (0, 1].")]
 DataOption = Annotated[list[str], typer.Option(help="Text or JSON-lines file, folder, or dataset; may be repeated.")]
 TextOption = Annotated[str, typer.Option(help="What to call the text in results; default: the name of the data.")]

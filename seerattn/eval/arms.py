@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from seerattn.baselines.family import Family, SelectorAt
-from seerattn.baselines.oracle import OracleSelector
+from seerattn.baselines.oracle import OracleSelector, oracle_name
 from seerattn.baselines.streaming import StreamingSelector
 from seerattn.eval.results import Result, fingerprint
 from seerattn.gate.attn_gate import AttnGate
@@ -25,6 +25,7 @@ from seerattn.hf.state import layer_states
 from seerattn.hf.loading import read_config, read_model, read_tokenizer
 from seerattn.hf.meters import AttentionTimes, DensityMeter, TimeMeter, record_density, record_time
 from seerattn.ops.resolve import check_impl
+from seerattn.selection.map_form import PUBLISHED, MapForm
 from seerattn.selection.policies import Policy, TopK, policy_from_dict
 from seerattn.selection.selector import LastRowsDense
 
@@ -59,6 +60,7 @@ class Arm:
         gates: the gates of a "gate".
         block_q: query block size in tokens of oracle and streaming.
         block_k: key block size in tokens of oracle and streaming.
+        target: form of the map that an oracle chooses by.
     """
 
     selector: SelectorName
@@ -66,9 +68,10 @@ class Arm:
     gates: Gates | None = None
     block_q: int = 64
     block_k: int = 64
+    target: MapForm = PUBLISHED
 
     def __str__(self) -> str:
-        name = self.gates.name if self.gates else self.selector
+        name = self.gates.name if self.gates else self.kind
         if self.block_k != 64:
             name += f" {self.block_k}"
         if self.density is not None:
@@ -78,6 +81,11 @@ class Arm:
         if self.policy is not None and self.policy.last_rows_dense:
             name += f", last {self.policy.last_rows_dense} rows dense"
         return name
+
+    @property
+    def kind(self) -> str:
+        """The kind of its selector as results tell it, of an oracle with its map."""
+        return oracle_name(self.target) if self.selector == "oracle" else self.selector
 
     @property
     def density(self) -> float | None:
@@ -144,7 +152,8 @@ def make_arms(
     """All combinations of selectors, gates, densities and numbers of dense last rows, dense once.
 
     Args:
-        selectors: names among `SELECTORS`.
+        selectors: names among `SELECTORS`; "oracle:sum:2" is the oracle that chooses by another map than the published
+            target, see `MapForm.parse`.
         densities: nominal densities of top-k, the same number of blocks in every row.
         gates: what "gate" stands for.
         last_rows_dense: query-block rows at the end that keep every block.
@@ -153,9 +162,10 @@ def make_arms(
         block_k: key block size in tokens of oracle and streaming.
 
     Raises:
-        ValueError: an unknown selector, a density outside of (0, 1], or gates without "gate" or the reverse.
+        ValueError: an unknown selector or map, a density outside of (0, 1], or gates without "gate" or the reverse.
     """
-    unknown = [name for name in selectors if name not in SELECTORS]
+    targets = {name: MapForm.parse(name.removeprefix("oracle:")) for name in selectors if name.startswith("oracle:")}
+    unknown = [name for name in selectors if name not in SELECTORS and name not in targets]
     if unknown:
         raise ValueError(f"selectors must be among {', '.join(SELECTORS)}, got {', '.join(unknown)}")
     if ("gate" in selectors) != bool(gates):
@@ -168,7 +178,9 @@ def make_arms(
     ]
     arms = [DENSE] if "dense" in selectors else []
     for name in selectors:
-        if name in ("oracle", "streaming"):
+        if name in targets:
+            arms += [Arm("oracle", policy, None, block_q, block_k, targets[name]) for policy in policies]
+        elif name in ("oracle", "streaming"):
             arms += [Arm(name, policy, None, block_q, block_k) for policy in policies]
         elif name == "gate":
             for folder in gates:
@@ -288,8 +300,10 @@ class Subject:
             return lambda layer: GateSelector(gates[layer], policy) if layer in gates else None
         if arm.selector == "dense":
             return lambda layer: None
-        kind = OracleSelector if arm.selector == "oracle" else StreamingSelector
-        return lambda layer: kind(policy, arm.block_q, arm.block_k)
+        sizes = {"block_q": arm.block_q, "block_k": arm.block_k}
+        if arm.selector == "oracle":
+            return lambda layer: OracleSelector(policy, **sizes, target=arm.target)
+        return lambda layer: StreamingSelector(policy, **sizes)
 
     def policy(self, arm: Arm) -> Policy | None:
         """The arm's policy, or the one saved with its gates."""
@@ -350,7 +364,7 @@ class Subject:
             about = {"budget": arm.budget, "block_q": arm.family.block_q, "block_k": arm.family.block_k}
             about |= {"share": arm.asked} if arm.budget == "time" else {}
         else:
-            name, selector = arm.gates and arm.gates.name, arm.selector
+            name, selector = arm.gates and arm.gates.name, arm.kind
             policy = self.policy(arm)
             policy = None if policy is None else policy.to_dict()
             density = arm.density

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from seerattn.baselines.family import Family, SelectorAt
+from seerattn.baselines.oracle import oracle_name
 from seerattn.baselines.plan import Plan
 from seerattn.eval.calibrate import Calibrator, threshold_level
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import GateSelector
+from seerattn.selection.map_form import MapForm
 from seerattn.selection.policies import Policy, Threshold, TopK, TopP
 from seerattn.texts import fits, short, visible
 
@@ -84,6 +86,15 @@ def _options(selector: str) -> dict[str, Any]:
     maker = SOURCES[selector].maker(selector)
     hints = get_type_hints(maker)
     return {p.name: hints[p.name] for p in inspect.signature(maker).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def default_name(selector: str, options: Mapping[str, Any]) -> str:
+    """What results call a selector with these options, which were checked.
+
+    Raises:
+        ValueError: the target of an oracle is no map.
+    """
+    return oracle_name(MapForm.parse(options["target"])) if "target" in options and selector == "oracle" else selector
 
 
 def make_family(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import seerattn
-from seerattn.eval.families import GATE_POLICIES, SELECTORS, SOURCES, check_options, make_family
+from seerattn.eval.families import GATE_POLICIES, SELECTORS, SOURCES, check_options, default_name, make_family
 from seerattn.eval.needle import TASKS as RETRIEVAL
 from seerattn.eval.needle import Needle
 from seerattn.texts import fits, short
@@ -243,8 +243,9 @@ class _Reader:
         if kind not in SELECTORS:
             raise ValueError(f"selector must be one of {', '.join(SELECTORS)}, got {short(kind)}")
         files = {name: self._by_model(values.pop(name, None), f"{name} of {kind}") for name in ("gates", "plan")}
-        name = _text(values.pop("name", kind), "name")
+        name = _text(values.pop("name"), "name") if "name" in values else None
         check_options(kind, values)
+        name = name or default_name(kind, values)
         if (kind == "gate") != bool(files["gates"]):
             raise ValueError(f"gates must be a folder for the selector gate, and only there, got {kind} {name}")
         needs_plan = kind in SOURCES and SOURCES[kind].plan

@@ -21,6 +21,7 @@ BLOCKS = {"block_q": 32, "block_k": 32}
 FAMILIES = {
     "streaming": streaming_family(**BLOCKS),
     "oracle": oracle_family(**BLOCKS),
+    "oracle-sum": oracle_family(**BLOCKS, target="sum:2"),
     "random": random_family(**BLOCKS),
     "pooled": pooled_family(**BLOCKS),
     "a_shape": a_shape_family(**BLOCKS, n_init=32),

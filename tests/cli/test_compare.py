@@ -204,6 +204,7 @@ BAD = {
     "context": (changed(contexts=[2000]), "contexts must be at most the 1024 tokens of model, got 2000"),
     "long context": (changed(contexts=[700]), "at least 700 tokens"),
     "selector": (changed(selectors=["magic"]), "selector must be one of dense, gate"),
+    "oracle of no map": (selector(selector="oracle", target="sum"), "a map must be keys:power such as sum:2"),
     "option": (selector(selector="streaming", magic=1), "options of streaming must be among"),
     "option's kind": (selector(selector="xattention", stride="wide"), "options of xattention must be of the kind"),
     "no gates": (selector(selector="gate"), "gates must be a folder for the selector gate"),

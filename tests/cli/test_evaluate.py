@@ -82,6 +82,8 @@ BAD = {
     "density zero": (("needle", *BASE, "--densities", "0"), "density must be in (0, 1]"),
     "densities": (("perplexity", *BASE, "--densities", "few"), "densities must be numbers"),
     "selector": (("recall", *BASE, "--selectors", "magic"), "selectors must be among"),
+    "oracle": (("recall", *BASE, "--selectors", "oracle:sum"), "a map must be keys:power such as sum:2"),
+    "map of another": (("recall", *BASE, "--selectors", "streaming:sum:2"), "selectors must be among"),
     "context": (("perplexity", *BASE, "--contexts", "2000"), "at most the model's 1024 tokens"),
     "short documents": (("perplexity", *BASE, "--contexts", "700"), "at least 700 tokens"),
     "haystack": (("needle", *BASE, "--contexts", "700"), "a text of 700 tokens"),

@@ -6,6 +6,7 @@ import torch
 from seerattn.baselines.oracle import OracleSelector
 from seerattn.baselines.streaming import StreamingSelector
 from seerattn.selection import AttentionContext, KeepAll, Threshold, TokenBudget, TopK
+from seerattn.selection.map_form import PUBLISHED, MapForm
 
 CONTEXT = AttentionContext(layer=0, scale=0.25, softcap=None, unrotate=lambda x, start: x.float())
 SHAPES = [(200, 200, 64, 64), (7, 7, 64, 64), (70, 333, 64, 32), (1, 129, 32, 64), (256, 512, 64, 128)]
@@ -59,8 +60,8 @@ def test_baselines_choose_the_same_in_chunks_cut_on_block_boundaries(kind, polic
         assert torch.equal(part, whole[:, :, rows, : part.shape[-1]])
 
 
-def true_map(q, k, block_q: int, block_k: int, sinks: torch.Tensor | None = None) -> torch.Tensor:
-    """fp64 softmax, tile maxima by loops, row-normalised: ``[H, Nq, Nk]``."""
+def true_map(q, k, block_q: int, block_k: int, sinks: torch.Tensor | None = None, power=None) -> torch.Tensor:
+    """fp64 softmax, tiles by loops - maxima, or power means of sums over keys - row-normalised: ``[H, Nq, Nk]``."""
     q_len, k_len = q.shape[2], k.shape[2]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q.double() @ k.double().transpose(-1, -2) * CONTEXT.scale
@@ -75,18 +76,21 @@ def true_map(q, k, block_q: int, block_k: int, sinks: torch.Tensor | None = None
     for i, positions in enumerate(rows):
         for j in range(target.shape[2]):
             first = positions[0] - (k_len - q_len)
-            target[:, i, j] = p[:, first : first + len(positions), j * block_k : (j + 1) * block_k].amax((1, 2))
+            tile = p[:, first : first + len(positions), j * block_k : (j + 1) * block_k]
+            target[:, i, j] = tile.amax((1, 2)) if power is None else (tile.sum(2) ** power).mean(1) ** (1 / power)
     return target / target.sum(-1, keepdim=True)
 
 
 @pytest.mark.parametrize(("q_len", "k_len", "block_q", "block_k"), SHAPES)
 @pytest.mark.parametrize("share", ["query_head", "kv_group"])
 @pytest.mark.parametrize("sinks", [None, torch.tensor([0.0, 5.0, 9.0, -1.0])], ids=["plain", "sinks"])
-def test_oracle_keeps_the_best_blocks_of_the_fp64_map(q_len, k_len, block_q, block_k, share, sinks) -> None:
+@pytest.mark.parametrize("power", [None, 2.0])
+def test_oracle_keeps_the_best_blocks_of_the_fp64_map(q_len, k_len, block_q, block_k, share, sinks, power) -> None:
     q, k = qk(q_len, k_len)
     policy = TokenBudget(tokens=3 * block_k, sink_blocks=0)
-    mask = OracleSelector(policy, block_q, block_k, share).select(q, k, replace(CONTEXT, sinks=sinks)).to_mask()[0]
-    target = true_map(q, k, block_q, block_k, sinks)
+    selector = OracleSelector(policy, block_q, block_k, share, MapForm("sum", power) if power else PUBLISHED)
+    mask = selector.select(q, k, replace(CONTEXT, sinks=sinks)).to_mask()[0]
+    target = true_map(q, k, block_q, block_k, sinks, power)
     if share == "kv_group":
         target = target.view(2, 2, *target.shape[1:]).amax(1)
     assert mask.shape == target.shape

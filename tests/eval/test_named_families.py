@@ -7,6 +7,7 @@ from seerattn.eval.calibrate import Calibrator, threshold_level
 from seerattn.eval.data import cut_windows
 from seerattn.eval.recall import run_dense
 from seerattn.eval.tune import Curve, realised_density
+from seerattn.selection.map_form import PUBLISHED, MapForm
 
 # Blocks small enough for a density to be near any goal on short text.
 SMALL = {"block_q": 16, "block_k": 16}
@@ -78,10 +79,23 @@ def test_thresholds_by_head_give_every_head_the_same_density_on_the_calibration_
     assert run.head_density()[0] == pytest.approx([0.7] * 4, abs=0.5 / 36 + 1e-6)
 
 
+def test_an_oracle_is_told_by_its_map_and_the_published_one_by_none() -> None:
+    """Results of the published one are found again by what told them before there were others."""
+    of_map = {}
+    for target in ("max:inf", "sum:2"):
+        name = families.default_name("oracle", {"target": target})
+        family = families.make_family("oracle", name=name, options={"target": target})
+        of_map[name] = family.settings.get("target"), family.at(0.5)(0).target
+    assert of_map == {"oracle": (None, PUBLISHED), "oracle sum:2": ("sum:2", MapForm("sum", 2))}
+    assert "target" not in families.make_family("oracle", name="oracle", options={}).settings
+
+
 def test_families_reject_bad_options_and_plans(tmp_path) -> None:
     make = families.make_family
     with pytest.raises(ValueError, match="options of streaming must be among block_q, block_k, sink_blocks, got magic"):
         make("streaming", name="s", options={"magic": 1})
+    with pytest.raises(ValueError, match="a map must be keys:power such as sum:2 or max:inf, got 'sum'"):
+        make("oracle", name="o", options={"target": "sum"})
     with pytest.raises(ValueError, match="options of xattention must be of the kind"):
         make("xattention", name="x", options={"stride": "wide"})
     with pytest.raises(ValueError, match="minference must have a plan, got none; make one with seerattn plan"):

@@ -43,11 +43,12 @@ def maps_of(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_recall_matches_fp64_maps_of_the_unpatched_model(subject, windows, probabilities, tmp_path) -> None:
-    arms = make_arms(["dense", "oracle", "streaming"], [0.7, 0.5])
+    arms = make_arms(["dense", "oracle", "oracle:sum:1", "streaming"], [0.7, 0.5])
     file = ResultsFile(tmp_path / "r.jsonl")
     rows = recall.evaluate_recall(subject, arms, {CONTEXT: windows}, file, text="t", settings={}, batch=3)
     written = read_results([file.path])
-    assert len(rows) == 4 * 2 and len(written) == 4 * 2 * 3
+    assert len(rows) == 6 * 2 and len(written) == 6 * 2 * 3
+    assert {row.arm for row in rows} == {"oracle", "oracle sum:1", "streaming"}
     # Of 21 causal blocks of 6 rows, 2 a row are 11, 3 are 15.
     keep = {0.7: 3, 0.5: 2}
     for row in rows:
@@ -60,8 +61,9 @@ def test_recall_matches_fp64_maps_of_the_unpatched_model(subject, windows, proba
                 for b in range(target.shape[0]):
                     for h in range(target.shape[1]):
                         order = range(i, -1, -1)
-                        if row.arm == "oracle":
-                            order = sorted(order, key=lambda j, b=b, h=h, i=i: -float(target[b, h, i, j]))
+                        if row.arm != "streaming":
+                            best = target if row.arm == "oracle" else mass
+                            order = sorted(order, key=lambda j, b=b, h=h, i=i, best=best: -float(best[b, h, i, j]))
                         free = [j for j in order if j not in forced]
                         kept = sorted(forced) + free[: keep[row.density] - len(forced)]
                         chosen[b, h, i, kept] = True
