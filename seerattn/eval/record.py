@@ -175,6 +175,9 @@ def _check_whole(values: Mapping[str, Any], cell: Mapping[str, Any], samples: Ma
                 raise ValueError(f"a record of {short(values['what'])} with blocks must have a density, got none")
         if values["what"] == "ttft_s":
             needed += _BENCH_MODEL
+    # The share of a budget of time is a number, and says nothing of lists.
+    if "block_k" in cell or isinstance(cell.get("share"), str):
+        needed += ("block_q", "block_k")
     if cell.get("task") == "passkey" and values["what"] == "accuracy":
         needed += ("depth",)
     lacking = [f"cell.{name}" for name in needed if name not in cell]
@@ -193,8 +196,6 @@ def _check_whole(values: Mapping[str, Any], cell: Mapping[str, Any], samples: Ma
         raise ValueError(f"value of {short(values['what'])} must be above 0, got {value}")
     if values["what"] == "accuracy" and not (value is not None and 0 <= value <= 1 <= values["n"]):
         raise ValueError(f"value of 'accuracy' must be a share of some documents, got {value} of {values['n']}")
-    if ("block_q" in cell) != ("block_k" in cell):
-        raise ValueError("cell must have block_q and block_k, got one of them")
     if values["what"] == "task_guard" and any(len(samples[name]) != 1 for name in ("p", "dense", "score")):
         raise ValueError("samples of 'task_guard' must be one p, one dense score and one score, got other numbers")
     if not all(samples.get("head_density", ())):
