@@ -5,7 +5,7 @@ OLDEST := .venv-oldest/bin
 # One thread a process keeps small tests fast on few cores; the demo and the benchmark use all of them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo models test test-newest test-oldest test-public test-gpu memcheck fuzz lint format bench-cpu clean
+.PHONY: demo models test test-newest test-oldest test-public test-architectures test-gpu memcheck fuzz lint format bench-cpu clean
 
 demo: .venv/.installed
 	$(BIN)/python recipes/demo.py
@@ -29,6 +29,13 @@ test-public: .venv/.installed
 	@echo "== a public model: SmolLM2-135M-Instruct =="
 	$(BIN)/python recipes/public_models.py smollm2
 	$(TEST_ENV) $(BIN)/python -m pytest tests/public
+
+# Every family of causal language models, shared by two processes; docs/architectures.md is held to what they find.
+test-architectures: .venv/.installed
+	@echo "== every architecture, tiny, against its unpatched model =="
+	@$(TEST_ENV) $(BIN)/python -m pytest -p no:cacheprovider tests/architectures --shard 1/2 & first=$$!; \
+	$(TEST_ENV) $(BIN)/python -m pytest -p no:cacheprovider tests/architectures --shard 2/2; second=$$?; \
+	wait $$first && exit $$second
 
 # These two run with the Python at hand, which must have a CUDA build of torch.
 test-gpu:
