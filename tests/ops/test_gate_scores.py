@@ -138,7 +138,17 @@ FORMS = {
         k_pooling=("min", "salient"),
     ),
     "salient-unprojected": replace(PAPER, q_pooling=("salient",), k_pooling=("salient",)),
+    "sum-2": AttnGateConfig(
+        block_q=32, block_k=64, query_subblocks=2, key_subblocks=4, target_keys="sum", target_power=2
+    ),
+    "sum-1.5-raw": AttnGateConfig(
+        block_q=64, block_k=32, query_subblocks=4, key_subblocks=2, normalize_subblocks=False, target_keys="sum",
+        target_power=1.5, share="kv_group",
+    ),
+    "sum-largest": AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, target_keys="sum"),
+    "max-1": AttnGateConfig(block_q=32, block_k=32, query_subblocks=4, key_subblocks=1, target_power=1),
 }  # fmt: skip
+MEAN_SQUARE = {"target_keys": "sum", "target_power": 2}
 SALIENT_ALONE = {"q_pooling": ("salient",), "k_pooling": ("salient",)}
 
 
@@ -150,7 +160,7 @@ def test_choice_matches_the_torch_modules(name: str, q_len: int, k_len: int) -> 
     assert_equal(*both(gate, TokenBudget(tokens=5 * 32), q, k, context))
 
 
-@pytest.mark.parametrize("changes", [{}, {"share": "kv_group"}, SALIENT_ALONE], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"share": "kv_group"}, SALIENT_ALONE, MEAN_SQUARE], ids=str)
 def test_choice_of_many_subblocks_differs_only_where_scores_are_closer_than_a_rounding(changes: dict) -> None:
     gate, context = make_gate(replace(FINE, **changes)), make_context(400)
     q, k = make_qk(300, 400)
