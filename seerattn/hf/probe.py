@@ -112,22 +112,6 @@ def _by_module(layer: AttentionLayer, model: PreTrainedModel) -> AttentionLayer:
     return replace(layer, module=module, rotation=rotation)
 
 
-def _by_name(layer: AttentionLayer, model: PreTrainedModel) -> AttentionLayer:
-    rotation = layer.rotation
-    if rotation is not None:
-        name = next(name for name, module in model.named_modules() if module is rotation.embedding)
-        rotation = replace(rotation, function=None, embedding=name)
-    return replace(layer, module=None, rotation=rotation)
-
-
-def _by_module(layer: AttentionLayer, model: PreTrainedModel) -> AttentionLayer:
-    module, rotation = model.get_submodule(layer.name), layer.rotation
-    if rotation is not None:
-        embedding = model.get_submodule(rotation.embedding)
-        rotation = replace(rotation, function=rotary_function(module), embedding=embedding)
-    return replace(layer, module=module, rotation=rotation)
-
-
 def _probe(model: PreTrainedModel) -> list[AttentionLayer]:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
