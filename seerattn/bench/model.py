@@ -39,6 +39,7 @@ GATE_FORMS = {
     "paper-group": AttnGateConfig.paper(q_linear=True, share="kv_group"),
     "default": AttnGateConfig(),
     "default-group": AttnGateConfig(share="kv_group"),
+    "sum-2": AttnGateConfig(target_keys="sum", target_power=2),
     "salient": AttnGateConfig(q_pooling=SALIENT, k_pooling=SALIENT),
     "salient-4x4": AttnGateConfig(q_pooling=SALIENT, k_pooling=SALIENT, query_subblocks=4, key_subblocks=4),
     "salient-4x4-group": AttnGateConfig(

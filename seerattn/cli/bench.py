@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 PAPER_SPARSITIES = "0.5,0.6,0.7,0.8,0.9,0.95"
 MODELS = "llama-3.1-8b, llama-3.2-3b, llama-3.2-1b, or tiny to try the command out"
-FORMS = "paper, default, salient, salient-4x4, and -group of all but salient"
+FORMS = "paper, default, sum-2, salient, salient-4x4, and -group of all but sum-2 and salient"
 
 LengthsOption = Annotated[str, typer.Option(help="Lengths in tokens.")]
 SparsitiesOption = Annotated[str, typer.Option(help="Shares of the causal blocks that are not computed, in [0, 1).")]
