@@ -220,6 +220,32 @@ def test_scores_of_future_tokens_do_not_reach_earlier_rows() -> None:
     assert torch.equal(gate(q, k)[:, :, :2], gate(q, changed)[:, :, :2])
 
 
+@pytest.mark.parametrize("target", ["max:inf", "max:2", "sum:1", "sum:2", "sum:4", "sum:inf"])
+def test_a_gate_that_sees_every_token_predicts_its_target_exactly(target: str) -> None:
+    """Windows of one token, projected by nothing: the softmax of the scores is the true map of any form."""
+    form = MapForm.parse(target)
+    config = AttnGateConfig(
+        block_q=32, block_k=32, query_subblocks=32, key_subblocks=32, q_pooling=("avg",), k_pooling=("avg",),
+        rope=False, target_keys=form.keys, target_power=form.power,
+    )  # fmt: skip
+    gate = AttnGate(config, num_heads=H, num_kv_heads=HKV, head_dim=32)
+    with torch.no_grad():
+        for weight in gate.parameters():
+            weight.copy_(torch.eye(32).expand_as(weight))
+    g = torch.Generator().manual_seed(2)
+    q, k = 2 * torch.randn(1, H, 75, 32, generator=g), 2 * torch.randn(1, HKV, 139, 32, generator=g)
+    p = q.double() @ k.double().repeat_interleave(H // HKV, 1).mT * 32**-0.5
+    p = p.masked_fill(torch.arange(139) > torch.arange(64, 139)[:, None], -math.inf).softmax(-1)
+    rows = []
+    for queries in p.split(32, 2):
+        shares = torch.stack([x.amax(-1) if form.keys == "max" else x.sum(-1) for x in queries.split(32, 3)], -1)
+        rows.append(shares.amax(2) if form.power == math.inf else shares.pow(form.power).mean(2).pow(1 / form.power))
+    expected = torch.stack(rows, 2)
+    torch.testing.assert_close(
+        gate(q, k).softmax(-1).double(), expected / expected.sum(-1, keepdim=True), rtol=1e-4, atol=1e-12
+    )
+
+
 def test_identity_init_starts_as_mean_pooled_attention() -> None:
     torch.manual_seed(0)
     config = AttnGateConfig(rope=False, query_subblocks=1, key_subblocks=1, normalize_subblocks=False)
