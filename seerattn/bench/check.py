@@ -177,7 +177,7 @@ def gate_scores(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
     pieces = scores.unflatten(2, (-1, c.key_subblocks))
     scores = pieces.amax(3) if c.target_keys == "max" else pieces.exp().sum(3).log()
     pieces, power = scores.unflatten(1, (-1, c.query_subblocks)), c.target_power
-    scores = pieces.amax(2) if power is None else (power * pieces).exp().sum(2).log() / power
+    scores = pieces.amax(2) if power is None else (power * pieces).exp().mean(2).log() / power
     return scores[None]
 
 

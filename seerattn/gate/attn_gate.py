@@ -262,8 +262,10 @@ class AttnGate(nn.Module):
         if pieces == 1:
             return s
         head = first_window % pieces
-        s = F.pad(s, (0, 0, head, -(head + s.shape[2]) % pieces), value=HIDDEN).unflatten(2, (-1, pieces))
-        return s.amax(3) if power is None else (s * power).logsumexp(3) / power
+        ends = (head, -(head + s.shape[2]) % pieces)
+        count = F.pad(torch.ones(s.shape[2], device=s.device), ends).view(-1, pieces).sum(1)
+        s = F.pad(s, (0, 0, *ends), value=HIDDEN).unflatten(2, (-1, pieces))
+        return s.amax(3) if power is None else ((s * power).logsumexp(3) - count.log()[:, None]) / power
 
     def forward(self, q: Tensor | Pooled, k: Tensor | Pooled, rows: Tensor | None = None) -> Tensor:
         """Scores the last ``T`` tokens as queries against all ``S`` keys.

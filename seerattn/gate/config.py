@@ -46,7 +46,7 @@ class AttnGateConfig:
             its probabilities there, see `MapForm`. Scores of key sub-blocks are reduced to fit, by the maximum or the
             log-sum-exp.
         target_power: of the power mean over query rows that the gate learns, 1 or more; None is the largest row. Scores
-            ``s`` of query sub-blocks are reduced to fit, by ``log(sum(exp(power * s))) / power`` or the maximum.
+            ``s`` of query sub-blocks are reduced to fit, by ``log(mean(exp(power * s))) / power`` or the maximum.
         query_subblocks: queries are pooled in this many pieces a block; a block's score reduces those of its pieces as
             the target asks.
         key_subblocks: the same for keys.

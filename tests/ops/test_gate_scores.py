@@ -203,6 +203,20 @@ def test_every_policy_matches_the_torch_modules(policy: Policy, exclude_forced: 
     assert_equal(*both(gate, policy, q, k, make_context(215)))
 
 
+@pytest.mark.parametrize("name", ["sum-2", "sum-1.5-raw", "max-1"])
+def test_scores_themselves_match_the_torch_modules_where_first_and_last_blocks_are_partial(name: str) -> None:
+    """A level tells the same blocks of every row apart only if the scores have no constant of their own."""
+    gate, context, (q, k) = make_gate(FORMS[name]), make_context(330), make_qk(100, 330)
+    with torch.no_grad():
+        scores = gate(context.unrotate(q, 230), context.unrotate(k, 0))
+    for row in (0, -1):
+        levels = scores[:, :, row].flatten()
+        levels = levels[levels.isfinite()].sort().values
+        for at in range(len(levels) // 8, len(levels) - 1, len(levels) // 4):
+            policy = Threshold(threshold=float(levels[at : at + 2].mean()), on="score", sink_blocks=0)
+            assert_equal(*both(gate, policy, q, k, context))
+
+
 @pytest.mark.parametrize("policy", [TokenBudget(tokens=5 * 32), TopP(p=0.43), Threshold(threshold=0.17)], ids=str)
 def test_equal_scores_are_taken_from_the_left(policy: Policy) -> None:
     # Halves and quarters, and 16 channels whose scale is a quarter: all products and sums are exact. Else the order of

@@ -88,7 +88,7 @@ def score_and_choose_kernel(
     """Walks strips of `BM` query windows, the longest first: scores against all earlier key windows, then the choice.
 
     A block's score takes the log-sum-exp over its key windows with ``SUM``, else the maximum; then over query windows
-    ``log(sum(exp(POWER * score))) / POWER``, or the maximum. ``scratch [programs, rows, stride]`` belongs to the
+    ``log(mean(exp(POWER * score))) / POWER``, or the maximum. ``scratch [programs, rows, stride]`` belongs to the
     program, which alone writes and reads it.
     """
     Q_SIZE: tl.constexpr = BLOCK_Q // Q_SUBBLOCKS
@@ -162,6 +162,10 @@ def score_and_choose_kernel(
             absolute = q_start // BLOCK_Q + block
             begin = tl.maximum(absolute * BLOCK_Q, q_start)
             real = block < num_q_blocks
+            if POWER != LARGEST:  # a sum so far
+                last = tl.minimum((absolute + 1) * BLOCK_Q, q_end) - 1
+                windows = tl.where(real, last // Q_SIZE - begin // Q_SIZE + 1, 1)
+                x -= (tl.log2(windows.to(tl.float32)) / POWER)[:, None, None]
             num_causal = tl.where(real, (tl.minimum((absolute + 1) * BLOCK_Q, q_end) - 1) // BLOCK_K + 1, 0)
             num_free = begin // BLOCK_K
             num_free = tl.where(block >= dense_from, 0, num_free - tl.minimum(num_free, sink_blocks))
