@@ -21,9 +21,9 @@ from seerattn.eval.results import Result, fingerprint
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import GateSelector
 from seerattn.hf.attach import attach, detach
-from seerattn.hf.state import layer_states
 from seerattn.hf.loading import read_config, read_model, read_tokenizer
 from seerattn.hf.meters import AttentionTimes, DensityMeter, TimeMeter, record_density, record_time
+from seerattn.hf.state import layer_states
 from seerattn.ops.resolve import check_impl
 from seerattn.selection.map_form import PUBLISHED, MapForm
 from seerattn.selection.policies import Policy, TopK, policy_from_dict
