@@ -309,7 +309,7 @@ def _count_dense(
         return
     gate = running.gates.get(state.layer)
     sizes = (_BLOCK_Q, 64) if gate is None else (gate.config.block_q, gate.config.block_k)
-    shape = {"batch": 1, "heads": state.heads, "block_q": sizes[0], "block_k": sizes[1]}
+    shape = {"batch": 1, "heads": state.heads, "block_q": sizes[0], "block_k": sizes[1], "device": query.device}
     q_len, rows = query.shape[2], [(query.shape[2], k_len)] * query.shape[0]
     if isinstance(mask, CallMask):
         try:

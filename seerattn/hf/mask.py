@@ -49,8 +49,8 @@ class CallMask:
         positions_end: one more than the largest position, where a layer asked for it.
     """
 
-    # All that transformers asks of a mask which `generate` prepares for a static cache.
-    ndim = 0
+    # As of the mask that it stands for: GPT-2 reshapes one of fewer, and `generate` asks, of a static cache.
+    ndim = 4
 
     def contiguous(self) -> CallMask:
         return self

@@ -75,7 +75,7 @@ def check_inputs(call: Seen, where: str) -> None:
     if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
         raise ValueError(
             f"model must have keys and values of one width, got {key.shape[-1]} and {value.shape[-1]} in {where}; "
-            "multi-head latent attention is not supported"
+            "attention whose values have another width, such as multi-head latent attention, is not supported"
         )
     if not HEAD_DIMS[0] <= query.shape[-1] <= HEAD_DIMS[1]:
         raise ValueError(f"the head dim must be {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got {query.shape[-1]} in {where}")
@@ -101,7 +101,7 @@ def prove_attention(call: Seen, dense: str, where: str) -> None:
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(dense, eager)
     expected = attend(call.module, query, call.key, call.value, call.mask.tensor, **kwargs)[0].transpose(1, 2)
     sizes = {"batch": query.shape[0], "heads": query.shape[1], "q_len": query.shape[2], "k_len": call.key.shape[2]}
-    blocks = BlockIndices.dense(**sizes, block_q=64, block_k=64)
+    blocks = BlockIndices.dense(**sizes, block_q=64, block_k=64, device=query.device)
     found = block_sparse_attention(
         query, call.key, call.value, blocks, **logits_of(query, call.kwargs), impl="reference"
     )

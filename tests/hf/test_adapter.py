@@ -412,3 +412,63 @@ print(type(model.model.layers[0].self_attn.seer_gate["default"]).__name__)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "AttnGate"
+
+
+DOWN = "base_model.model.model.layers.0.mlp.down_proj.weight"
+GATE_KEY = "base_model.model.model.layers.1.self_attn.seer_gate.k_weight"
+HOSTILE = {
+    "a weight of the model": lambda t: t | {DOWN: torch.zeros(64, 64)},
+    "a weight under a name of transformers": lambda t: t | {"model.layers.0.mlp.down_proj.weight": torch.zeros(64, 64)},
+    "another kind of adapter": lambda t: (
+        t | {GATE_KEY.replace("seer_gate.k_weight", "q_proj.lora_A.weight"): torch.ones(2)}
+    ),
+    "a buffer of a gate": lambda t: t | {GATE_KEY.replace("k_weight", "inv_freq"): torch.zeros(16)},
+    "a gate elsewhere": lambda t: t | {GATE_KEY.replace("self_attn", "mlp"): t[GATE_KEY].clone()},
+    "a layer that does not exist": lambda t: t | {GATE_KEY.replace("layers.1", "layers.7"): t[GATE_KEY].clone()},
+    "another shape": lambda t: t | {GATE_KEY: torch.zeros(2, 3)},
+    "more heads": lambda t: t | {GATE_KEY: torch.cat((t[GATE_KEY], t[GATE_KEY]))},
+    "NaN": lambda t: t | {GATE_KEY: t[GATE_KEY].index_fill(0, torch.tensor([1]), float("nan"))},
+    "infinity": lambda t: t | {GATE_KEY: t[GATE_KEY] * float("inf")},
+    "integers": lambda t: t | {GATE_KEY: t[GATE_KEY].to(torch.int32)},
+    "less": lambda t: {key: x for key, x in t.items() if key != GATE_KEY},
+}
+HOSTILE_CONFIGS = {
+    "code to import": {"auto_mapping": {"base_model_class": "x", "parent_library": "antigravity"}},
+    "a gate of no form": {"gate": []},
+    "a gate that fills the memory": {"gate": {"gate_dim": 10**9}},
+    "a policy of no kind": {"policy": {"policy": "TopK", "density": "x"}},
+    "layers that are none": {"layers": ["0", 1.5]},
+    "sizes that are none": {"base_model": {"hidden_size": "x"}},
+    "a head that is none": {"base_model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": -4}},
+    "no sizes": {"base_model": None},
+}
+
+
+def by_name(model: torch.nn.Module, gates: Path) -> torch.nn.Module:
+    model.load_adapter(str(gates))
+    return model
+
+
+@pytest.mark.parametrize(
+    "load", [seerattn.attach, PeftModel.from_pretrained, by_name], ids=["attach", "PEFT", "transformers"]
+)
+@pytest.mark.parametrize("damaged", [*HOSTILE, *HOSTILE_CONFIGS])
+def test_folder_that_is_more_or_less_than_gates_is_refused_before_anything_is_loaded(
+    folder: Path, damaged: str, load
+) -> None:
+    weights, config = (folder / "gates" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    if damaged in HOSTILE:
+        save_file(HOSTILE[damaged](load_file(weights)), weights)
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | HOSTILE_CONFIGS[damaged]))
+    model, plain = base(folder), base(folder)
+    with pytest.raises(ValueError, match="must"):
+        load(model, folder / "gates")
+    assert not layer_states(model) and model.config._attn_implementation == "sdpa"
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(x, plain.state_dict()[key]) for key, x in model.state_dict().items())
+    # Good gates are welcome afterwards.
+    seerattn.attach(base(folder), GATE, SPARSE).save_pretrained(folder / "good")
+    ids = tokens(1, 130)
+    first, again = (seerattn.attach(m, folder / "good", impl="reference") for m in (plain, model))
+    assert torch.equal(first(input_ids=ids).logits, again(input_ids=ids).logits)

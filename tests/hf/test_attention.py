@@ -276,3 +276,11 @@ def test_layers_of_which_some_select_are_timed_together() -> None:
     index, attention = meter.times()
     assert len(index) == len(attention) == 3 and min(index) >= 20
     assert time_meter(attachment_of(model)) is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "cohere"])
+def test_generation_with_a_static_cache_gives_the_tokens_of_the_unpatched_model(name: str) -> None:
+    ids, options = tokens(2, 70), {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    plain = tiny_model(name, torch.float64)
+    gated = seerattn.attach(tiny_model(name, torch.float64), GATE, KeepAll(), impl="reference")
+    assert torch.equal(gated.generate(input_ids=ids, **options), plain.generate(input_ids=ids, **options))
