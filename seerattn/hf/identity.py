@@ -52,12 +52,14 @@ def check_identity(gates: Mapping[str, Any], model: Mapping[str, Any]) -> None:
             )
 
 
-def _same_rope(gates: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+def _same_rope(gates: Any, model: Mapping[str, Any]) -> bool:
     """Whether two models rotate alike, or one is the other with its context extended by YaRN.
 
     Gates of the shorter context are then what fine-tuning starts from. What only one side names, another version of
     transformers named.
     """
+    if not isinstance(gates, Mapping):
+        return False
     kinds = gates.get("rope_type", "default"), model.get("rope_type", "default")
     if kinds == ("default", "yarn"):
         return gates.get("rope_theta") == model.get("rope_theta")

@@ -227,7 +227,8 @@ def whole_rotation(call: Seen, cos: Tensor, spy: Spy, where: str) -> Rotation:
     function = rotary_function(call.module)
     if function is None:
         raise ValueError(f"the modeling file must have an apply_rotary_pos_emb, which {where} lacks")
-    made = next((t for t in spy.tables if isinstance(t[3], tuple) and t[3][0] is cos), None)
+    # A sharded model moves them to the device of a layer.
+    made = next((t for t in spy.tables if isinstance(t[3], tuple) and _same_tensor(t[3][0], cos)), None)
     if made is None:
         raise ValueError(f"the rotary tables must come from a rotary module of the decoder, got others in {where}")
     embedding, args, kwargs, _ = made
@@ -235,6 +236,12 @@ def whole_rotation(call: Seen, cos: Tensor, spy: Spy, where: str) -> Rotation:
     arguments = dict(zip(names, args)) | kwargs
     arguments = {key: value for key, value in arguments.items() if key not in (names[0], "position_ids")}
     return Rotation(function, call.query.shape[-1], embedding, arguments)
+
+
+def _same_tensor(made: Tensor, given: Tensor) -> bool:
+    return made is given or (
+        made.device != given.device and made.shape == given.shape and torch.equal(made.to(given.device), given)
+    )
 
 
 def rotary_function(module: nn.Module) -> Callable | None:

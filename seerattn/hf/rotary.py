@@ -94,6 +94,10 @@ class Rotation:
             like: gives dtype and device.
             tokens: length of the call, its past included, of which these may be a part; by default they are its end.
         """
+        home = self._held(self.embedding).device
+        if home != like.device and home.type != "meta":
+            # A sharded model makes its tables on one device.
+            return tuple(x.to(like.device) for x in self.tables(positions, like.to(home), tokens))
         positions = positions.to(like.device)
         if not self.depends_on_length:
             return _ask(self.embedding, like, positions, self.arguments)

@@ -1,5 +1,6 @@
 """Where gates go, and to which models: their layer's device, and any class around the same sizes and RoPE."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,6 +149,18 @@ def test_error_names_the_field_in_which_another_model_differs(
     assert not layer_states(model) and model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("rope", [None, [], "default", 1e4, True], ids=repr)
+def test_gates_whose_rope_is_no_object_are_those_of_no_model(rope: object, path: str, gates: Path) -> None:
+    config = json.loads((gates / "adapter_config.json").read_text())
+    config["base_model"]["rope"] = rope
+    (gates / "adapter_config.json").write_text(json.dumps(config))
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="gates must belong to the model, got gates for rope = "):
+        PATHS[path](model, gates)
+    assert not layer_states(model) and model.config._attn_implementation == "sdpa"
+
+
 def test_gates_of_a_model_are_where_training_of_it_with_a_longer_context_begins(gates: Path) -> None:
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
     model = seerattn.attach(tiny_model("llama", rope_parameters=rope), gates, impl="reference")
@@ -169,3 +182,26 @@ def test_vision_tower_keeps_its_own_attention() -> None:
     seerattn.detach(gated)
     again = {key: m.config._attn_implementation for key, m in model.named_modules() if isinstance(m, PreTrainedModel)}
     assert again == names
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a sharded model needs two GPUs")
+@pytest.mark.parametrize("path", PATHS)
+@torch.no_grad()
+def test_sharded_model_gives_what_it_gives_on_one_device(path: str, gates: Path) -> None:
+    places = {"embed_tokens": 0, "layers.0": 0, "layers.1": 1, "norm": 1, "rotary_emb": 0}
+    sharded = dispatch_model(tiny_model("llama"), {f"model.{k}": v for k, v in places.items()} | {"lm_head": 1})
+    one, two = (loaded(model, path, gates) for model in (tiny_model("llama").cuda(), sharded))
+    ids = tokens(2, 700).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, 600:] = 0
+    for impl in ("sparse", "auto"):
+        found = []
+        for model in (one, two):
+            seerattn.set_policy(model, SPARSE, impl=impl)
+            with seerattn.record_density(model) as meter:
+                logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+                cache = model(input_ids=ids[:, :400], use_cache=True).past_key_values
+                later = model(input_ids=ids[:, 400:], past_key_values=cache).logits
+            found.append([logits.cpu(), later.cpu(), meter.mean()])
+        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*found))
+    assert [state.gate.k_weight.device.index for state in layer_states(two)] == [0, 1]
