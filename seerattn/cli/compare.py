@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from seerattn.cli.evaluate import DeviceOption, DtypeOption, ImplOption, OutputOption
 from seerattn.cli.terminal import print_table, say, screen
+from seerattn.cli.training import TrustOption
 from seerattn.cli.values import words
 from seerattn.eval.arms import choose_device, load_subject
 from seerattn.eval.compare import Cell, Comparison, Outcome, gates_of, make_cells, make_jobs
@@ -42,6 +43,7 @@ def compare(
     device: DeviceOption = "",
     dtype: DtypeOption = "auto",
     impl: ImplOption = "auto",
+    trust_remote_code: TrustOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Compare ways of choosing blocks at equal realised density and at equal time, as a recipe says.
@@ -54,7 +56,9 @@ def compare(
     file = ResultsFile(output, where)
     jobs = {}
     for model in asked.models:
-        config, tokenizer = read_config(model.source), read_tokenizer(model.source)
+        config, tokenizer = (
+            read(model.source, trust_remote_code=trust_remote_code) for read in (read_config, read_tokenizer)
+        )
         check_files(asked, model, config)
         jobs[model] = make_jobs(asked, tokenizer, limit=limit)
     cells = {model: make_cells(asked, jobs[model]) for model in asked.models}
@@ -70,7 +74,13 @@ def compare(
         task = bar.add_task("", total=sum(cell.tokens for of in cells.values() for cell in of))
         for model in asked.models:
             subject = load_subject(
-                model.source, gates=gates_of(asked, model), device=where, dtype=dtype, impl=impl, name=model.name
+                model.source,
+                gates=gates_of(asked, model),
+                device=where,
+                dtype=dtype,
+                impl=impl,
+                name=model.name,
+                trust_remote_code=trust_remote_code,
             )
             comparison = Comparison(subject, model, asked, jobs[model], file)
             done = outcomes.setdefault(model.name, [])

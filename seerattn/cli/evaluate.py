@@ -9,6 +9,7 @@ import typer
 
 from seerattn.cli.progress import progress_bars
 from seerattn.cli.terminal import print_table, say
+from seerattn.cli.training import TrustOption
 from seerattn.cli.values import numbers, words
 from seerattn.eval.arms import SELECTORS, Arm, Gates, Subject, choose_device, load_subject, make_arms
 from seerattn.eval.data import Window, cut_windows, digest, token_documents
@@ -95,6 +96,7 @@ def perplexity(
     batch: BatchOption = 1,
     device: DeviceOption = "",
     dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
     impl: ImplOption = "auto",
     output: OutputOption = None,
 ) -> None:
@@ -105,7 +107,8 @@ def perplexity(
     lengths = numbers("contexts", contexts, int, 2)
     where = choose_device(device or None)
     file = ResultsFile(output, where)
-    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths))
+    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths),
+        trust_remote_code=trust_remote_code)  # fmt: skip
     cut, settings = _windows(subject, data, lengths, windows, min_tokens, max_docs)
     with progress_bars() as progress:
         rows = evaluate_perplexity(
@@ -144,6 +147,7 @@ def needle(
     batch: BatchOption = 1,
     device: DeviceOption = "",
     dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
     impl: ImplOption = "auto",
     output: OutputOption = None,
 ) -> None:
@@ -162,7 +166,8 @@ def needle(
         raise ValueError(f"tasks must be among {', '.join(TASKS)} and depths shares, got {tasks!r} and {depths!r}")
     where = choose_device(device or None)
     file = ResultsFile(output, where)
-    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths))
+    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths),
+        trust_remote_code=trust_remote_code)  # fmt: skip
     haystacks = token_documents(data, subject.tokenizer, limit=max_docs or None)
     cells = []
     for length in lengths:
@@ -203,6 +208,7 @@ def recall(
     batch: BatchOption = 1,
     device: DeviceOption = "",
     dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
     impl: ImplOption = "auto",
     maps: MapsOption = None,
     heads: HeadsOption = "0:0",
@@ -224,7 +230,8 @@ def recall(
             raise ValueError(f"maps must be another file than output, got {maps} for both")
     where = choose_device(device or None)
     file = ResultsFile(output, where)
-    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths))
+    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths),
+        trust_remote_code=trust_remote_code)  # fmt: skip
     cut, settings = _windows(subject, data, lengths, windows, min_tokens, max_docs)
     if maps is not None:
         check_heads(subject, drawn, chosen)
@@ -262,6 +269,7 @@ def tasks(
     batch: BatchOption = 1,
     device: DeviceOption = "",
     dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
     impl: ImplOption = "auto",
     output: OutputOption = None,
 ) -> None:
@@ -276,7 +284,8 @@ def tasks(
     made = numbers("lengths", lengths, int, 1)
     where = choose_device(device or None)
     file = ResultsFile(output, where)
-    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=context)
+    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=context,
+        trust_remote_code=trust_remote_code)  # fmt: skip
     longest = context or getattr(subject.model.config.get_text_config(), "max_position_embeddings", 0) or max(made)
     loaded, missing = load_tasks(words(names), tokenizer=model, data_dir=data_dir, lengths=made, limit=limit or None)
     for sentence in missing.values():
@@ -316,6 +325,7 @@ def calibrate(
     batch: BatchOption = 1,
     device: DeviceOption = "",
     dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
     impl: ImplOption = "auto",
     dry_run: DryRunOption = False,
     text: TextOption = "",
@@ -334,7 +344,8 @@ def calibrate(
     where = choose_device(device or None)
     file = ResultsFile(output, where)
     folder = _gates([gates])[0]
-    subject = load_subject(model, gates=[folder], device=where, dtype=dtype, impl=impl, context=context)
+    subject = load_subject(model, gates=[folder], device=where, dtype=dtype, impl=impl, context=context,
+        trust_remote_code=trust_remote_code)  # fmt: skip
     cut, settings = _windows(subject, data, [context], windows, 0, max_docs)
     with progress_bars() as progress:
         rows = evaluate_calibration(

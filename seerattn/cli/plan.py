@@ -12,6 +12,7 @@ from seerattn.baselines.plan import Plan
 from seerattn.cli.evaluate import DeviceOption, DtypeOption, MaxDocsOption, ModelOption, OneContextOption, SeedOption
 from seerattn.cli.progress import progress_bars
 from seerattn.cli.terminal import say
+from seerattn.cli.training import TrustOption
 from seerattn.cli.values import numbers
 from seerattn.eval.arms import Subject, choose_device, load_subject
 from seerattn.eval.data import cut_windows, digest, token_documents
@@ -74,6 +75,7 @@ def minference(
     block_k: BlockKOption = 64,
     device: DeviceOption = "",
     dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
     official: ImportOption = None,
 ) -> None:
     """Find MInference's pattern and sizes for every head: A-shape, vertical-slash or block-sparse."""
@@ -83,7 +85,7 @@ def minference(
     if bool(data) == (official is not None):
         raise ValueError("either data or import must be given, got " + ("both" if data else "none"))
     if official is not None:
-        imported = plans.read_official(official, describe_named(model))
+        imported = plans.read_official(official, describe_named(model, trust_remote_code=trust_remote_code))
         if not is_there(output, METHOD, imported.model, imported.made):
             imported.save(output)
         _print(imported, output)
@@ -97,7 +99,7 @@ def minference(
         block_q=block_q,
         block_k=block_k,
     )
-    subject, documents = _load(model, data, max_docs, device, dtype, context, output)
+    subject, documents = _load(model, data, max_docs, device, dtype, context, output, trust_remote_code)
     settings = replace(settings, data=digest(documents), dtype=subject.dtype)
     if not is_there(output, METHOD, describe(subject.model.config), asdict(settings)):
         cut = cut_windows(documents, context=context, count=None, bos_token_id=subject.bos_token_id)
@@ -121,6 +123,7 @@ def moa(
     max_docs: MaxDocsOption = 0,
     device: DeviceOption = "",
     dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Find MoA's span for every head, from how much each block changes the loss of the model's own answers.
 
@@ -130,7 +133,9 @@ def moa(
     from seerattn.eval import plans_moa as plans
 
     chosen = tuple(sorted(numbers("lengths", lengths, int, 1))) if lengths else plans.default_lengths(context)
-    subject, documents = _load(model, data, max_docs, device, dtype, max(*chosen, validate_at), output)
+    subject, documents = _load(
+        model, data, max_docs, device, dtype, max(*chosen, validate_at), output, trust_remote_code
+    )
     config = subject.model.config
     longest = getattr(config.get_text_config(), "max_position_embeddings", 2 * max(chosen))
     settings = plans.ProfileSettings(
@@ -163,13 +168,14 @@ def xattention_profile(
     max_docs: MaxDocsOption = 0,
     device: DeviceOption = "",
     dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Find XAttention's threshold for every head: its estimate of the fewest blocks that hold most of the true mass."""
     from seerattn.baselines.xattention import METHOD
     from seerattn.eval import plans_xattention as plans
     from seerattn.eval.plans_minference import draw_windows
 
-    subject, documents = _load(model, data, max_docs, device, dtype, context, output)
+    subject, documents = _load(model, data, max_docs, device, dtype, context, output, trust_remote_code)
     settings = plans.ThresholdSettings(
         stride=stride,
         block=block,
@@ -189,11 +195,19 @@ def xattention_profile(
 
 
 def _load(
-    model: str, data: list[str], max_docs: int, device: str, dtype: str, context: int, output: Path
+    model: str,
+    data: list[str],
+    max_docs: int,
+    device: str,
+    dtype: str,
+    context: int,
+    output: Path,
+    trust_remote_code: bool,
 ) -> tuple[Subject, list[list[int]]]:
     """The model to search on, and the documents as its tokens, if the plan can be written."""
     check_output(output, "output", "a plan", Plan.load)
-    subject = load_subject(model, device=choose_device(device or None), dtype=dtype, context=context)
+    where = choose_device(device or None)
+    subject = load_subject(model, device=where, dtype=dtype, context=context, trust_remote_code=trust_remote_code)
     return subject, token_documents(data, subject.tokenizer, limit=max_docs or None)
 
 

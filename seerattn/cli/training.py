@@ -41,9 +41,7 @@ ResumeOption = Annotated[
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=TRAINING)
 ]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=TRAINING)
-]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of gates and data.", rich_help_panel=TRAINING)]
 
 
@@ -133,11 +131,13 @@ def _begin_fsdp(device: torch.device) -> None:
 
 def show_plan(described: dict[str, str]) -> None:
     """Shows what will be done."""
-    from rich.console import Console
     from rich.table import Table
+
+    from seerattn.cli.terminal import screen
+    from seerattn.texts import visible
 
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     for name, value in described.items():
-        table.add_row(name, value)
-    Console().print(table)
+        table.add_row(visible(name), visible(value))
+    screen().print(table)

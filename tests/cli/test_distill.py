@@ -68,6 +68,12 @@ def call(folder: Path, *arguments: Any, **options: Any) -> int:
     return stop.value.code or 0
 
 
+def test_plan_shows_names_as_they_are(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = Path(shutil.copytree(folder / "model", tmp_path / ":smile:\x1b[2J[red]x[" / "red]"))
+    assert call(folder, "--dry-run", model=model, output=tmp_path / "out") == 0
+    assert ":smile:\\x1b[2J[red]x[/red]" in "".join(capsys.readouterr().out.split())
+
+
 SWITCHES = {
     "default": ("", AttnGateConfig()),
     "paper": ("--paper", AttnGateConfig.paper()),

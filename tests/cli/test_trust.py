@@ -1,0 +1,124 @@
+"""Code that comes with a model runs in no command unless that command is told so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_corpus import write_models_and_gates
+
+from seerattn.cli import main
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        Path({folder!r}, "model ran").touch()
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+Path({folder!r}, "code ran").touch()
+"""
+MAPS = {
+    "config.json": {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    },
+    "tokenizer_config.json": {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]},
+    },
+}
+RECIPE = {
+    "models": ["model"],
+    "contexts": [128],
+    "densities": [0.6],
+    "selectors": ["dense"],
+    "tasks": [{"task": "perplexity", "data": "docs.jsonl"}],
+}
+
+TEXT = "--model model --data docs.jsonl --device cpu --max-docs 2"
+# Commands, and whether they run the model itself beside its config or tokenizer.
+COMMANDS = {
+    "eval perplexity": (f"eval perplexity {TEXT} --contexts 96 --selectors dense", True),
+    "eval needle": (f"eval needle {TEXT} --contexts 128 --depths 0.5 --n 1 --tasks passkey --selectors dense", True),
+    "eval recall": (f"eval recall {TEXT} --contexts 96 --selectors oracle --densities 0.6", True),
+    "eval calibrate": (f"eval calibrate {TEXT} --gates gates-of-model --context 256 --density 0.9 --dry-run", True),
+    "plan minference": (
+        f"plan minference {TEXT} --context 128 --block-q 32 --block-k 32 --density 0.9 --output plan.json",
+        True,
+    ),
+    "plan minference --import": ("plan minference --model model --import official.json --output plan.json", False),
+    "plan moa": (f"plan moa {TEXT} --context 256 --lengths 256 --samples 1 --output plan.json", True),
+    "plan xattention_profile": (
+        f"plan xattention_profile {TEXT} --context 128 --stride 8 --block 32 --windows 1 --output plan.json",
+        True,
+    ),
+    "compare": ("compare recipe.yaml --device cpu --limit 1", True),
+    "compare --dry-run": ("compare recipe.yaml --device cpu --limit 1 --dry-run", False),
+    "distill": ("distill --model model --data docs.jsonl --device cpu --context 128 --steps 1 --output new", True),
+    "finetune": ("finetune --model model --data docs.jsonl --device cpu --context 128 --steps 1 --output new", True),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with code of its own, gates, documents, and what else commands read."""
+    folder = tmp_path_factory.mktemp("trust")
+    write_models_and_gates(folder)
+    layer = {str(head): ["vertical_and_slash", 1000, 6096, 0.5] for head in range(4)}
+    (folder / "official.json").write_text(json.dumps([layer, layer]))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    for name, values in MAPS.items():
+        path = folder / "model" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to work in, whose code leaves its marks there."""
+    folder = Path(shutil.copytree(whole, tmp_path / "copy"))
+    (folder / "model" / "own.py").write_text(CODE.format(folder=str(folder)))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(command: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    return stop.value.code or 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_runs_code_of_a_model_only_where_it_is_told_to(
+    name: str, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command, runs_model = COMMANDS[name]
+    before = {path.relative_to(folder) for path in folder.rglob("*")}
+    assert run(command) == 2
+    *_, sentence = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("seerattn: model must ") and sentence.endswith("allow it with --trust-remote-code")
+    assert {path.relative_to(folder) for path in folder.rglob("*")} == before
+    assert run(f"{command} --trust-remote-code") == 0, capsys.readouterr().err
+    assert (folder / "code ran").exists() and (folder / "model ran").exists() == runs_model
+
+
+def test_tasks_command_runs_code_of_a_model_only_where_it_is_told_to(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = "eval tasks --model model --tasks nosuch --device cpu"
+    assert run(command) == 2 and "allow it with --trust-remote-code" in capsys.readouterr().err
+    assert not (folder / "code ran").exists()
+    # The tasks are looked for when the model is there.
+    assert run(f"{command} --trust-remote-code") == 2 and "nosuch" in capsys.readouterr().err
+    assert (folder / "model ran").exists()
