@@ -60,9 +60,25 @@ def load_table(device_name: str) -> tuple[Row, ...]:
             logger.info("%s has no crossover table, that of an H100 is used; seerattn bench crossover", device_name)
         path = SHIPPED
     try:
-        return tuple(sorted((Row(**row) for row in json.loads(path.read_text())["rows"]), key=lambda row: row.tokens))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must be a table of seerattn bench crossover, got {error!r}; delete it") from error
+        rows = tuple(Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"])
+        _check_rows(rows)
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        got = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{path} must be a table of seerattn bench crossover, got {got}; delete it") from error
+    return tuple(sorted(rows, key=lambda row: row.tokens))
+
+
+def _check_rows(rows: Sequence[Row]) -> None:
+    """Refuses rows that a decision could not be made by, whichever call it is for."""
+    if not rows:
+        raise ValueError("no rows")
+    for row in rows:
+        if not isinstance(row.sparse_ms, dict) or not row.sparse_ms or row.sparse_ms.keys() != rows[0].sparse_ms.keys():
+            raise ValueError("rows whose sparse_ms are not of the same densities")
+        numbers = [row.tokens, row.dense_ms, row.overhead_ms, *row.sparse_ms.values(), *map(float, row.sparse_ms)]
+        # NaN is in no range, and products of times and tokens must stay finite.
+        if not all(0 <= number < 1e15 for number in numbers):
+            raise ValueError("numbers that are no times, densities or tokens")
 
 
 def prefer_dense(*, q_len: int, k_len: int, density: float, device: torch.device | str, selected: bool = False) -> bool:

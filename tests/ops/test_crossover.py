@@ -71,8 +71,48 @@ def test_a_gpu_without_triton_runs_dense(device, monkeypatch):
     assert prefer_dense(q_len=4096, k_len=4096, density=0.05, device=device)
 
 
-def test_a_broken_table_is_refused_with_its_path(device):
-    table_path("Test GPU").write_text("{}")
+def changed(**values) -> bytes:
+    """The table with other values in its second row."""
+    return json.dumps(TABLE | {"rows": [TABLE["rows"][0], TABLE["rows"][1] | values]}).encode()
+
+
+BROKEN = {
+    "nothing": b"",
+    "no text": b"\xff\xfe" + bytes(5000),
+    "nested deeply": b"[" * 100_000,
+    "a list": b"[]",
+    "no rows": b"{}",
+    "rows that are none": b'{"rows": 3}',
+    "rows that are empty": b'{"rows": []}',
+    "a row that is none": b'{"rows": [null]}',
+    "a field too many": changed(comment="slow"),
+    "a field too few": b'{"rows": [{"tokens": 64}]}',
+    "tokens in words": changed(tokens="many"),
+    "a time that is none": changed(dense_ms=None),
+    "a time that is no number": changed(overhead_ms=float("nan")),
+    "a time before the start": changed(dense_ms=-1.0),
+    "an endless time": changed(overhead_ms=10**400),
+    "sparse times in a list": changed(sparse_ms=[1.0, 2.0]),
+    "a sparse time in words": changed(sparse_ms={"0.1": "fast", "1.0": 17.6}),
+    "no sparse times": changed(sparse_ms={}),
+    "sparse times of other densities": changed(sparse_ms={"0.2": 3.2, "1.0": 17.6}),
+    "a density in words": json.dumps({"rows": [TABLE["rows"][0] | {"sparse_ms": {"few": 0.2}}]}).encode(),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_table_is_refused_with_its_path(device, name):
+    table_path("Test GPU").write_bytes(BROKEN[name])
+    told = r"Test-GPU\.json must be a table of seerattn bench crossover, got .*; delete it$"
+    for tokens in (64, 2048, 1 << 20):
+        with pytest.raises(ValueError, match=told) as error:
+            prefer_dense(q_len=tokens, k_len=tokens, density=0.5, device=device)
+        assert len(str(error.value)) < 600
+
+
+def test_a_folder_in_the_place_of_a_table_is_refused_with_its_path(device):
+    table_path("Test GPU").unlink()
+    table_path("Test GPU").mkdir()
     with pytest.raises(ValueError, match=r"Test-GPU\.json must be a table of seerattn bench crossover"):
         prefer_dense(q_len=64, k_len=64, density=0.5, device=device)
 
