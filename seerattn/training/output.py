@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from seerattn.gate import AttnGateConfig
 from seerattn.locking import LOCK_NAME, check_unlocked, locked
 from seerattn.outputs import check_folder
 from seerattn.saving import is_staging, sweep, write_whole
@@ -78,6 +79,10 @@ def check_same_run(facts: dict[str, Any], output: Path) -> None:
         return
     before = _read_run(output)
     now, then = (dict(f, **f["config"]) for f in (json.loads(json.dumps(facts)), before))
+    for told in (now, then):
+        if isinstance(told.get("gate"), dict):
+            # Runs of earlier versions do not tell every field; one that does not tell its target learned the published.
+            told["gate"] = AttnGateConfig.from_dict(told["gate"]).to_dict()
     names = [name for name in now | then if name not in ("config", "data", *_FREE_TO_CHANGE)]
     changed = [n for n in names if now.get(n) != then.get(n) and (n in then or n not in _ADDED)]
     if changed:

@@ -203,6 +203,22 @@ def test_run_on_replaced_weights_is_not_resumed(folder: Path, output: Path, unin
     assert_same_result(output, uninterrupted)
 
 
+def test_run_of_an_earlier_version_that_tells_no_target_learns_the_published_one(output: Path) -> None:
+    before = json.loads((output / "run.json").read_text())
+    untold = {name: value for name, value in before["gate"].items() if not name.startswith("target_")}
+    assert len(untold) == len(before["gate"]) - 2
+    (output / "run.json").write_text(json.dumps(before | {"gate": untold}))
+    published = {"target_keys": "max", "target_power": None}
+    run_folders.check_same_run(before | {"gate": untold | published}, output)
+    for other in ({"target_keys": "sum"}, {"target_power": 2.0}, {"block_q": 64}):
+        with pytest.raises(ValueError, match=r"^a resumed run must be the one that was begun, got another: gate was "):
+            run_folders.check_same_run(before | {"gate": untold | published | other}, output)
+    # What is no gate at all is another run too.
+    (output / "run.json").write_text(json.dumps(before | {"gate": [1]}))
+    with pytest.raises(ValueError, match=r"got another: gate was \[1\] and is "):
+        run_folders.check_same_run(before, output)
+
+
 @pytest.mark.parametrize(
     ("steps", "save_steps", "told"),
     [
