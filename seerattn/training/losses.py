@@ -1,4 +1,4 @@
-"""Distillation losses and recall: how far gate scores are from the max-pooled attention map.
+"""Distillation losses and recall: how far gate scores are from the target map.
 
 `B` batch, `H` query heads, `Hm` mask heads (`H` or `HKV`), `Nq`, `Nk` numbers of query and key blocks.
 """
