@@ -13,8 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from seerattn.gate.config import AttnGateConfig
-from seerattn.hf.adapter import GatedModel, SeerConfig, SeerModel, load_gated, take_off
+from seerattn.hf.adapter import SeerModel, take_off
 from seerattn.hf.attention import IMPLEMENTATIONS
+from seerattn.hf.config import SeerConfig
+from seerattn.hf.gated import GatedModel, load_gated
 from seerattn.hf.gates import attach_layer
 from seerattn.hf.identity import transformers_model
 from seerattn.hf.placement import dense_implementation, set_implementation

@@ -148,7 +148,7 @@ def gate_form(gates: str | Path | None, gate: AttnGateConfig | None, layers: Seq
     Raises:
         ValueError: saved gates that are not whole, or saved gates and a form.
     """
-    from seerattn.hf.adapter import SeerConfig
+    from seerattn.hf.config import SeerConfig
 
     if gates is None:
         return gate or AttnGateConfig()
