@@ -30,6 +30,7 @@ from seerattn.cli.training import (
     local_device,
     show_plan,
 )
+from seerattn.texts import visible
 
 _ABOUT = "Data and loss"
 
@@ -123,4 +124,4 @@ def distill(
         return
     run(prepared, output, resume=resume)
     if is_main():
-        typer.echo(f"The gates are in {output}.")
+        typer.echo(visible(f"The gates are in {output}."))

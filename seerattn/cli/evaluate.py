@@ -287,7 +287,8 @@ def tasks(
     subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=context,
         trust_remote_code=trust_remote_code)  # fmt: skip
     longest = context or getattr(subject.model.config.get_text_config(), "max_position_embeddings", 0) or max(made)
-    loaded, missing = load_tasks(words(names), tokenizer=model, data_dir=data_dir, lengths=made, limit=limit or None)
+    loaded, missing = load_tasks(words(names), tokenizer=model, data_dir=data_dir, lengths=made, limit=limit or None,
+        trust_remote_code=trust_remote_code)  # fmt: skip
     for sentence in missing.values():
         say(sentence, style="red")
     with progress_bars() as progress:

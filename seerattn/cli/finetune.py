@@ -30,6 +30,7 @@ from seerattn.cli.training import (
     local_device,
     show_plan,
 )
+from seerattn.texts import visible
 
 _SPARSITY = "Sparsity and gates"
 
@@ -145,4 +146,4 @@ def finetune(
         return
     run(prepared, output, resume=resume)
     if is_main():
-        typer.echo(f"The {'model is' if dense else 'model and its gates are'} in {output}.")
+        typer.echo(visible(f"The {'model is' if dense else 'model and its gates are'} in {output}."))

@@ -21,7 +21,7 @@ from functools import cached_property, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from seerattn.eval import statistics
 from seerattn.eval.arms import DENSE, Arm, Subject, TunedArm
 from seerattn.eval.guard import guard
 from seerattn.eval.results import Result, ResultsFile, Stopwatch
+from seerattn.hf.loading import read_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -106,6 +107,7 @@ def load_tasks(
     data_dir: Path | None = None,
     lengths: Sequence[int] = (4096,),
     limit: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[list[LoadedTask], dict[str, str]]:
     """Finds tasks and reads or makes their documents.
 
@@ -116,6 +118,7 @@ def load_tasks(
         data_dir: folder of the files of local tasks.
         lengths: tokens of documents that are made (RULER), answers included.
         limit: the first so many documents of each task; None for all.
+        trust_remote_code: whether code that comes with the tokenizer may run.
 
     Returns:
         The tasks, and for each one without data a sentence that says so.
@@ -130,7 +133,7 @@ def load_tasks(
     if not names:
         raise ValueError("tasks must be names with commas between, such as ruler,longbench, got none")
     loaded, missing = [], {}
-    with _quiet(), _silent_nltk():
+    with _quiet(), _silent_nltk(), _trusting(trust_remote_code):
         manager = _manager(names, {"tokenizer": tokenizer, "max_seq_lengths": list(lengths)})
         specs = [spec for name in names for spec in _leaves(manager, name)]
         for spec in {str(spec): spec for spec in specs}.values():
@@ -378,6 +381,16 @@ def _silent_nltk() -> Iterator[None]:
     import nltk
 
     with _replaced(nltk, "download", partial(nltk.download, print_error_to=io.StringIO())):
+        yield
+
+
+@contextmanager
+def _trusting(allowed: bool) -> Iterator[None]:
+    """RULER reads its tokenizer with whatever code comes with it. Here that runs where it may, as everywhere."""
+    from lm_eval.tasks.ruler import common_utils
+
+    reader = SimpleNamespace(from_pretrained=lambda name, **_: read_tokenizer(name, trust_remote_code=allowed))
+    with _replaced(common_utils, "AutoTokenizer", reader):
         yield
 
 

@@ -122,3 +122,19 @@ def test_tasks_command_runs_code_of_a_model_only_where_it_is_told_to(
     # Tasks are looked for when the model is there, and then refused: by name, or for want of the harness.
     assert run(f"{command} --trust-remote-code") == 2 and "seerattn: tasks must " in capsys.readouterr().err
     assert (folder / "model ran").exists()
+
+
+def test_ruler_runs_no_code_of_a_tokenizer_that_transformers_knows_by_its_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The harness reads the tokenizer once more, and would run what comes with it."""
+    monkeypatch.chdir(tmp_path)
+    write_models_and_gates(tmp_path)
+    path = tmp_path / "model" / "tokenizer_config.json"
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    (tmp_path / "model" / "own.py").write_text(CODE.format(folder=str(tmp_path)))
+    command = "eval tasks --model model --tasks niah_single_1 --lengths 256 --limit 1 --selectors dense --device cpu"
+    # Documents are made with the tokenizer, and this one cannot end a text.
+    assert run(command) == 2 and "must have an end-of-sequence token" in capsys.readouterr().err
+    assert not (tmp_path / "code ran").exists()

@@ -23,6 +23,7 @@ from seerattn.eval.guard import guard
 from seerattn.eval.harness import MiddleCutModel, cut_middle
 from seerattn.eval.results import Result, ResultsFile
 from seerattn.eval.tasks import evaluate_tasks, load_tasks
+from seerattn.hf.probe import PROBE_TOKENS
 from seerattn.selection.policies import KeepAll, TopK
 
 REFERENCE = str(Path(__file__).parents[2] / "assets" / "reference-model")
@@ -157,7 +158,7 @@ def test_density_of_a_task_matches_the_blocks_of_its_prompts_run_one_by_one(subj
     inner = subject.model.forward
 
     def forward(input_ids, attention_mask=None, **rest):
-        if input_ids.shape[1] > 8:  # no decode step, and not the tokens that probe the model
+        if input_ids.shape[1] > PROBE_TOKENS:  # no decode step, and not the tokens that probe the model
             kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             prompts.extend(row[mask.bool()] for row, mask in zip(input_ids, kept))
         return inner(input_ids, attention_mask=attention_mask, **rest)
@@ -183,7 +184,7 @@ def test_prompts_that_are_too_long_lose_their_middle(subject, data_dir, monkeypa
     inner = subject.model.forward
 
     def forward(input_ids, **rest):
-        seen.extend([input_ids[0].tolist()] if input_ids.shape[1] > 8 else [])
+        seen.extend([input_ids[0].tolist()] if input_ids.shape[1] > PROBE_TOKENS else [])
         return inner(input_ids, **rest)
 
     monkeypatch.setattr(subject.model, "forward", forward)
