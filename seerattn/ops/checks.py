@@ -50,9 +50,12 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
 
 
-def scale_refusal(scale: float) -> str | None:
-    """Why a kernel that masks logits before it scales them cannot serve a call; None if it can."""
-    return None if scale > 0 else f"it takes positive scales, got {scale}"
+def scale_refusal(scale: float, softcap: float | None = None) -> str | None:
+    """Why a kernel that masks logits before it scales them cannot serve a call; None if it can.
+
+    With a soft cap the scale lies within the cap, and what is masked is scaled by the cap alone.
+    """
+    return None if scale > 0 or softcap is not None else f"it takes positive scales, got {scale}"
 
 
 def check_lengths(k: Tensor, lengths: Tensor | None) -> list[int]:

@@ -105,7 +105,8 @@ def test_head_dims_stay_within_the_fp64_budget(dim):
 
 
 @pytest.mark.parametrize(
-    "extra", [{"scale": 0.4}, {"softcap": 1.5}, {"sinks": (-1, 30)}, {"softcap": 20.0, "sinks": (0, 2), "scale": 2.0}]
+    "extra",
+    [{"scale": 0.4}, {"softcap": 1.5}, {"sinks": (-1, 30)}, {"softcap": 20.0, "sinks": (0, 2), "scale": -2.0}],
 )
 def test_scale_softcap_and_sinks_stay_within_the_fp64_budget(extra):
     if "sinks" in extra:

@@ -207,3 +207,4 @@ def test_scales_that_are_not_positive_are_refused_and_served_by_auto(scale):
     with pytest.raises(ValueError, match=f"it takes positive scales, got {scale}; use another impl"):
         run(q, k, v, blocks, scale=scale)
     assert_within_budget(q, k, v, blocks, "auto", scale=scale)
+    assert_within_budget(q, k, v, blocks, "triton", scale=scale, softcap=2.0)

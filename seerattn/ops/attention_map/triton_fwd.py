@@ -76,7 +76,15 @@ def choose_launch(*, block_q: int, head_dim: int, element_size: int, tokens: int
 
 
 def refusal(
-    q: Tensor, k: Tensor, v: Tensor | None, *, block_q: int, block_k: int, scale: float, **_others: object
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    softcap: float | None = None,
+    **_others: object,
 ) -> str | None:
     """Why this implementation cannot serve a call of `attention_maps`, in a sentence; None if it can."""
     if q.dtype not in DTYPES:
@@ -85,7 +93,7 @@ def refusal(
         return f"it takes head dims that are multiples of 8, got {q.shape[3]}"
     if block_q not in BLOCK_SIZES or block_k not in BLOCK_SIZES:
         return f"it takes blocks of {BLOCK_SIZES} tokens, got {block_q} x {block_k}"
-    return scale_refusal(scale)
+    return scale_refusal(scale, softcap)
 
 
 @torch.no_grad()

@@ -62,7 +62,9 @@ def choose_launch(*, block_q: int, block_k: int, members: int, head_dim: int, el
     return Launch(rows=min(block_q * members, 64), keys=keys, num_warps=4, num_stages=2)
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, scale: float, **_: object) -> str | None:
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, scale: float, softcap: float | None = None, **_: object
+) -> str | None:
     """Why this implementation cannot serve a call, in a sentence; None if it can."""
     if q.dtype not in DTYPES:
         return f"it takes fp16, bf16 or fp32, got {q.dtype}"
@@ -70,7 +72,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, scale: flo
         return f"it takes head dims of whole 16 bytes, got {q.shape[3]} x {q.element_size()} bytes"
     if blocks.block_q not in BLOCK_SIZES or blocks.block_k not in BLOCK_SIZES:
         return f"it takes blocks of {BLOCK_SIZES} tokens, got {blocks.block_q} x {blocks.block_k}"
-    return scale_refusal(scale)
+    return scale_refusal(scale, softcap)
 
 
 @torch.no_grad()
