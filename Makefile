@@ -16,9 +16,13 @@ models: .venv/.installed
 
 test: lint test-newest test-oldest
 
+# Two processes, each of which runs every other file; what the second has to say comes when both are done.
 test-newest: .venv/.installed
 	@echo "== tests, newest supported transformers =="
-	$(TEST_ENV) $(BIN)/python -m pytest
+	@log=$$(mktemp); \
+	$(TEST_ENV) $(BIN)/python -m pytest -p no:cacheprovider --shard 2/2 >$$log 2>&1 & other=$$!; \
+	$(TEST_ENV) $(BIN)/python -m pytest -p no:cacheprovider --shard 1/2; own=$$?; \
+	wait $$other; other=$$?; cat $$log; rm -f $$log; exit $$((own + other))
 
 # The parts that touch transformers and PEFT, at the other end of the supported range.
 test-oldest: .venv-oldest/.installed

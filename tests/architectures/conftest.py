@@ -9,10 +9,6 @@ from verdicts import EXPECTED, LEFT_OUT, REFUSED
 WITHOUT = {"served": (REFUSED, LEFT_OUT), "refused": tuple({v for v in EXPECTED.values() if not v.startswith(REFUSED)})}
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shard", default="1/1", help="which part of the families, such as 1/2")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "name" in metafunc.fixturenames:
         part, parts = map(int, metafunc.config.getoption("--shard").split("/"))

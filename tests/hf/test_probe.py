@@ -228,7 +228,7 @@ def test_attention_that_adds_something_of_its_own_is_refused(monkeypatch: pytest
         causal = torch.ones(query.shape[2], key.shape[2]).tril().log()
         return sdpa_attention.sdpa_attention_forward(module, query, key, value, causal + bias, **kwargs)
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", with_a_bias)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", with_a_bias)
     with pytest.raises(ValueError, match="attention must be the softmax of scaled products"):
         seerattn.attach(tiny_model("llama"), AttnGateConfig())
 

@@ -16,7 +16,7 @@ from seerattn.training.memory import estimate_finetuning, estimate_memory
 
 
 def test_estimate_matches_counted_bytes_and_scales_with_the_context() -> None:
-    base = tiny_model("llama", dtype=torch.bfloat16)
+    base = tiny_model("llama", dtype=torch.bfloat16).requires_grad_(False)
     base_bytes = 2 * sum(p.numel() for p in base.parameters())
     model = seerattn.attach(base, AttnGateConfig.paper())
     gates = [module for module in model.modules() if isinstance(module, AttnGate)]
