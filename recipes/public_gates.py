@@ -27,7 +27,7 @@ import torch
 import typer
 from corpora import documents_of, load_corpus, whole_lines, write_corpora
 from crew import Crew, Job
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from seerattn.eval.arms import Gates, Subject, choose_device, make_arms
 from seerattn.eval.data import cut_windows, digest
@@ -35,6 +35,7 @@ from seerattn.eval.needle import Needle, evaluate_needle
 from seerattn.eval.perplexity import evaluate_perplexity
 from seerattn.eval.results import ResultsFile
 from seerattn.gate import AttnGateConfig
+from seerattn.hf.loading import read_model
 from seerattn.saving import write_whole
 from seerattn.training.distill import DistillConfig, plan, run
 
@@ -129,7 +130,7 @@ def carry_out(options: Options, name: str) -> None:
 def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     """The model on the device, in bfloat16 on an accelerator."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    return read_model(str(folder), dtype=dtype, device=device)
 
 
 def measure(options: Options, name: str, device: torch.device) -> None:

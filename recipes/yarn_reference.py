@@ -35,7 +35,7 @@ import torch
 import typer
 from corpora import documents_of, load_corpus, whole_lines, write_corpora
 from crew import Crew, Job
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from seerattn.eval.arms import Gates, Subject, choose_device, make_arms
 from seerattn.eval.data import cut_windows, digest
@@ -43,6 +43,7 @@ from seerattn.eval.needle import Needle, evaluate_needle
 from seerattn.eval.perplexity import evaluate_perplexity
 from seerattn.eval.results import ResultsFile
 from seerattn.hf.context import extend_context
+from seerattn.hf.loading import read_model
 from seerattn.report.curves import as_finetuning
 from seerattn.saving import write_whole
 from seerattn.training.distill import DistillConfig
@@ -259,7 +260,7 @@ def train(options: Options, run: Run, device: torch.device) -> None:
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model on the device, by default in bfloat16 on an accelerator."""
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    return read_model(str(folder), dtype=dtype, device=device)
 
 
 def measure(options: Options, run: Run, device: torch.device) -> None:
