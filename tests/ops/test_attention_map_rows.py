@@ -18,15 +18,10 @@ HALF = torch.bfloat16 if CUDA else torch.float16
 EPS = torch.finfo(torch.float32).eps
 FORMS = (PUBLISHED, MASS, MapForm("sum", 2))
 # The interpreter computes with NumPy, which warns of log2(0) = -inf: a block in which a row has no probability.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh tensors hold NaN, so whatever is never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 
 def make_qk(heads, kv_heads, tokens, dtype, batch=1, dim=32):

@@ -14,15 +14,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 EPS = torch.finfo(torch.float32).eps
 # The interpreter computes with NumPy, which warns of log2(0) = -inf: a block in which a row has no probability.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh tensors hold NaN, so whatever the kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 
 def on_device(x):
