@@ -28,7 +28,7 @@ def check_output(path: Path, name: str, kind: str, read: Callable[[Path], T]) ->
     Raises:
         ValueError: names the argument and says what to do.
     """
-    there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    there = _nearest(path)
     if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
         raise ValueError(f"{name} must be a file that can be written, got {path}")
     if there != path:
@@ -51,6 +51,11 @@ def check_folder(path: Path, name: str) -> None:
     Raises:
         ValueError: names the argument.
     """
-    there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    there = _nearest(path)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"{name} must be a folder that can be written, got {path}")
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself if something is there, or else the nearest folder above it that is."""
+    return next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
