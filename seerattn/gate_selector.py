@@ -17,6 +17,7 @@ from seerattn.gate.pooling import Pooled, pool_blocks
 from seerattn.ops import gate_scores
 from seerattn.ops.resolve import check_impl, implementation
 from seerattn.selection.block_indices import BlockIndices
+from seerattn.selection.budgets import HeadBudgets, share_density
 from seerattn.selection.policies import KeepAll, Knob, Policy, Threshold, TokenBudget, TopK, TopP, rows_k
 from seerattn.selection.selector import AttentionContext, RotaryTables
 
@@ -29,11 +30,13 @@ class GateSelector:
         gate: scores the blocks.
         policy: chooses among them.
         impl: "reference" runs the torch modules, "triton" the fused op; "auto" takes the fused op where it can run.
+        budgets: share the one density of `TopK` among heads; None shares it equally.
     """
 
     gate: AttnGate
     policy: Policy
     impl: Literal["auto", "triton", "reference"] = "auto"
+    budgets: HeadBudgets | None = None
 
     def __post_init__(self) -> None:
         check_impl("gate_scores", self.impl)
@@ -42,7 +45,8 @@ class GateSelector:
         """See `Selector.select`."""
         config = self.gate.config
         start, k_len = k.shape[2] - q.shape[2], k.shape[2]
-        rule = _rule(self.policy, context.layer, k_len, config.block_q, config.block_k, not config.exclude_forced)
+        policy = share_density(self.policy, self.budgets, k_len)
+        rule = _rule(policy, context.layer, k_len, config.block_q, config.block_k, not config.exclude_forced)
         rotary = context.rotary or RotaryTables()
         module = implementation("gate_scores", self.impl, q.device, q, k, self.gate, rule, rotary)
         if module.__name__ != __name__:
@@ -51,7 +55,7 @@ class GateSelector:
             return gate_scores.select_blocks(q, k, self.gate, rule, rotary, call_frequencies(self.gate, context))
         # Not a call: FSDP's hooks would gather the gate once a document, and processes with other documents would hang.
         scores = self.gate.forward(*pooled_inputs(self.gate, q, k, context, "reference"))
-        return self.policy.select(
+        return policy.select(
             scores,
             q_start=start,
             q_len=q.shape[2],
@@ -118,7 +122,7 @@ def _rule(
         case KeepAll():
             kind, knob = "share", 1.0
         case TopK(rule="same_k"):
-            tokens = max(policy.length or 0, tokens)
+            tokens = policy.prompt_tokens(tokens)
             kind, knob = "count", _at_layer(policy.density, layer)
             counts = [float(rows_k(tokens, block_q, block_k, share)) for share in _values(knob)]
             knob = tuple(counts) if isinstance(knob, tuple) else counts[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from seerattn.baselines.family import Family, top_k_family
 from seerattn.ops.attention_map import attention_map
 from seerattn.selection.block_indices import BlockIndices
+from seerattn.selection.budgets import HeadBudgets, share_density
 from seerattn.selection.map_form import PUBLISHED, MapForm
 from seerattn.selection.policies import Policy
 from seerattn.selection.selector import AttentionContext
@@ -31,6 +32,7 @@ class OracleSelector:
         block_k: key block size in tokens.
         share: "kv_group" lets the heads of a group share their blocks, as gates of that form do.
         target: form of the map.
+        budgets: share the one density of `TopK` among heads; None shares it equally.
     """
 
     policy: Policy
@@ -38,6 +40,7 @@ class OracleSelector:
     block_k: int = 64
     share: Share = "query_head"
     target: MapForm = PUBLISHED
+    budgets: HeadBudgets | None = None
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
         """See `Selector.select`."""
@@ -48,7 +51,7 @@ class OracleSelector:
     def choose(self, target: Tensor, *, q_len: int, k_len: int, kv_heads: int, layer: int) -> BlockIndices:
         """Chooses from a map that is already known, ``[B, H, Nq, Nk]`` as of `attention_map`."""
         target = group_target(target, kv_heads if self.share == "kv_group" else target.shape[1])
-        return self.policy.select(
+        return share_density(self.policy, self.budgets, k_len).select(
             target.log(), q_start=k_len - q_len, q_len=q_len, block_q=self.block_q, block_k=self.block_k, layer=layer
         )
 

@@ -74,6 +74,10 @@ def distill(
         float,
         typer.Option(help="Share of samples that are synthetic recall documents.", rich_help_panel=_ABOUT),
     ] = 0.0,
+    target_share: Annotated[
+        float,
+        typer.Option(help="Share of the query blocks to learn from, others every step.", rich_help_panel=_ABOUT),
+    ] = 1.0,
     density: Annotated[
         float, typer.Option(help="Density that the gates run at when they are loaded.", rich_help_panel=_ABOUT)
     ] = 0.2,
@@ -99,6 +103,7 @@ def distill(
         row_weight=row_weight,
         drop_rows=drop_rows,
         recall_share=recall_share,
+        target_share=target_share,
         density=density,
         logging_steps=logging_steps,
         save_steps=save_steps,

@@ -31,10 +31,10 @@ class Pooled:
     length: int
     inv_freq: Tensor | None = None
 
-    def cut(self, row: int, begin: int, end: int) -> Pooled:
-        """Tokens ``begin .. end`` of one batch row, as a text of their own; both on window boundaries or at an end."""
+    def cut(self, rows: slice, begin: int, end: int) -> Pooled:
+        """Tokens ``begin .. end`` of batch rows, as texts of their own; both on window boundaries or at an end."""
         windows = slice(begin // self.size, -(-end // self.size))
-        return Pooled(self.features[row : row + 1, :, windows], self.size, 0, end - begin, self.inv_freq)
+        return Pooled(self.features[rows, :, windows], self.size, 0, end - begin, self.inv_freq)
 
 
 def pool_blocks(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...], salience: Tensor | None = None) -> Tensor:

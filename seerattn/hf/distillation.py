@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -61,22 +63,39 @@ class GateLosses:
     freed: memory does not grow with the number of layers. `total` gives a scalar whose backward pass hands out the
     finished gradients; gradient accumulation, DDP and loss scaling see nothing unusual.
 
-    Attributes:
+    Args:
         loss_fn: compares a gate with its target.
-        segment_ids: int ``[B, S]``, documents of packed rows, if the caller named them.
+        segment_ids: int ``[B, S]``, documents of packed rows, if the caller names them.
+        target_share: share of the query blocks whose targets are computed, in (0, 1]. Below 1 the output is that of
+            the model's own dense attention.
+        seed: draws those query blocks, together with ``step`` and the layer.
+        step: number of the optimizer step.
     """
 
-    def __init__(self, loss_fn: GateLoss, segment_ids: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        loss_fn: GateLoss,
+        segment_ids: Tensor | None = None,
+        *,
+        target_share: float = 1.0,
+        seed: int = 0,
+        step: int = 0,
+    ) -> None:
         self.loss_fn = loss_fn
         self.segment_ids = segment_ids
+        self.target_share, self.seed, self.step = target_share, seed, step
         self._rows: dict[int, list[tuple[int, Tensor, dict[str, Tensor]]]] = {}
 
     @torch.no_grad()
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: CallMask, call: LayerCall, logits: dict[str, Any]
-    ) -> Tensor:
-        """See `GateTraining.attend`; left-padded batches may be given."""
+    ) -> Tensor | None:
+        """See `GateTraining.attend`; left-padded batches may be given where the whole target is learned."""
         check_whole(query, mask)
+        if self.target_share < 1:
+            check_unpadded(mask)
+            self.learn_rows(query, key, call, logits, self.documents(query, mask, call))
+            return None
         gate, layer, k_len, lengths = call.state.gate, call.state.layer, mask.k_len, mask.lengths
         segment_ids, config = self.documents(query, mask, call), gate.config
         out, (target,) = attention_map(
@@ -98,6 +117,24 @@ class GateLosses:
             segments = None if segment_ids is None else segment_ids[rows, k_len - n :]
             self.add(layer, gate, *pooled_inputs(gate, *real, context), target[rows, :, :num_q, :num_k], segments)
         return out
+
+    def rows(self, layer: int, num_q_blocks: int) -> Tensor:
+        """The query blocks ``[R]`` of this step whose targets a layer learns from, ascending."""
+        count = max(1, math.ceil(self.target_share * num_q_blocks))
+        drawn = random.Random(f"rows {self.seed} {self.step} {layer}").sample(range(num_q_blocks), count)
+        return torch.tensor(sorted(drawn))
+
+    def learn_rows(
+        self, q: Tensor, k: Tensor, call: LayerCall, logits: dict[str, Any], segment_ids: Tensor | None
+    ) -> None:
+        """Adds the loss of one layer on some rows of the target of whole sequences, q and k after RoPE."""
+        gate, layer, tokens = call.state.gate, call.state.layer, q.shape[2]
+        config = gate.config
+        rows = self.rows(layer, num_query_blocks(0, tokens, config.block_q))
+        wanted = {"form": config.target, "query_blocks": rows, "block_q": config.block_q, "block_k": config.block_k}
+        target = attention_map(q, k, **wanted, **logits, segment_ids=segment_ids).map
+        context = call.context(row=None, q_len=tokens, k_len=tokens, **logits)
+        self.add(layer, gate, *pooled_inputs(gate, q, k, context), target, segment_ids, rows=rows)
 
     def documents(self, query: Tensor, mask: CallMask, call: LayerCall) -> Tensor | None:
         """Document numbers ``[B, S]`` of packed rows, None where every row is one document."""
@@ -169,6 +206,14 @@ def check_whole(query: Tensor, mask: CallMask) -> None:
         raise ValueError(
             "a training batch must be whole causal sequences without a cache, "
             f"got {query.shape[2]} tokens against {mask.k_len}"
+        )
+
+
+def check_unpadded(mask: CallMask) -> None:
+    """Refuses padded batches where only some rows of a target are computed, which are those of whole sequences."""
+    if mask.lengths is not None:
+        raise ValueError(
+            f"a batch that learns some query blocks must not be padded, got rows of {mask.lengths}; pack documents"
         )
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import random
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from seerattn.gate_selector import GateSelector, pooled_inputs
-from seerattn.hf.distillation import GateLoss, GateLosses, check_whole, gathered
+from seerattn.gate_selector import GateSelector
+from seerattn.hf.distillation import GateLoss, GateLosses, check_unpadded, check_whole, gathered
 from seerattn.hf.mask import CallMask, document_bounds
 from seerattn.hf.meters import DensityMeter
-from seerattn.ops.attention_map import attention_map
 from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 from seerattn.selection.policies import TopK
@@ -60,28 +57,18 @@ class SparseTraining(GateLosses):
         step: int = 0,
         segment_ids: Tensor | None = None,
     ) -> None:
-        super().__init__(loss_fn, segment_ids)
+        super().__init__(loss_fn, segment_ids, target_share=target_share, seed=seed, step=step)
         self.policy = TopK(density=density)
-        self.target_share, self.seed, self.step = target_share, seed, step
         self.meter = SampleMeter()
         self.blocks: dict[int, list[list[BlockIndices]]] = {}
         self._groups: list[list[Group]] | None = None
-
-    def rows(self, layer: int, num_q_blocks: int) -> Tensor:
-        """The query blocks ``[R]`` of this step whose targets a layer learns from, ascending."""
-        count = max(1, math.ceil(self.target_share * num_q_blocks))
-        drawn = random.Random(f"rows {self.seed} {self.step} {layer}").sample(range(num_q_blocks), count)
-        return torch.tensor(sorted(drawn))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: CallMask, call: LayerCall, logits: dict[str, Any]
     ) -> Tensor | None:
         """See `GateTraining.attend`; differentiable in all but the choice of the blocks."""
         check_whole(query, mask)
-        if mask.lengths is not None:
-            raise ValueError(
-                f"a batch for sparse training must not be padded, got rows of {mask.lengths}; pack documents instead"
-            )
+        check_unpadded(mask)
         device, state = query.device.type, call.state
         if torch.is_autocast_enabled(device):
             # RoPE left q and k in fp32; dense attention would round them here as well.
@@ -93,7 +80,9 @@ class SparseTraining(GateLosses):
                 with gathered(state.gate):
                     self.blocks[state.layer] = self._choose(*inputs)
                 if self.loss_fn is not None:
-                    self._learn(*inputs)
+                    # The gate scores those rows a second time: with a graph all rows would cost more than sparse
+                    # attention itself, and without one `GateSelector` scores them in a fused kernel.
+                    self.learn_rows(*inputs)
         blocks = self.blocks[state.layer]
         if not blocks:
             return None
@@ -130,20 +119,6 @@ class SparseTraining(GateLosses):
             for blocks in lists:
                 self.meter.add(b, state, blocks)
         return chosen
-
-    def _learn(self, q: Tensor, k: Tensor, call: LayerCall, logits: dict[str, Any], segment_ids: Tensor | None) -> None:
-        """The gate's loss on some of the target's rows.
-
-        The gate scores those rows a second time: with a graph all rows would cost more than sparse attention itself,
-        and without one `GateSelector` scores them in a fused kernel.
-        """
-        gate, layer, tokens = call.state.gate, call.state.layer, q.shape[2]
-        config = gate.config
-        rows = self.rows(layer, num_query_blocks(0, tokens, config.block_q))
-        wanted = {"form": config.target, "query_blocks": rows, "block_q": config.block_q, "block_k": config.block_k}
-        target = attention_map(q, k, **wanted, **logits, segment_ids=segment_ids).map
-        context = call.context(row=None, q_len=tokens, k_len=tokens, **logits)
-        self.add(layer, gate, *pooled_inputs(gate, q, k, context), target, segment_ids, rows=rows)
 
     def _packed(self, segment_ids: Tensor, state: LayerState) -> list[list[Group]]:
         """The documents of every row in groups, read from the device once a forward."""

@@ -1,6 +1,7 @@
 """Choosing blocks: index lists, policies, the selector protocol."""
 
 from seerattn.selection.block_indices import BlockIndices as BlockIndices
+from seerattn.selection.budgets import HeadBudgets as HeadBudgets
 from seerattn.selection.policies import KeepAll as KeepAll
 from seerattn.selection.policies import Policy as Policy
 from seerattn.selection.policies import Threshold as Threshold

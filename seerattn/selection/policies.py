@@ -132,11 +132,14 @@ class TopK(Policy):
             own blocks, and so does not depend on the length of the prompt.
         length: tokens of the whole prompt where it is known before its last chunk; "same_k" derives its number from
             it. None takes the keys of the call at hand.
+        heads: "calibrated" shares one density among heads as the budgets of the gates say (`HeadBudgets`), equally
+            where they have none; "equal" gives every head the same.
     """
 
     density: Knob
     rule: Literal["same_k", "row_share"] = "same_k"
     length: int | None = None
+    heads: Literal["calibrated", "equal"] = "calibrated"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,6 +148,19 @@ class TopK(Policy):
             raise ValueError(f"rule must be 'same_k' or 'row_share', got {short(self.rule)}")
         if self.length is not None:
             _check_whole("length", self.length, 1)
+        if self.heads not in ("calibrated", "equal"):
+            raise ValueError(f"heads must be 'calibrated' or 'equal', got {short(self.heads)}")
+
+    def prompt_tokens(self, tokens: int) -> int:
+        """Tokens of the whole prompt as far as a call with ``tokens`` keys can tell."""
+        return max(self.length or 0, tokens)
+
+    def to_dict(self) -> dict:
+        """See `Policy.to_dict`. Calibrated heads go without saying, as in policies from before there were any."""
+        values = super().to_dict()
+        if self.heads == "calibrated":
+            del values["heads"]
+        return values
 
     @property
     def follows_chunks(self) -> bool:
@@ -153,8 +169,7 @@ class TopK(Policy):
 
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
         if self.rule == "same_k":
-            tokens = max(self.length or 0, rows.tokens)
-            geometry = (tokens, rows.block_q, rows.block_k)
+            geometry = (self.prompt_tokens(rows.tokens), rows.block_q, rows.block_k)
             k = _map_knob(self.density, rows.layer, scores, lambda share: rows_k(*geometry, share))
         else:
             k = (rows.causal.sum(-1, keepdim=True) * _at_layer(self.density, rows.layer, scores)).ceil()

@@ -111,7 +111,11 @@ class Plan:
         """What will be done, for people."""
         config = self.config
         memory = estimate_memory(
-            self.model, self.gates, micro_batch_size=config.micro_batch_size, context=config.context
+            self.model,
+            self.gates,
+            micro_batch_size=config.micro_batch_size,
+            context=config.context,
+            target_share=config.target_share,
         )
         return {
             "model": self.facts()["model"] or type(self.model.get_base_model()).__name__,
@@ -121,6 +125,7 @@ class Plan:
             **describe_samples(self.samples),
             "steps": config.describe_steps(),
             "loss": f"{config.loss}, rows {config.row_weight}, first {config.drop_rows:.0%} left out",
+            "targets": f"{config.target_share:.0%} of the query blocks, others every step",
             "learning rate": f"{config.lr}, cosine, {config.warmup} steps of warm-up",
             "memory (estimate)": f"{as_bytes(sum(memory.values()))} on each process: "
             + ", ".join(f"{name} {as_bytes(size)}" for name, size in memory.items()),
@@ -234,6 +239,7 @@ def _train(prepared: Plan, facts: dict[str, Any], output: Path, arguments: Train
         train_dataset=prepared.samples,
         data_collator=collate,
         layer_loss=LayerLoss(loss=config.loss, row_weight=config.row_weight, drop_rows=config.drop_rows),
+        target_share=config.target_share,
         log=output / LOG_NAME,
         keep_checkpoints=config.keep_checkpoints,
         tokens_per_step=config.tokens_per_step,

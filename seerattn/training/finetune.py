@@ -65,7 +65,6 @@ class FinetuneConfig(RunConfig):
         sparsity: share of the causal block area that attention leaves out, in [0, 1).
         anneal: share of the steps over which the sparsity rises from 0; 0 is fixed.
         context_factor: extends the model's context so many times with YaRN.
-        target_share: share of the query blocks whose attention map is computed for the gates to learn from.
         target_every: steps from one on which the gates learn to the next.
         gate_lr: peak learning rate of the gates. The two losses need no other balance, see `FinetuneTrainer`.
         gradient_checkpointing: run layers again in the backward pass in place of keeping what they computed.
@@ -90,8 +89,6 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         if not 0 <= self.anneal <= 1:
             raise ValueError(f"anneal must be a share of the steps in [0, 1], got {self.anneal}")
-        if not 0 < self.target_share <= 1:
-            raise ValueError(f"target_share must be in (0, 1], got {self.target_share}")
         if not self.context_factor >= 1:
             raise ValueError(f"context_factor must be at least 1, got {self.context_factor}")
         check_whole_number("target_every", self.target_every, 1, sys.maxsize)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -59,31 +60,32 @@ class LayerLoss:
             k: the same of the keys of all ``HKV`` heads.
             target: map ``[B, H, Nq, Nk]`` of the whole rows, or ``[B, H, R, Nk]`` of some of its query blocks.
             segment_ids: int ``[B, S]``, documents of packed rows; each begins on a block boundary.
-            rows: int64 ``[R]``, ascending query blocks that ``target`` holds, by default all. Recall is then not
-                measured.
+            rows: int64 ``[R]``, ascending query blocks that ``target`` holds, by default all.
 
         Returns:
             The loss, and with ``measure`` the recall of the target at `RECALL_DENSITIES` by the gate ("recall@0.1")
             and by the best blocks of every head ("oracle_recall@0.1"); forced blocks included, averaged over heads
-            and the documents of a sample, then over the samples that have documents to measure.
+            and the documents of a sample, then over the samples that have documents to measure; of ``rows`` alone.
 
         Raises:
             ValueError: a document begins within a block.
         """
-        config, measured = gate.config, self.measure and rows is None
+        config = gate.config
         losses, recalls = [], []
-        for sample in range(len(target)):
+        for samples, bounds in _alike(config, q, segment_ids, len(target)):
             sums, found = [], []
-            for document in _documents(config, q, k, target, segment_ids, rows, sample):
+            for document in _documents(config, q, k, target, rows, samples, bounds):
                 # Also those that do not count, so that the loss always has a graph.
                 scores = gate.forward(document.q, document.k, document.rows)
                 sums.append(self._sums(gate, scores, document))
-                if measured and document.counts(config):
+                if self.measure and document.counts(config):
                     found.append(_recalls(scores.detach(), document, config))
-            total, weight = (torch.cat(parts).sum() for parts in zip(*sums))
+            total, weight = (torch.stack(parts).sum(0) for parts in zip(*sums))
             losses.append(weighted_mean(total, weight))
-            recalls += [_means(found)] if found else []
-        return torch.stack(losses).mean(), _means(recalls) if recalls else {}
+            if found:
+                recalls.append({name: torch.stack([values[name] for values in found]).mean(0) for name in found[0]})
+        means = {name: torch.cat([values[name] for values in recalls]).mean() for name in recalls[0]} if recalls else {}
+        return torch.cat(losses).mean(), means
 
     def _sums(self, gate: AttnGate, scores: Tensor, document: _Document) -> tuple[Tensor, Tensor]:
         """See `gate_loss_sums`."""
@@ -104,12 +106,12 @@ class LayerLoss:
 
 @dataclass(frozen=True, eq=False)
 class _Document:
-    """A document of one sample, on its own.
+    """A document on its own, or documents at the same place in several samples.
 
     Attributes:
         q: its queries.
         k: its keys.
-        target: its map ``[1, H, R, Nk]``.
+        target: its map ``[samples, H, R, Nk]``.
         rows: int64 ``[R]``, its query blocks that the map holds, on the host; None for all.
     """
 
@@ -128,41 +130,61 @@ class _Document:
         return self.length >= 2 * max(config.block_q, config.block_k)
 
 
+def _alike(
+    config: AttnGateConfig, q: Pooled, segment_ids: Tensor | None, samples: int
+) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
+    """Neighbouring samples with the same first tokens and ends of documents.
+
+    They run in one call: a model as small as SmolLM2 is bound by the number of its calls.
+    """
+    if segment_ids is None:
+        yield slice(0, samples), [(0, q.length)]
+        return
+    bounds = [document_bounds(ids, config.block_q, config.block_k) for ids in segment_ids]
+    for _, same in groupby(range(samples), key=bounds.__getitem__):
+        numbers = list(same)
+        yield slice(numbers[0], numbers[-1] + 1), bounds[numbers[0]]
+
+
 def _documents(
     config: AttnGateConfig,
     q: Pooled,
     k: Pooled,
     target: Tensor,
-    segment_ids: Tensor | None,
     rows: Tensor | None,
-    sample: int,
+    samples: slice,
+    bounds: list[tuple[int, int]],
 ) -> Iterator[_Document]:
-    """The documents of a sample of which the map holds rows."""
+    """The documents of samples that are alike, of which the map holds rows."""
     block_q, block_k = config.block_q, config.block_k
     held = range(target.shape[2]) if rows is None else rows.tolist()
-    bounds = [(0, q.length)] if segment_ids is None else document_bounds(segment_ids[sample], block_q, block_k)
     for begin, end in bounds:
         first, last = (bisect_left(held, -(-token // block_q)) for token in (begin, end))
         if first == last:
             continue
         own = None if rows is None else rows[first:last].cpu() - begin // block_q
         seen = slice(begin // block_k, -(-end // block_k))
-        part = target[sample : sample + 1, :, first:last, seen]
-        yield _Document(q.cut(sample, begin, end), k.cut(sample, begin, end), part, own)
+        part = target[samples, :, first:last, seen]
+        yield _Document(q.cut(samples, begin, end), k.cut(samples, begin, end), part, own)
 
 
 @torch.no_grad()
 def _recalls(scores: Tensor, document: _Document, config: AttnGateConfig) -> dict[str, Tensor]:
+    """Recalls ``[samples]`` by name."""
     geometry = {"q_start": 0, "q_len": document.length, "block_q": config.block_q, "block_k": config.block_k}
-    found = {}
+    target, found = document.target, {}
+    if document.rows is not None:
+        # A policy chooses for all rows of a prompt; those that are not known hold nothing, and count for nothing.
+        blocks = num_query_blocks(0, document.length, config.block_q)
+        rows = document.rows.to(target.device)
+        scores, target = (
+            torch.full((*x.shape[:2], blocks, x.shape[3]), fill, device=x.device).index_copy(2, rows, x)
+            for x, fill in ((scores, -torch.inf), (target, 0.0))
+        )
     for density in RECALL_DENSITIES:
         policy = TopK(density=density)
         chosen = policy.select(scores, forced_scored=not config.exclude_forced, **geometry)
-        best = policy.select(document.target, **geometry)
+        best = policy.select(target, **geometry)
         for name, blocks in (("recall", chosen), ("oracle_recall", best)):
-            found[f"{name}@{density}"] = target_recall(blocks.to_mask(), document.target).mean()
+            found[f"{name}@{density}"] = target_recall(blocks.to_mask(), target).mean(1)
     return found
-
-
-def _means(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([values[name] for values in found]).mean() for name in found[0]}

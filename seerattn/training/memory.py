@@ -17,7 +17,9 @@ _FP32, _BF16 = 4, 2
 _MAPS = 8
 
 
-def estimate_memory(model: nn.Module, gates: list[AttnGate], *, micro_batch_size: int, context: int) -> dict[str, int]:
+def estimate_memory(
+    model: nn.Module, gates: list[AttnGate], *, micro_batch_size: int, context: int, target_share: float = 1.0
+) -> dict[str, int]:
     """Bytes that one process needs on its device, by what they are for.
 
     The base runs without a graph and each gate's graph is freed before the next layer runs, so activations and graph
@@ -28,6 +30,7 @@ def estimate_memory(model: nn.Module, gates: list[AttnGate], *, micro_batch_size
         gates: its gates.
         micro_batch_size: samples that run at once.
         context: tokens of a sample.
+        target_share: share of the query blocks that gates learn from.
     """
     base = [p for p in model.parameters() if not p.requires_grad]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -43,8 +46,8 @@ def estimate_memory(model: nn.Module, gates: list[AttnGate], *, micro_batch_size
         "base model": sum(p.numel() * p.element_size() for p in base),
         "gates, gradients, AdamW": 4 * trained * _FP32,
         "activations of a layer": activations,
-        "gate inputs and graph of a layer": _gate_bytes(gate, tokens, share=1.0),
-        "target and score maps of a layer": _map_bytes(gate, micro_batch_size, context, share=1.0),
+        "gate inputs and graph of a layer": _gate_bytes(gate, tokens, share=target_share),
+        "target and score maps of a layer": _map_bytes(gate, micro_batch_size, context, share=target_share),
     }
 
 

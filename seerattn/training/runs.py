@@ -41,6 +41,8 @@ class RunConfig:
         save_steps: steps from one checkpoint to the next, a multiple of ``logging_steps``.
         keep_checkpoints: older ones are deleted.
         report_to: trackers of the Trainer, such as "wandb" or "tensorboard".
+        target_share: share of the query blocks whose attention map is computed for the gates to learn from; others
+            every step.
         seed: draws the gates' initial weights and the order of the data.
     """
 
@@ -57,6 +59,7 @@ class RunConfig:
     save_steps: int = 100
     keep_checkpoints: int = 2
     report_to: str = "none"
+    target_share: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +81,8 @@ class RunConfig:
                 raise ValueError(f"{name} must be one of {list(kinds)}, got {getattr(self, name)!r}")
         if not 0 <= self.recall_share <= 1:
             raise ValueError(f"recall_share must be in [0, 1], got {self.recall_share}")
+        if not 0 < self.target_share <= 1:
+            raise ValueError(f"target_share must be in (0, 1], got {self.target_share}")
         if self.save_steps % self.logging_steps:
             # A record averages over the steps since the last one; a run that resumes between two would lose some.
             raise ValueError(

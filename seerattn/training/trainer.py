@@ -145,14 +145,15 @@ class DistillTrainer(RecordedTrainer):
 
     Args:
         layer_loss: the loss of a layer; recall is measured at the steps that are recorded.
+        target_share: share of the query blocks of a step that gates learn from.
         **kwargs: those of `RecordedTrainer`.
     """
 
     shown = ("loss", f"recall@{RECALL_DENSITIES[0]}", f"oracle_recall@{RECALL_DENSITIES[0]}")
 
-    def __init__(self, *, layer_loss: LayerLoss, **kwargs: Any) -> None:
+    def __init__(self, *, layer_loss: LayerLoss, target_share: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.layer_loss = layer_loss
+        self.layer_loss, self.target_share = layer_loss, target_share
         self.metrics: list[dict[int, dict[str, Tensor]]] = []
 
     def compute_loss(
@@ -166,7 +167,13 @@ class DistillTrainer(RecordedTrainer):
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.eval()
-        losses = GateLosses(replace(self.layer_loss, measure=self.records(self.state.global_step + 1)))
+        step = self.state.global_step
+        losses = GateLosses(
+            replace(self.layer_loss, measure=self.records(step + 1)),
+            target_share=self.target_share,
+            seed=self.args.seed,
+            step=step,
+        )
         # Logits of a whole sample of 64k tokens would take 17 GB.
         outputs = model(**inputs, gate_losses=losses, logits_to_keep=1, use_cache=False)
         self.metrics.append(losses.metrics())

@@ -356,7 +356,7 @@ def test_pooled_frequencies_of_a_call_take_the_place_of_the_gates_own() -> None:
     of_call = [replace(x, inv_freq=0.3 * INV_FREQ) for x in hand_on(gate, q, k)]
     assert torch.equal(gate(*of_call), other(q, k))
     assert not torch.allclose(gate(*of_call), gate(q, k))
-    cut = gate(*(x.cut(1, 64, 150) for x in of_call))
+    cut = gate(*(x.cut(slice(1, 2), 64, 150) for x in of_call))
     torch.testing.assert_close(cut, other(q[1:, :, 64:], k[1:, :, 64:]), rtol=1e-5, atol=1e-5)
 
 
@@ -394,7 +394,7 @@ def test_a_document_cut_out_of_pooled_rows_scores_as_if_alone(name: str) -> None
     q, k = qk(150)
     # Matrix products of other shapes may add in another order.
     torch.testing.assert_close(
-        gate(*(x.cut(1, 64, 150) for x in hand_on(gate, q, k))),
+        gate(*(x.cut(slice(1, 2), 64, 150) for x in hand_on(gate, q, k))),
         gate(q[1:, :, 64:], k[1:, :, 64:]),
         rtol=1e-5,
         atol=1e-5,

@@ -220,10 +220,42 @@ def test_loss_and_recall_of_a_batch_are_the_means_of_its_samples_alone(some_rows
     loss, gradient, recalls = learn(0, 1, 2, 3)
     torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, torch.stack(grads).mean(0), rtol=1e-4, atol=1e-8)
-    assert len(recalls) == (0 if some_rows else 4)
+    assert len(recalls) == 4
     for name, value in recalls.items():
         measured = torch.stack([metrics[sample][name] for sample in range(3)])
         torch.testing.assert_close(value, measured.mean(), rtol=1e-6, atol=0)
+
+
+def test_gates_that_learn_a_share_of_the_target_see_those_rows_of_it_and_leave_the_model_dense() -> None:
+    model = seerattn.attach(tiny_model("llama"), FORM)
+    ids, seen = tokens(2, 7 * BLOCK + 5), []
+
+    class Spying(LayerLoss):
+        def __call__(self, gate, q, k, target, segment_ids, rows=None):
+            seen.append((target, rows))
+            return super().__call__(gate, q, k, target, segment_ids, rows)
+
+    def learn(**share: float) -> Tensor:
+        return model(input_ids=ids, gate_losses=GateLosses(Spying(), **share), use_cache=False).logits
+
+    learn()
+    whole, drawn = [target for target, _ in seen], []
+    for step in range(3):
+        seen.clear()
+        logits = learn(target_share=0.3, seed=1, step=step)
+        with seerattn.policy(model, None):
+            assert torch.equal(logits, model(input_ids=ids, use_cache=False).logits)
+        for target, (part, rows) in zip(whole, seen, strict=True):
+            assert len(rows) == 3
+            torch.testing.assert_close(part, target[:, :, rows], rtol=1e-5, atol=1e-7)
+            drawn.append(tuple(rows.tolist()))
+    # Others every step and in every layer.
+    assert len(set(drawn)) == len(drawn)
+    mask = torch.ones_like(ids)
+    mask[1, :BLOCK] = 0
+    losses = GateLosses(LayerLoss(), target_share=0.3)
+    with pytest.raises(ValueError, match=f"must not be padded, got rows of .*{6 * BLOCK + 5}.*; pack documents"):
+        model(input_ids=ids, attention_mask=mask, gate_losses=losses, use_cache=False)
 
 
 def test_padded_row_too_short_to_measure_has_no_part_in_the_recall() -> None:
@@ -249,7 +281,8 @@ def test_packed_documents_within_a_block_are_rejected() -> None:
         run(model, LayerLoss(), input_ids=ids, segment_ids=(torch.arange(4 * BLOCK) >= 70).long()[None])
 
 
-def test_recall_matches_a_count_over_rows() -> None:
+@pytest.mark.parametrize("some_rows", [False, True])
+def test_recall_matches_a_count_over_rows(some_rows: bool) -> None:
     config = AttnGateConfig(block_q=BLOCK, block_k=BLOCK, share="kv_group")
     generator = torch.Generator().manual_seed(0)
     blocks, heads = 24, 4
@@ -261,13 +294,15 @@ def test_recall_matches_a_count_over_rows() -> None:
         Pooled(pool_blocks(x, size=size, start=0, kinds=kinds), size, 0, blocks * BLOCK)
         for x, size, kinds in ((q, config.q_size, config.q_pooling), (k, config.k_size, config.k_pooling))
     )
-    _, metrics = LayerLoss(measure=True)(gate, q, k, target, None)
+    counted = [0, 3, 4, 11, 22] if some_rows else list(range(blocks))
+    known = {"rows": torch.tensor(counted)} if some_rows else {}
+    _, metrics = LayerLoss(measure=True)(gate, q, k, target[:, :, counted], None, **known)
     scores = gate(q, k).detach().repeat_interleave(2, 1)
     # Of 300 causal blocks, two a row are 47 and three are 69, which is nearer to .2: the first, the diagonal, the best.
     for name, by in (("recall@0.2", scores), ("oracle_recall@0.2", target)):
         total = 0.0
         for head in range(heads):
-            for row in range(blocks):
+            for row in counted:
                 ranked = sorted(range(row + 1), key=lambda j, r=row, h=head: (j not in (0, r), -float(by[0, h, r, j])))
                 total += float(target[0, head, row, ranked[:3]].sum())
-        assert abs(float(metrics[name]) - total / (heads * blocks)) < 1e-6
+        assert abs(float(metrics[name]) - total / (heads * len(counted))) < 1e-6

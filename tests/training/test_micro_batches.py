@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ def distillation(micro_batch_size: int) -> tuple[Callable[..., Any], Callable[..
     return plan, distill, config
 
 
+def distillation_of_some_rows(micro_batch_size: int) -> tuple[Callable[..., Any], Callable[..., Any], RunConfig]:
+    return plan, distill, replace(distillation(micro_batch_size)[2], target_share=0.4)
+
+
 def finetuning(micro_batch_size: int) -> tuple[Callable[..., Any], Callable[..., Any], RunConfig]:
     own = {"sparsity": 0.5, "anneal": 0.25, "target_share": 0.5, "gate_lr": 3e-3}
     config = FinetuneConfig(**SHARED, **own, micro_batch_size=micro_batch_size)
@@ -65,7 +70,7 @@ def measured(output: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in NOT_MEASURED} for record in found]
 
 
-@pytest.mark.parametrize("kind", [distillation, finetuning])
+@pytest.mark.parametrize("kind", [distillation, distillation_of_some_rows, finetuning])
 def test_records_and_weights_are_those_of_one_sample_at_a_time(kind: Callable, folder: Path, tmp_path: Path) -> None:
     for size in (1, 2, 4):
         prepare, train, config = kind(size)
