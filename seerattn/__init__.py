@@ -29,6 +29,7 @@ _HOME = {
     "GateSelector": "seerattn.gate_selector",
     "Selector": "seerattn.selection",
     "Policy": "seerattn.selection",
+    "HeadBudgets": "seerattn.selection",
     "KeepAll": "seerattn.selection",
     "TopK": "seerattn.selection",
     "TopP": "seerattn.selection",

@@ -14,6 +14,7 @@ from seerattn.cli.values import numbers, words
 from seerattn.eval.arms import SELECTORS, Arm, Gates, Subject, choose_device, load_subject, make_arms
 from seerattn.eval.data import Window, cut_windows, digest, token_documents
 from seerattn.eval.results import Result, ResultsFile
+from seerattn.selection.map_form import MapForm
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -75,7 +76,16 @@ LevelOption = Annotated[
     Literal["auto", "score", "softmax"],
     typer.Option(help="What is compared: raw scores, the default for gates that normalise them, or their softmax."),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Do not save the thresholds.")]
+BudgetsOption = Annotated[
+    bool, typer.Option("--budgets", help="Find the densities of heads that hold most together, instead of thresholds.")
+]
+LadderOption = Annotated[
+    str, typer.Option(help="Mean densities of budgets, from the lowest that you want; default: nine of .03 to .7.")
+]
+GainOption = Annotated[
+    str, typer.Option(help="Map of which budgets hold most, keys:power; default: the target of the gates.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Save nothing with the gates.")]
 
 
 @app.command()
@@ -316,6 +326,9 @@ def calibrate(
     model: ModelOption,
     gates: OneGatesOption,
     data: DataOption,
+    budgets: BudgetsOption = False,
+    ladder: LadderOption = "",
+    gain: GainOption = "",
     density: TargetDensityOption = 0.0,
     target_recall: TargetRecallOption = 0.0,
     per_head: PerHeadOption = True,
@@ -332,40 +345,52 @@ def calibrate(
     text: TextOption = "",
     output: OutputOption = None,
 ) -> None:
-    """Find thresholds that meet a density or a recall, check them on other text, and save them with the gates.
+    """Fit gates to text: share densities among heads (--budgets), or find thresholds that meet a density or a recall.
 
-    Every second document calibrates, the others check.
+    Every second document calibrates, the others check; what was found is saved with the gates. With budgets
+    `TopK(density=...)` gives every head its share of that density, at all densities and lengths.
     """
+    from seerattn.eval.budgets import LADDER, check_ladder, evaluate_budgets
     from seerattn.eval.calibrate import evaluate_calibration
 
-    if (density > 0) == (target_recall > 0):
+    if [budgets, density > 0, target_recall > 0].count(True) != 1:
         raise ValueError(
-            f"one of density and target-recall must be given, in (0, 1], got {density:g} and {target_recall:g}"
+            "one of budgets, density and target-recall must be given, densities and recalls in (0, 1], got "
+            f"{'budgets, ' if budgets else ''}{density:g} and {target_recall:g}"
         )
+    if (ladder or gain) and not budgets:
+        raise ValueError(f"ladder and gain must come with budgets, got {ladder or gain}; add --budgets")
+    rungs = numbers("ladder", ladder, float, 0) if ladder else LADDER
+    check_ladder(rungs)
+    held = MapForm.parse(gain) if gain else None
     where = choose_device(device or None)
     file = ResultsFile(output, where)
     folder = _gates([gates])[0]
     subject = load_subject(model, gates=[folder], device=where, dtype=dtype, impl=impl, context=context,
         trust_remote_code=trust_remote_code)  # fmt: skip
     cut, settings = _windows(subject, data, [context], windows, 0, max_docs)
+    common = {"context": context, "text": text or _name_of(data), "settings": settings, "save": not dry_run,
+        "batch": batch}  # fmt: skip
     with progress_bars() as progress:
-        rows = evaluate_calibration(
-            subject,
-            folder,
-            cut[context],
-            file,
-            goal="density" if density else "recall",
-            value=density or target_recall,
-            per_head=per_head,
-            on=None if on == "auto" else on,
-            context=context,
-            text=text or _name_of(data),
-            settings=settings,
-            save=not dry_run,
-            batch=batch,
-            progress=progress,
-        )
-    _print_table(rows, {"calibrated_density": "density", "calibrated_recall": "recall"}, output)
+        if budgets:
+            rows = evaluate_budgets(
+                subject, folder, cut[context], file, ladder=rungs, gain=held, **common, progress=progress
+            )
+        else:
+            rows = evaluate_calibration(
+                subject,
+                folder,
+                cut[context],
+                file,
+                goal="density" if density else "recall",
+                value=density or target_recall,
+                per_head=per_head,
+                on=None if on == "auto" else on,
+                **common,
+                progress=progress,
+            )
+    kind = "budget" if budgets else "calibrated"
+    _print_table(rows, {f"{kind}_density": "density", f"{kind}_recall": "recall"}, output)
 
 
 def _arms(
@@ -436,14 +461,15 @@ def _name_of(data: list[str]) -> str:
 def _print_table(rows: list[Result], columns: dict[str, str], output: Path | None) -> None:
     """One line for each arm and cell, with a column for each quantity."""
     lines: dict[tuple, dict[str, Result]] = {}
+    told = ("task", "metric", "filter", "depth", "heads")
     for row in rows:
-        where = {name: row.cell[name] for name in ("task", "metric", "filter", "depth", "per_head") if name in row.cell}
+        where = {name: row.cell[name] for name in ("per_head", *told) if name in row.cell}
         key = (row.context, row.arm, row.density, (row.policy or {}).get("last_rows_dense", 0), str(where))
         lines.setdefault(key, {})[row.what] = row
     body = []
     for (context, arm, density, rows_dense, _), found in lines.items():
         row = next(iter(found.values()))
-        where = " ".join(str(row.cell[name]) for name in ("task", "metric", "filter", "depth") if name in row.cell)
+        where = " ".join(str(row.cell[name]) for name in told if name in row.cell)
         realised = "" if row.realised_density is None else f"{row.realised_density:.3f}"
         values = [_value(found[what]) if what in found else "" for what in columns]
         nominal = "" if density is None else f"{density:g}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -25,6 +25,7 @@ from seerattn.hf.loading import read_config, read_model, read_tokenizer
 from seerattn.hf.meters import AttentionTimes, DensityMeter, TimeMeter, record_density, record_time
 from seerattn.hf.state import layer_states
 from seerattn.ops.resolve import check_impl
+from seerattn.selection.budgets import HeadBudgets, shares_density
 from seerattn.selection.map_form import PUBLISHED, MapForm
 from seerattn.selection.policies import Policy, TopK, policy_from_dict
 from seerattn.selection.selector import LastRowsDense
@@ -78,6 +79,8 @@ class Arm:
             name += f" {self.density:g}"
         elif self.gates and self.policy is None:
             name += " (its own policy)"
+        if isinstance(self.policy, TopK) and self.policy.heads == "equal":
+            name += ", equal heads"
         if self.policy is not None and self.policy.last_rows_dense:
             name += f", last {self.policy.last_rows_dense} rows dense"
         return name
@@ -217,6 +220,15 @@ class Run:
         return self._times.times()
 
 
+class _Loaded(NamedTuple):
+    """Gates of a folder."""
+
+    gates: dict[int, AttnGate]
+    policy: Policy | None
+    weights: str
+    budgets: HeadBudgets | None
+
+
 class Subject:
     """A loaded model, its tokenizer, and the gates that are compared on it.
 
@@ -264,18 +276,30 @@ class Subject:
 
     def gates(self, folder: Gates) -> dict[int, AttnGate]:
         """The gate of each gated layer."""
-        return self._gates[folder][0]
+        return self._gates[folder].gates
 
-    def _load(self, folder: Gates) -> tuple[dict[int, AttnGate], Policy | None, str]:
+    def saved_policy(self, folder: Gates) -> Policy | None:
+        """The policy that was saved with gates, None without."""
+        return self._gates[folder].policy
+
+    def budgets(self, folder: Gates) -> HeadBudgets | None:
+        """What shares a density among the heads of gates, None where they have none."""
+        return self._gates[folder].budgets
+
+    def set_budgets(self, folder: Gates, budgets: HeadBudgets) -> None:
+        """Lets loaded gates share densities by other budgets; files stay as they are."""
+        self._gates[folder] = self._gates[folder]._replace(budgets=budgets)
+
+    def _load(self, folder: Gates) -> _Loaded:
         if layer_states(self.model):
             raise ValueError("model must have no gates or selectors yet, got one with some")
         gated = attach(self.model, folder.path)
         try:
             gates = {state.layer: state.gate for state in layer_states(gated) if state.gate is not None}
-            saved = gated.active_peft_config.policy
+            saved, budgets = gated.active_peft_config.policy, gated.base_model.attachment.budgets["default"]
         finally:
             detach(gated)
-        return gates, None if saved is None else policy_from_dict(saved), fingerprint(folder.path)
+        return _Loaded(gates, None if saved is None else policy_from_dict(saved), fingerprint(folder.path), budgets)
 
     def block_sizes(self, arm: Arm | TunedArm) -> tuple[int, int]:
         """Query and key block size in tokens of what an arm selects."""
@@ -296,8 +320,8 @@ class Subject:
             return arm.selector_at
         policy = self.policy(arm)
         if arm.selector == "gate":
-            gates = self.gates(arm.gates)
-            return lambda layer: GateSelector(gates[layer], policy) if layer in gates else None
+            gates, budgets = self.gates(arm.gates), self.budgets(arm.gates)
+            return lambda layer: GateSelector(gates[layer], policy, budgets=budgets) if layer in gates else None
         if arm.selector == "dense":
             return lambda layer: None
         sizes = {"block_q": arm.block_q, "block_k": arm.block_k}
@@ -309,7 +333,7 @@ class Subject:
         """The arm's policy, or the one saved with its gates."""
         if arm.selector != "gate" or arm.policy is not None:
             return arm.policy
-        saved = self._gates[arm.gates][1]
+        saved = self.saved_policy(arm.gates)
         if saved is None:
             raise ValueError(
                 f"gates must have a saved policy to be run with it, got {arm.gates.path} without; "
@@ -354,7 +378,7 @@ class Subject:
 
     def result(self, arm: Arm | TunedArm, *, cell: dict[str, Any], **values: Any) -> Result:
         """A result of this model without a value yet: what it will be found by."""
-        weights = {"model": self._weights} | ({"gates": self._gates[arm.gates][2]} if arm.gates else {})
+        weights = {"model": self._weights} | ({"gates": self._gates[arm.gates].weights} if arm.gates else {})
         if isinstance(arm, TunedArm):
             name = arm.gates and arm.family.name
             selector = "gate" if arm.gates else arm.family.name
@@ -366,9 +390,11 @@ class Subject:
         else:
             name, selector = arm.gates and arm.gates.name, arm.kind
             policy = self.policy(arm)
+            about = {} if arm.gates or arm == DENSE else {"block_q": arm.block_q, "block_k": arm.block_k}
+            if arm.gates and shares_density(policy) and self.budgets(arm.gates) is not None:
+                about["budgets"] = self.budgets(arm.gates).digest
             policy = None if policy is None else policy.to_dict()
             density = arm.density
-            about = {} if arm.gates or arm == DENSE else {"block_q": arm.block_q, "block_k": arm.block_k}
         return Result(
             value=None,
             n=0,

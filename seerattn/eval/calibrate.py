@@ -2,14 +2,14 @@
 
 With a threshold a head spends blocks where its scores say so, instead of the same number in every row. One threshold
 a head meets the target in every head; one for all heads meets it on average and also shares the budget among heads.
+Scores of different heads are hard to compare, though: of gates with budgets (`seerattn.eval.budgets`) every head gets
+the threshold that gives it its own density there.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,12 +22,11 @@ from seerattn.eval.recall import RecallMeter, run_dense
 from seerattn.eval.results import Result, ResultsFile, Stopwatch
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import pooled_inputs
-from seerattn.hf.checkpoint import CONFIG
-from seerattn.hf.config import check_gate_folder
+from seerattn.hf.config import save_settings
 from seerattn.ops.attention_map import attention_map
-from seerattn.saving import write_whole
 from seerattn.selection.block_indices import causal_block_mask, forced_block_mask
-from seerattn.selection.policies import Policy, Threshold
+from seerattn.selection.budgets import Densities
+from seerattn.selection.policies import Threshold
 from seerattn.selection.selector import AttentionContext
 
 Goal = Literal["density", "recall"]
@@ -91,12 +90,15 @@ class Calibrator:
             layer.gains.append(share[b][:, free].double().cpu())
             layer.forced.append(share[b][:, forced].double().sum(-1).cpu())
 
-    def thresholds(self, goal: float, *, per_head: bool) -> list[list[float]] | float:
+    def thresholds(
+        self, goal: float, *, per_head: bool, densities: Densities | None = None
+    ) -> list[list[float]] | float:
         """The highest thresholds that meet the goal, or the nearest to it for a density.
 
         Args:
             goal: density or recall in (0, 1].
             per_head: one threshold a layer and head, or one for all.
+            densities: of every layer and head, whose mean is the goal.
 
         Returns:
             ``[layers][Hm]`` with an empty list for layers without a gate, or one number.
@@ -106,11 +108,21 @@ class Calibrator:
         """
         if not 0 < goal <= 1:
             raise ValueError(f"{self._goal} must be in (0, 1], got {goal}")
+        if self._goal == "density" and self.least_density() > goal:
+            raise ValueError(
+                f"density must be at least that of the forced blocks, {self.least_density():.3f} at this context, got "
+                f"{goal:g}; use a longer context or a higher density"
+            )
         sequences = len(next(iter(self._layers.values())).levels)
         merged = {
             layer: (torch.cat(g.levels, 1), torch.cat(g.gains, 1) / sequences, sum(g.forced) / sequences)
             for layer, g in self._layers.items()
         }
+        if densities is not None:
+            return [
+                [self._threshold(*head, own) for head, own in zip(zip(*merged[layer]), row)] if layer in merged else []
+                for layer, row in enumerate(densities)
+            ]
         if not per_head:
             heads = sum(len(forced) for _, _, forced in merged.values())
             levels = torch.cat([levels.flatten() for levels, _, _ in merged.values()])
@@ -129,11 +141,6 @@ class Calibrator:
 
     def _threshold(self, levels: Tensor, gains: Tensor, forced: Tensor | float, goal: float) -> float:
         forced = float(forced)
-        if self._goal == "density" and forced > goal:
-            raise ValueError(
-                f"density must be at least that of the forced blocks, {forced:.3f} at this context, got {goal:g}; "
-                "use a longer context or a higher density"
-            )
         levels, order = levels.sort(descending=True)
         # reached[i] is what the i best blocks gain, forced ones included.
         reached = torch.cat((torch.tensor([forced]), forced + gains[order].cumsum(0)))
@@ -189,7 +196,8 @@ def evaluate_calibration(
         output: where results go.
         goal: "density" or "recall".
         value: of the goal, in (0, 1].
-        per_head: one threshold a layer and head, or one for all.
+        per_head: one threshold a layer and head, or one for all; of gates with budgets those that give every head its
+            share of a density.
         on: what thresholds are compared with; None is raw scores for gates that normalise them, else their softmax.
         context: tokens of a window.
         text: kind of text.
@@ -204,12 +212,15 @@ def evaluate_calibration(
     gates = subject.gates(folder)
     if on is None:
         on = threshold_level(gates)
+    budgets = subject.budgets(folder) if goal == "density" and not per_head else None
+    densities = None if budgets is None else budgets.at(value, context)
     fitting, checking = split_windows(windows)
     watch = Stopwatch(subject.device)
     calibrator = Calibrator(gates, goal=goal, on=on)
     advance = progress("calibrating", len(fitting)) if progress else None
     run_dense(subject, calibrator.see, fitting, batch=batch, advance=advance)
-    policy = Threshold(threshold=calibrator.thresholds(value, per_head=per_head), on=on)
+    policy = Threshold(threshold=calibrator.thresholds(value, per_head=per_head, densities=densities), on=on)
+    settings = settings | ({} if budgets is None else {"budgets": budgets.digest})
     arm = Arm("gate", policy, folder)
     block_q, block_k = subject.block_sizes(arm)
     # Checked on the map that the gates learned, as calibrated.
@@ -218,7 +229,7 @@ def evaluate_calibration(
     advance = progress("checking", len(checking)) if progress else None
     run_dense(subject, meter.see, checking, batch=batch, advance=advance)
     if save:
-        save_policy(folder.path, policy)
+        save_settings(folder.path, policy=policy.to_dict())
     rows = []
     density = float(meter.table("gate", "density")[1].mean())
     with output.together() as cell:
@@ -236,10 +247,3 @@ def evaluate_calibration(
             row = replace(blank, **estimate._asdict(), n=len(found), realised_density=density)
             rows.append(cell.setdefault(row, watch.seconds()))
     return rows
-
-
-def save_policy(folder: Path, policy: Policy) -> None:
-    """Writes a policy into the ``adapter_config.json`` of a folder of gates, whole or not at all."""
-    path = folder / CONFIG
-    config = check_gate_folder(folder) | {"policy": policy.to_dict()}
-    write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -370,6 +370,7 @@ class Comparison:
                 policy=policy,
                 calibrator=calibrated[0],
                 calibration=calibrated[1],
+                budgets=self._subject.budgets(gates),
             )
         return self._families[entry.name, context], gates
 

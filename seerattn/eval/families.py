@@ -15,11 +15,12 @@ from seerattn.baselines.plan import Plan
 from seerattn.eval.calibrate import Calibrator, threshold_level
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import GateSelector
+from seerattn.selection.budgets import HeadBudgets
 from seerattn.selection.map_form import MapForm
 from seerattn.selection.policies import Policy, Threshold, TopK, TopP
 from seerattn.texts import fits, short, visible
 
-GatePolicy = Literal["top_k", "row_share", "threshold", "head_thresholds", "top_p"]
+GatePolicy = Literal["top_k", "equal_top_k", "row_share", "threshold", "head_thresholds", "top_p"]
 GATE_POLICIES: tuple[str, ...] = get_args(GatePolicy)
 
 
@@ -148,24 +149,30 @@ def gate_family(
     policy: GatePolicy = "top_k",
     calibrator: Calibrator | None = None,
     calibration: str | None = None,
+    budgets: HeadBudgets | None = None,
 ) -> Family:
     """Learned gates with a policy, the knob being the one of the policy.
 
     Args:
         gates: the gate of each gated layer; others are dense.
         name: what results call it.
-        policy: "top_k" and "row_share" are the two rules of `TopK`; "threshold" is one threshold for all heads on raw
-            scores where gates normalise them, else on their softmax; "head_thresholds" one a head, which give every
+        policy: "top_k" and "row_share" are the two rules of `TopK`, which share a density among heads as the budgets of
+            the gates say, and "equal_top_k" gives every head the same; "threshold" is one threshold for all heads on
+            raw scores where gates normalise them, else on their softmax; "head_thresholds" one a head, which give every
             head the same density on the calibration text, that density being the knob; "top_p" leaves out the
             mass that is the knob, ``1 - p``.
         calibrator: has seen text at the context that is measured; needed by "head_thresholds".
         calibration: digest of that text.
+        budgets: of the gates, None where they have none.
     """
     config = next(iter(gates.values())).config
     level = threshold_level(gates)
+    shared = budgets if policy in ("top_k", "row_share") else None
+    least = 1e-3 if shared is None else shared.ladder[0]
     ends: dict[str, tuple[float, float, Literal["linear", "log"]]] = {
-        "top_k": (1e-3, 1.0, "linear"),
-        "row_share": (1e-3, 1.0, "linear"),
+        "top_k": (least, 1.0, "linear"),
+        "equal_top_k": (1e-3, 1.0, "linear"),
+        "row_share": (least, 1.0, "linear"),
         # Normalised scores estimate logarithms of probabilities, so both are of probabilities.
         "threshold": (1.0, 1e-38, "log") if level == "softmax" else (1.0, -50.0, "linear"),
         "head_thresholds": (calibrator.least_density() if calibrator else 0.0, 1.0, "linear"),
@@ -174,8 +181,8 @@ def gate_family(
     sparsest, densest, scale = ends[policy]
 
     def policy_at(knob: float) -> Policy:
-        if policy in ("top_k", "row_share"):
-            return TopK(density=knob, rule="same_k" if policy == "top_k" else "row_share")
+        if policy in ("top_k", "equal_top_k", "row_share"):
+            return TopK(density=knob, rule="row_share" if policy == "row_share" else "same_k")
         if policy == "top_p":
             return TopP(p=1 - knob)
         if policy == "threshold":
@@ -184,8 +191,9 @@ def gate_family(
 
     def at(knob: float) -> SelectorAt:
         chosen = policy_at(knob)
-        return lambda layer: GateSelector(gates[layer], chosen) if layer in gates else None
+        return lambda layer: GateSelector(gates[layer], chosen, budgets=shared) if layer in gates else None
 
     settings = {"policy": policy} | ({"calibration": calibration} if calibration else {})
+    settings |= {} if shared is None else {"budgets": shared.digest}
     sizes = {"block_q": config.block_q, "block_k": config.block_k}
     return Family(name, at, sparsest, densest, scale, **sizes, settings=settings)

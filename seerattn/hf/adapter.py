@@ -117,6 +117,7 @@ class SeerModel(BaseTuner):
             check_identity(config.base_model, found)
         form = AttnGateConfig.from_dict(config.gate)
         gates = {index: make_gate(layers[index], form) for index in wanted}
+        budgets = config.head_budgets(found, wanted)
         # All that can be refused is; the model changes from here on.
         if attachment is None:
             attachment = Attachment(dense)
@@ -134,6 +135,7 @@ class SeerModel(BaseTuner):
         config.target_modules = [layers[index].name for index in wanted]
         self.targeted_module_names = config.target_modules
         attachment.policies[adapter_name] = None if config.policy is None else policy_from_dict(config.policy)
+        attachment.budgets[adapter_name] = budgets
         if attachment.active is None or adapter_name in self.active_adapters:
             attachment.active = adapter_name
         attachment.refresh()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +16,8 @@ from peft import PeftConfig, PeftType
 from seerattn.gate.config import AttnGateConfig
 from seerattn.hf.checkpoint import CONFIG, WEIGHTS, check_weights, read_config
 from seerattn.hf.identity import check_sizes
+from seerattn.saving import write_whole
+from seerattn.selection.budgets import HeadBudgets, shares_density
 from seerattn.selection.policies import policy_from_dict
 
 
@@ -39,6 +43,7 @@ class SeerConfig(PeftConfig):
     Attributes:
         gate: form of the gates, `AttnGateConfig.to_dict`.
         policy: `Policy.to_dict` of the policy to start with; None runs dense until `set_policy`.
+        budgets: `HeadBudgets.to_dict`, by which a density is shared among heads; None shares it equally.
         layers: indices of the decoder layers with a gate; None is every full-attention layer.
         base_model: sizes and RoPE of the model that the gates belong to, filled in when they are attached.
         target_modules: names of the gated modules, filled in when they are attached.
@@ -46,6 +51,7 @@ class SeerConfig(PeftConfig):
 
     gate: dict = field(default_factory=lambda: AttnGateConfig().to_dict())
     policy: dict | None = None
+    budgets: dict | None = None
     layers: list[int] | None = None
     base_model: dict | None = None
     target_modules: list[str] | None = None
@@ -57,7 +63,8 @@ class SeerConfig(PeftConfig):
         self.task_type = self.task_type or "CAUSAL_LM"
         super().__post_init__()
         self.peft_type = PeftType("SEER")
-        for name, value in (("gate", self.gate), ("policy", self.policy), ("base_model", self.base_model)):
+        for name in ("gate", "policy", "budgets", "base_model"):
+            value = getattr(self, name)
             if not isinstance(value, dict) and (value is not None or name == "gate"):
                 raise ValueError(f"{name} of gates must be an object of JSON, got {str(value)[:40]!r}")
         if self.auto_mapping is not None:
@@ -75,10 +82,40 @@ class SeerConfig(PeftConfig):
             got = str(self.base_model_name_or_path)[:40]
             raise ValueError(f"base_model_name_or_path of gates must be a name or null, got {got}")
         AttnGateConfig.from_dict(self.gate)
-        if self.policy is not None:
-            policy_from_dict(self.policy)
+        policy = None if self.policy is None else policy_from_dict(self.policy)
         if self.base_model is not None:
             check_sizes(self.base_model, self.layers)
+        budgets = self.head_budgets(self.base_model, self.layers)
+        if budgets is not None and shares_density(policy):
+            budgets.check(policy.density)
+
+    def head_budgets(self, base: Mapping[str, Any] | None, layers: Sequence[int] | None) -> HeadBudgets | None:
+        """The budgets, which must be of these gates.
+
+        Args:
+            base: sizes of their model, None where they are not known yet.
+            layers: with a gate, None where they are not known yet.
+
+        Raises:
+            ValueError: they are none, or those of other blocks, another target, or other layers and heads.
+        """
+        if self.budgets is None:
+            return None
+        budgets, form = HeadBudgets.from_dict(self.budgets), AttnGateConfig.from_dict(self.gate)
+        here, there = (f"blocks of {x.block_q} x {x.block_k} tokens" for x in (form, budgets))
+        if here == there:
+            here, there = f"the target {form.target}", f"the target {budgets.target}"
+        if here == there and base is not None and layers is not None:
+            sizes = base["num_attention_heads" if form.share == "query_head" else "num_key_value_heads"]
+            heads = sizes if isinstance(sizes, list) else [sizes] * len(layers)
+            found = {layer: count for layer, count in enumerate(budgets.heads) if count}
+            here, there = f"heads by layer {dict(zip(sorted(layers), heads))}", f"heads by layer {found}"
+        if here != there:
+            raise ValueError(
+                f"budgets must be those of the gates, with {here:.200}, got budgets for {there:.200}; make them with "
+                "seerattn eval calibrate --budgets"
+            )
+        return budgets
 
     @classmethod
     def from_pretrained(
@@ -105,6 +142,7 @@ def check_folder(folder: Path, config: SeerConfig) -> dict[int, str]:
     if config.layers is not None and sorted(config.layers) != list(modules):
         raise ValueError(f"{folder / WEIGHTS} must hold gates of layers {config.layers}, got {list(modules)}")
     check_sizes(config.base_model, list(modules))
+    config.head_budgets(config.base_model, list(modules))
     return modules
 
 
@@ -116,6 +154,18 @@ def check_gate_folder(folder: Path) -> dict[str, Any]:
     """
     SeerConfig.from_pretrained(str(folder))
     return read_config(folder)
+
+
+def save_settings(folder: Path, **settings: Any) -> None:
+    """Writes fields of a `SeerConfig` into the ``adapter_config.json`` of a folder of gates, whole or not at all.
+
+    Raises:
+        ValueError: the gates are not whole, or the settings do not fit them or each other.
+    """
+    values = check_gate_folder(folder) | settings
+    names = {field.name for field in fields(SeerConfig)}
+    check_folder(folder, SeerConfig(**{name: value for name, value in values.items() if name in names}))
+    write_whole(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def gate_folder(name: str | Path, subfolder: str | None = None, **download: Any) -> Path:

@@ -100,7 +100,7 @@ class SparseTraining(GateLosses):
         if self.policy.density == 1:
             return []
         state, tokens = call.state, q.shape[2]
-        selector = GateSelector(state.gate, self.policy)
+        selector = GateSelector(state.gate, self.policy, budgets=state.budgets)
 
         def document(b: int, begin: int, end: int) -> BlockIndices:
             size = end - begin

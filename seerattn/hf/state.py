@@ -20,6 +20,7 @@ from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import GateSelector
 from seerattn.hf.rotary import Rotation
 from seerattn.ops.resolve import IMPLS
+from seerattn.selection.budgets import HeadBudgets, shares_density
 from seerattn.selection.policies import Policy
 from seerattn.selection.selector import Selector
 
@@ -67,17 +68,20 @@ class Running:
         gates: those that are used and trained, by layer.
         impl: implementation of `block_sparse_attention`; "auto" may also choose dense attention, "sparse" is "auto"
             without that.
+        budgets: of the gates, or None where they have none.
     """
 
     selectors: Mapping[int, Selector | None] = field(default_factory=dict)
     gates: Mapping[int, AttnGate] = field(default_factory=dict)
     impl: str = "auto"
+    budgets: HeadBudgets | None = None
 
     def with_policy(self, policy: Policy | None) -> Running:
         """The same gates under another policy; None runs dense."""
         if policy is None:
             return replace(self, selectors={})
-        return replace(self, selectors={layer: GateSelector(gate, policy) for layer, gate in self.gates.items()})
+        gates = self.gates.items()
+        return replace(self, selectors={i: GateSelector(gate, policy, budgets=self.budgets) for i, gate in gates})
 
 
 @dataclass(eq=False)
@@ -88,6 +92,7 @@ class Attachment:
         dense: the attention implementation that ours replaced.
         layers: what is known of the attention layers that were attached to, by index.
         policies: policy of every set of gates, by the name of its adapter.
+        budgets: the same for what shares a density among its heads.
         active: name of the set of gates that is used, None without gates.
         enabled: whether gates and selectors are used at all.
         chosen: selectors that were attached over the gates, or None.
@@ -97,6 +102,7 @@ class Attachment:
     dense: str
     layers: dict[int, AttentionLayer] = field(default_factory=dict)
     policies: dict[str, Policy | None] = field(default_factory=dict)
+    budgets: dict[str, HeadBudgets | None] = field(default_factory=dict)
     active: str | None = None
     enabled: bool = True
     chosen: Mapping[int, Selector | None] | None = None
@@ -120,7 +126,7 @@ class Attachment:
         if not self.enabled:
             self.running = Running(impl=impl)
             return
-        running = Running(gates=self.gates(), impl=impl)
+        running = Running(gates=self.gates(), impl=impl, budgets=self.budgets.get(self.active))
         if self.chosen is None:
             self.running = running.with_policy(self.policies.get(self.active))
         else:
@@ -172,6 +178,11 @@ class LayerState:
         return self.attachment.now().gates.get(self.layer)
 
     @property
+    def budgets(self) -> HeadBudgets | None:
+        """What shares a density among the heads of the gates, if they have it."""
+        return self.attachment.now().budgets
+
+    @property
     def impl(self) -> str:
         """Implementation of `block_sparse_attention`, see `Running`."""
         return self.attachment.now().impl
@@ -205,8 +216,12 @@ def check_fits(policy: Policy | None, attachment: Attachment) -> None:
     """Refuses a policy whose settings by layer and head are not those of the attached layers.
 
     Raises:
-        ValueError: a layer or a head has no setting, or there is one too many.
+        ValueError: a layer or a head has no setting, or there is one too many; or the budgets of the gates do not
+            reach down to its density.
     """
+    budgets = attachment.budgets.get(attachment.active)
+    if budgets is not None and shares_density(policy):
+        budgets.check(policy.density)
     for name in ("density", "threshold", "p"):
         knob = getattr(policy, name, None)
         if knob is None or isinstance(knob, (int, float)):

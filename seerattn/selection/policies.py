@@ -2,13 +2,15 @@
 
 A policy sees scores ``[B, Hm, Nq, Nk]`` (logits over key blocks, -inf where nothing is causal) and returns
 `BlockIndices`. The diagonal is always kept; the first ``sink_blocks`` blocks are kept unless that is 0; both count in
-the density. A knob is one number for the whole model or, as calibration makes them, one a layer and head.
+the density. A knob is one number for the whole model or, as calibration makes them, one a layer and head. The one
+density of a `TopK` is shared among heads before it chooses where there are budgets, see `seerattn.selection.budgets`.
 """
 
 from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property, lru_cache
@@ -257,23 +259,29 @@ def policy_from_dict(values: dict) -> Policy:
     return POLICIES[name](**given)
 
 
-@lru_cache(maxsize=1024)
+# Every layer and head of a prompt asks again, and heads with budgets each for their own density.
+@lru_cache(maxsize=1 << 14)
 def rows_k(tokens: int, block_q: int, block_k: int, density: float) -> int:
-    """`same_k` of a prompt of ``tokens``, which every layer and head asks for again."""
-    num_rows = num_query_blocks(0, tokens, block_q)
-    blocks = causal_block_mask(0, tokens, num_rows, -(-tokens // block_k), block_q, block_k)
-    return same_k(blocks[0].sum(-1), density)
-
-
-def same_k(causal: Tensor, density: float) -> int:
-    """The ``k`` whose realised density over rows with ``causal`` blocks ``[Nq]`` comes nearest to ``density``.
+    """The ``k`` that realises the density nearest to ``density`` in a prompt of ``tokens``.
 
     The official code takes the floor of the continuous solution ``(1 - sqrt(1 - density)) Nq``, which at 4k tokens
     and density .1 realises .092; the nearest ``k`` errs to either side.
     """
-    ks = torch.arange(1, int(causal.max()) + 1, device=causal.device)
-    realised = torch.minimum(causal, ks[:, None]).sum(-1) / causal.sum()
-    return int(ks[(realised - density).abs().argmin()])
+    realised = _realised(tokens, block_q, block_k)
+    # Rounded like those that it is compared with: half way between two, as .5 is in 8 blocks, that decides.
+    density = float(torch.tensor(density, dtype=torch.float32))
+    above = bisect_left(realised, density)
+    nearest = range(max(above - 1, 0), min(above + 1, len(realised)))
+    return min(nearest, key=lambda i: abs(realised[i] - density)) + 1
+
+
+@lru_cache(maxsize=64)
+def _realised(tokens: int, block_q: int, block_k: int) -> tuple[float, ...]:
+    """Densities of a prompt whose rows keep 1, 2, ... blocks each, rounded to fp32."""
+    num_rows = num_query_blocks(0, tokens, block_q)
+    causal = causal_block_mask(0, tokens, num_rows, -(-tokens // block_k), block_q, block_k)[0].sum(-1)
+    at_least = causal.bincount().flip(0).cumsum(0).flip(0)[1:]
+    return tuple((at_least.cumsum(0) / causal.sum()).tolist())
 
 
 def _ranks(scores: Tensor, forced: Tensor) -> Tensor:

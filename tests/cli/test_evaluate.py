@@ -77,6 +77,45 @@ def test_calibrate_command_saves_a_policy_that_perplexity_can_use(folder, tmp_pa
     assert own.policy["policy"] == "Threshold" and 0.5 < own.realised_density < 0.9
 
 
+def test_calibrate_command_saves_budgets_that_every_density_uses(folder, tmp_path, capsys) -> None:
+    gates, output = tmp_path / "gates", tmp_path / "r.jsonl"
+    shutil.copytree(folder / "gates-of-model", gates)
+    config = gates / "adapter_config.json"
+    before = config.read_bytes()
+    where = ("--gates", f"mine={gates}", "--context", "400")
+    budgeted = ("calibrate", *BASE, *where, "--budgets", "--ladder", "0.5,0.7,0.9")
+    assert run(folder, *budgeted, "--dry-run") == 0
+    assert config.read_bytes() == before
+    assert run(folder, *budgeted, "--gain", "sum:1", "--output", str(output)) == 0
+    shown = capsys.readouterr().out
+    values = json.loads(config.read_text())
+    budgets = values.pop("budgets")
+    assert (budgets["ladder"], budgets["lengths"], budgets["gain"]) == ([0.5, 0.7, 0.9], [400], "sum:1")
+    unchanged = json.loads(before)
+    unchanged.pop("budgets")
+    assert values == unchanged
+    rows = read_results([output])
+    assert {(r.what, r.density, r.cell["heads"]) for r in rows} == {
+        (what, density, heads)
+        for what in ("budget_density", "budget_recall")
+        for density in (0.5, 0.7, 0.9)
+        for heads in ("calibrated", "equal")
+    }
+    assert all(f"{r.value:.4g}" in shown for r in rows)
+    # Thresholds for all heads together now follow the budgets, one a head.
+    threshold = ("calibrate", *BASE, "--gates", str(gates), "--context", "400", "--density", "0.7", "--global")
+    assert run(folder, *threshold) == 0
+    values = json.loads(config.read_text())
+    assert [len(row) for row in values["policy"]["threshold"]] == [4, 4] and values["budgets"] == budgets
+    # A density below all rungs is refused with the way out.
+    perplexity = ("perplexity", *BASE, "--gates", f"mine={gates}", "--selectors", "gate", "--contexts", "400")
+    assert run(folder, *perplexity, "--densities", "0.7", "--output", str(output)) == 0
+    row = next(r for r in read_results([output]) if r.what == "perplexity" and r.gates)
+    assert len(row.cell["budgets"]) == 12 and abs(row.realised_density - 0.7) < 0.05
+    assert run(folder, *perplexity, "--densities", "0.4") == 2
+    assert "density must be 0.5 to 1" in capsys.readouterr().err
+
+
 BAD = {
     "density": (("perplexity", *BASE, "--densities", "1.5"), "density must be in (0, 1]"),
     "density zero": (("needle", *BASE, "--densities", "0"), "density must be in (0, 1]"),
@@ -112,7 +151,24 @@ BAD = {
         "maps must be a new file or block maps",
     ),
     "no number": (("perplexity", *BASE, "--densities", "nan"), "densities must be at least 0 and finite"),
-    "goal": (("calibrate", *BASE, "--gates", "@gates-of-model"), "one of density and target-recall"),
+    "goal": (("calibrate", *BASE, "--gates", "@gates-of-model"), "one of budgets, density and target-recall"),
+    "two goals": (
+        ("calibrate", *BASE, "--gates", "@gates-of-model", "--budgets", "--density", "0.5"),
+        "one of budgets, density and target-recall",
+    ),
+    "rungs": (
+        ("calibrate", *BASE, "--gates", "@gates-of-model", "--budgets", "--ladder", "0.6,0.5"),
+        "ladder must be densities above 0 and below 1, ascending",
+    ),
+    "low rungs": (
+        ("calibrate", *BASE, "--gates", "@gates-of-model", "--context", "400", "--budgets", "--ladder", "0.1,0.4"),
+        "ladder must exceed the density of the forced blocks, 0.464",
+    ),
+    "rungs of thresholds": (
+        ("calibrate", *BASE, "--gates", "@gates-of-model", "--density", "0.5", "--ladder", "0.1"),
+        "ladder and gain must come with budgets",
+    ),
+    "gain": (("calibrate", *BASE, "--gates", "@gates-of-model", "--budgets", "--gain", "x"), "a map must be"),
     "unreachable goal": (
         ("calibrate", *BASE, "--gates", "@gates-of-model", "--context", "400", "--density", "0.1"),
         "at least that of the forced blocks",

@@ -3,12 +3,14 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from seerattn.eval.arms import Arm, Gates, Subject
-from seerattn.eval.calibrate import Calibrator, evaluate_calibration, save_policy, split_windows
+from seerattn.eval.calibrate import Calibrator, evaluate_calibration, split_windows
 from seerattn.eval.data import cut_windows
 from seerattn.eval.recall import RecallMeter, run_dense
 from seerattn.eval.results import ResultsFile
+from seerattn.hf.config import save_settings
 from seerattn.selection import Threshold
 from seerattn.selection.map_form import PUBLISHED, MapForm
 
@@ -84,6 +86,23 @@ def test_thresholds_reach_the_recall_of_the_gates_own_target_and_no_threshold_hi
         assert (recall_of(higher) < 0.8 + 1e-6).all()
 
 
+def test_thresholds_give_every_head_the_density_that_budgets_give_it(subject, windows) -> None:
+    """So they hold for gates whose scores cannot be compared between heads."""
+    for folder in subject._gates:
+        gates = subject.gates(folder)
+        calibrator = Calibrator(gates, goal="density", on="score")
+        run_dense(subject, calibrator.see, windows)
+        heads = gates[0].mask_heads
+        asked = torch.linspace(0.5, 0.9, 2 * heads).view(2, heads)
+        asked[0, 0] = 0.4641  # 13 / 28 in 4 digits are .4643
+        policy = Threshold(
+            threshold=calibrator.thresholds(0.7, per_head=False, densities=asked.tolist()), on="score"
+        )  # fmt: skip
+        found = measure(subject, folder, policy, windows).table("gate", "density")[1].mean(0)
+        found = found.view(2, heads, -1).mean(-1).float()
+        assert (found - asked.clamp(min=13 / 28)).abs().max() <= 0.5 / (28 * len(windows)) + 1e-6
+
+
 def test_density_of_one_keeps_every_block(subject, windows) -> None:
     folder = next(iter(subject._gates))
     meter = calibrated(subject, folder, windows, "density", 1.0, on="score", per_head=True)
@@ -155,6 +174,6 @@ def test_a_policy_is_saved_whole_or_not_at_all(subject, tmp_path, monkeypatch) -
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError):
-        save_policy(folder, Threshold(threshold=0.1))
+        save_settings(folder, policy=Threshold(threshold=0.1).to_dict())
     assert (folder / "adapter_config.json").read_bytes() == before
     assert not list(folder.glob("*.part"))

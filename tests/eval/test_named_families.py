@@ -7,6 +7,7 @@ from seerattn.eval.calibrate import Calibrator, threshold_level
 from seerattn.eval.data import cut_windows
 from seerattn.eval.recall import run_dense
 from seerattn.eval.tune import Curve, realised_density
+from seerattn.selection import HeadBudgets
 from seerattn.selection.map_form import PUBLISHED, MapForm
 
 # Blocks small enough for a density to be near any goal on short text.
@@ -68,6 +69,24 @@ def test_gate_policies_go_from_few_blocks_to_all(subject, groups, policy: str, n
     assert curve.tune(0.75, 0.003).reached == pytest.approx(0.75, abs=0.06)
     values = [value for _, value in curve.measured]
     assert values == sorted(values) and family.settings["policy"] == policy
+
+
+def test_top_k_and_row_share_follow_the_budgets_of_gates_and_say_so_and_equal_top_k_does_not(subject, groups) -> None:
+    gates = subject.gates(next(iter(subject._gates)))
+    config, low, high = next(iter(gates.values())).config, (0.5, 0.5, 0.7, 0.7), (0.7, 0.7, 0.9, 0.9)
+    about = {"block_q": 64, "block_k": 64, "target": str(config.target), "gain": "sum:1", "text": "", "windows": 1}
+    budgets = HeadBudgets((0.6, 0.8), (490,), (((low, low), (high, high)),), **about)
+    for policy in ("top_k", "row_share", "equal_top_k"):
+        family = families.gate_family(gates, name="g", policy=policy, budgets=budgets)
+        with subject.observed(family.at(0.8)) as run:
+            run.model.base_model(input_ids=torch.tensor(groups[0]), use_cache=False)
+        first, second, third, fourth = run.head_density()[0]
+        shared = policy != "equal_top_k"
+        assert (first == second < third == fourth) == shared and (first == third) == (not shared)
+        assert family.settings.get("budgets") == (budgets.digest if shared else None)
+        assert family.sparsest == (0.6 if shared else 1e-3)
+        plain = families.gate_family(gates, name="g", policy=policy)
+        assert "budgets" not in plain.settings and plain.sparsest == 1e-3
 
 
 def test_thresholds_by_head_give_every_head_the_same_density_on_the_calibration_text(subject) -> None:

@@ -67,6 +67,11 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
         ["eval", "calibrate", *TEXT, "--gates", "gates", "--context", "256", "--density", "0.9", "--max-docs", "2"],
         ["gates/adapter_config.json", "gates/adapter_model.safetensors"],
     ),
+    "budgets": (
+        ["eval", "calibrate", *TEXT, "--gates", "gates", "--context", "256", "--budgets", "--ladder", "0.8,0.9",
+         "--gain", "sum:1", "--max-docs", "2"],
+        ["gates/adapter_config.json"],
+    ),
     "compare": (
         ["compare", "recipe.yaml", "--device", "cpu", "--limit", "1", "--dry-run"],
         ["recipe.yaml"] * 4 + ["plan.json", "gates/adapter_config.json", "model/config.json"],
@@ -96,6 +101,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
 # Files that a command may change when it succeeds: its output, and what calibration writes into gates.
 OWN = {
     "resumed": "r.jsonl", "compared": "r.jsonl", "plan": "plan.json", "calibrate": "gates/adapter_config.json",
+    "budgets": "gates/adapter_config.json",
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Gates as a PEFT adapter: files, refusals, training."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -9,17 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tokens
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import seerattn
 from seerattn import AttnGate, AttnGateConfig, KeepAll, SeerConfig, TopK, attention_map
+from seerattn.hf.config import save_settings
 from seerattn.hf.distillation import GateLosses
 from seerattn.hf.gates import SeerGates
 from seerattn.hf.state import layer_states
+from seerattn.selection import HeadBudgets
 from seerattn.selection.map_form import PUBLISHED, MapForm
 
 GATE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, init="normal")
@@ -432,7 +435,29 @@ HOSTILE = {
     "integers": lambda t: t | {GATE_KEY: t[GATE_KEY].to(torch.int32)},
     "less": lambda t: {key: x for key, x in t.items() if key != GATE_KEY},
 }
+
+
+def budgets(**changes: object) -> dict:
+    """Of the gates of two layers with four heads, at one length."""
+    rows = [["0.1 0.1 0.3 0.5", "0.2 0.4 0.4 0.4"], ["0.2 0.4 0.8 0.8", "0.4 0.6 0.6 1"]]
+    values = {"ladder": [0.3, 0.6], "lengths": [128], "densities": [rows], "block_q": 32, "block_k": 32, "windows": 1}
+    return values | {"target": "max:inf", "gain": "max:inf", "text": "0a1b"} | changes
+
+
 HOSTILE_CONFIGS = {
+    "budgets of no kind": {"budgets": [0.1]},
+    "budgets of a word": {"budgets": budgets(densities=[[["x"]]])},
+    "budgets that miss their mean": {"budgets": budgets(ladder=[0.35, 0.6])},
+    "budgets of other blocks": {"budgets": budgets(block_k=64)},
+    "budgets of another target": {"budgets": budgets(target="sum:2")},
+    "budgets of other heads": {"budgets": budgets(densities=[[["0.3 0.3", "0.3 0.3"], ["0.6 0.6", "0.6 0.6"]]])},
+    "budgets of one layer": {"budgets": budgets(densities=[[["0.3 " * 4], ["0.6 " * 4]]])},
+    "budgets of three layers": {"budgets": budgets(densities=[[["0.3 " * 4] * 3, ["0.6 " * 4] * 3]])},
+    "budgets of other heads where layers are not told": {
+        "budgets": budgets(densities=[[["0.3 0.3", "0.3 0.3"], ["0.6 0.6", "0.6 0.6"]]]),
+        "layers": None,
+    },
+    "budgets above the policy": {"budgets": budgets(), "policy": TopK(density=0.2).to_dict()},
     "code to import": {"auto_mapping": {"base_model_class": "x", "parent_library": "antigravity"}},
     "a gate of no form": {"gate": []},
     "a gate that fills the memory": {"gate": {"gate_dim": 10**9}},
@@ -442,6 +467,121 @@ HOSTILE_CONFIGS = {
     "a head that is none": {"base_model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": -4}},
     "no sizes": {"base_model": None},
 }
+
+
+def test_budgets_are_used_as_densities_of_heads_and_stay_through_saving_and_loading(folder: Path) -> None:
+    """On every path; ``heads="equal"`` and gates without them choose as before."""
+    table = HeadBudgets.from_dict(budgets())
+    ids = tokens(2, 320)
+    plain = seerattn.attach(base(folder), folder / "gates", impl="reference").eval()
+    policies = (TopK(density=0.45), TopK(density=0.3, rule="row_share"), TopK(density=0.7))
+
+    @torch.no_grad()
+    def logits(model: torch.nn.Module, policy: TopK) -> Tensor:
+        seerattn.set_policy(model, policy, impl="reference")
+        return model(input_ids=ids).logits
+
+    expected = [logits(plain, replace(policy, density=table.at(policy.density, 320))) for policy in policies]
+    equal = [logits(plain, policy) for policy in policies]
+    save_settings(folder / "gates", budgets=budgets(), policy=None)
+    first = seerattn.attach(base(folder), folder / "gates").eval()
+    first.save_pretrained(folder / "again")
+    assert json.loads((folder / "again" / "adapter_config.json").read_text())["budgets"] == budgets()
+    loaded = (
+        first,
+        seerattn.attach(base(folder), folder / "again").eval(),
+        PeftModel.from_pretrained(base(folder), folder / "again").eval(),
+        AutoModelForCausalLM.from_pretrained(folder / "again").eval(),
+        copy.deepcopy(first),
+    )
+    for model in loaded:
+        for policy, found, same in zip(policies, expected, equal):
+            assert torch.equal(logits(model, policy), found)
+            assert not torch.equal(found, same)
+            assert torch.equal(logits(model, replace(policy, heads="equal")), same)
+            with seerattn.policy(model, policy), torch.no_grad():
+                assert torch.equal(model(input_ids=ids).logits, found)
+        for change in (seerattn.set_policy, lambda *given: seerattn.policy(*given).__enter__()):
+            with pytest.raises(ValueError, match=r"density must be 0\.3 to 1.*; use TopK\(heads='equal'\)"):
+                change(model, TopK(density=0.2))
+
+
+def test_each_set_of_gates_has_its_own_budgets(folder: Path) -> None:
+    shutil.copytree(folder / "gates", folder / "plain")
+    save_settings(folder / "gates", budgets=budgets())
+    model = PeftModel.from_pretrained(base(folder), folder / "gates").eval()
+    model.load_adapter(folder / "plain", "plain")
+    attachment = layer_states(model)[0].attachment
+
+    def used() -> list[HeadBudgets | None]:
+        return [attachment.running.budgets, *(s.budgets for s in attachment.running.selectors.values())]
+
+    table = HeadBudgets.from_dict(budgets())
+    assert used() == [table] * 3
+    model.set_adapter("plain")
+    assert used() == [None] * 3
+    seerattn.set_policy(model, TopK(density=0.1))
+    model.set_adapter("default")
+    assert used() == [table] * 3
+    model.set_adapter("plain")
+    model.delete_adapter("default")
+    assert used() == [None] * 3 and attachment.budgets == {"plain": None}
+
+
+def test_budgets_of_another_model_are_refused_for_fresh_gates_and_leave_the_model_as_it_was(folder: Path) -> None:
+    other = budgets(densities=[[["0.3 0.3", "0.3 0.3"], ["0.6 0.6", "0.6 0.6"]]])
+    model = base(folder)
+    with pytest.raises(ValueError, match=r"layer \{0: 4, 1: 4\}, got budgets for heads by layer \{0: 2, 1: 2\}"):
+        get_peft_model(model, SeerConfig(gate=GATE.to_dict(), budgets=other))
+    assert not layer_states(model) and model.config._attn_implementation == "sdpa"
+    get_peft_model(model, SeerConfig(gate=GATE.to_dict(), budgets=budgets()))
+    assert layer_states(model)[0].budgets == HeadBudgets.from_dict(budgets())
+
+
+def test_settings_that_do_not_fit_the_gates_are_not_written(folder: Path) -> None:
+    config = folder / "gates" / "adapter_config.json"
+    before = config.read_bytes()
+    for name, changes in HOSTILE_CONFIGS.items():
+        if name.startswith("budgets"):
+            with pytest.raises(ValueError, match="must"):
+                save_settings(folder / "gates", **changes)
+    assert config.read_bytes() == before and not list(config.parent.glob("*.part"))
+
+
+def test_attach_rejects_a_policy_below_the_budgets_and_leaves_the_model_as_it_was(folder: Path) -> None:
+    save_settings(folder / "gates", budgets=budgets())
+    model = base(folder)
+    with pytest.raises(ValueError, match=r"density must be 0\.3 to 1"):
+        seerattn.attach(model, folder / "gates", TopK(density=0.1))
+    assert not layer_states(model) and model.config._attn_implementation == "sdpa"
+    seerattn.attach(model, folder / "gates", TopK(density=0.1, heads="equal"))
+
+
+def test_chunks_and_padded_rows_share_densities_as_one_shot_and_rows_alone(folder: Path) -> None:
+    one = budgets()["densities"][0]
+    two = [["0.3 0.3 0.3 0.3"] * 2, ["0.9 0.9 0.3 0.3", "0.3 0.3 0.9 0.9"]]
+    save_settings(folder / "gates", budgets=budgets(lengths=[96, 512], densities=[two, one]))
+    model = seerattn.attach(base(folder).double(), folder / "gates", impl="reference").eval()
+    ids = tokens(1, 320)
+    for policy in (TopK(density=0.5, length=320), TopK(density=0.5, rule="row_share")):
+        seerattn.set_policy(model, policy)
+        with torch.no_grad():
+            whole, cache = model(input_ids=ids).logits, DynamicCache()
+            parts = [
+                model(input_ids=ids[:, begin:end], past_key_values=cache).logits
+                for begin, end in ((0, 128), (128, 192), (192, 320))
+            ]
+        assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-10)
+    lengths = (192, 100, 40)
+    mask = (torch.arange(192, 0, -1) <= torch.tensor(lengths)[:, None]).long()
+    padded, positions = tokens(3, 192) * mask, (mask.cumsum(1) - 1).clamp(min=0)
+    for policy in (TopK(density=0.5), TopK(density=0.5, rule="row_share")):
+        seerattn.set_policy(model, policy)
+        with torch.no_grad():
+            together = model(input_ids=padded, attention_mask=mask, position_ids=positions).logits
+            for row, length in enumerate(lengths):
+                alone = model(input_ids=padded[row : row + 1, -length:]).logits
+                assert torch.allclose(together[row : row + 1, -length:], alone, atol=1e-10)
 
 
 def by_name(model: torch.nn.Module, gates: Path) -> torch.nn.Module:

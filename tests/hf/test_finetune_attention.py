@@ -26,6 +26,7 @@ from seerattn.hf.finetuning import SparseTraining
 from seerattn.hf.head import head_losses
 from seerattn.hf.state import layer_states
 from seerattn.ops.block_sparse_attention import block_sparse_attention
+from seerattn.selection import HeadBudgets
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.objective import Objective, is_gate
@@ -94,6 +95,24 @@ def test_density_1_matches_the_loss_and_gradients_of_the_unpatched_model() -> No
         # The order of the sums over tokens differs between the two cross-entropies.
         assert (found[name] - grad).norm() <= 2e-6 * grad.norm(), name
     assert gate_loss > 0 and all(grad.abs().sum() > 0 for grad in gradients(objective, gates=True).values())
+
+
+def test_heads_attend_to_their_share_of_the_density_where_the_gates_have_budgets() -> None:
+    """The counts of every head, from the numbers of blocks that its rows may have."""
+    asked = ((0.35, 0.4, 0.6, 0.65), (0.7, 0.4, 0.5, 0.4))
+    full = tuple((0.9,) * 4 for _ in asked)
+    about = {"block_q": BLOCK, "block_k": BLOCK, "target": str(FORM.target), "gain": "sum:1", "text": "", "windows": 1}
+    objective, sparse = gated(), training(0.5)
+    attachment = layer_states(objective)[0].attachment
+    attachment.budgets[attachment.active] = HeadBudgets((0.5, 0.9), (100,), ((asked, full),), **about)
+    attachment.refresh()
+    step(objective, IDS, positions(IDS), sparse)
+    rows = torch.arange(1, 9)
+    reachable = torch.stack([rows.clamp(max=k).sum() for k in range(2, 9)]) / 36
+    for layer, heads in enumerate(asked):
+        found = sparse.blocks[layer][0][0].density()
+        expected = [float(reachable[(reachable - density).abs().argmin()]) for density in heads]
+        assert found.tolist() == [pytest.approx(expected)] * 2
 
 
 def test_loss_of_packed_documents_matches_the_documents_alone() -> None:

@@ -1,6 +1,7 @@
 """Policies against brute force on rows of scores."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from seerattn.selection import KeepAll, Policy, Threshold, TokenBudget, TopK, TopP, policy_from_dict
 from seerattn.selection.block_indices import causal_block_mask, forced_block_mask, num_query_blocks
-from seerattn.selection.policies import same_k
+from seerattn.selection.policies import rows_k
 
 BLOCK = 64
 CALLS = [(0, 1), (0, 65), (0, 1000), (256, 700), (100, 300), (999, 1)]
@@ -61,7 +62,22 @@ def test_same_k_is_within_one_block_of_the_continuous_solution() -> None:
     for blocks in (16, 64, 128, 512, 2048):
         for density in (0.1, 0.5, 0.9):
             continuous = (1 - math.sqrt(1 - density)) * blocks
-            assert abs(same_k(torch.arange(1, blocks + 1), density) - continuous) <= 1.0
+            assert abs(rows_k(blocks * BLOCK, BLOCK, BLOCK, density) - continuous) <= 1.0
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (128, 64), (64, 128)])
+def test_same_k_realises_the_nearest_density_of_all_numbers(block_q, block_k) -> None:
+    for tokens in (1, 63, 64, 65, 1000, 2048, 3000):
+        rows = [min((i + 1) * block_q, tokens) for i in range(-(-tokens // block_q))]
+        causal = [-(-end // block_k) for end in rows]
+        for hundredths in range(1, 101):
+            distance = {
+                k: abs(Fraction(sum(min(c, k) for c in causal), sum(causal)) - Fraction(hundredths / 100))
+                for k in range(1, max(causal) + 1)
+            }
+            # Densities are fp32.
+            found = distance[rows_k(tokens, block_q, block_k, hundredths / 100)]
+            assert found <= min(distance.values()) + Fraction(2**-23)
 
 
 def test_row_share_does_not_depend_on_the_length_of_the_prompt() -> None:
