@@ -58,7 +58,8 @@ class AttnGateConfig:
         share: one gate a query head (the paper), or one a KV group, which makes index lists and scores ``G`` times
             fewer.
         init: "identity" starts as mean-pooled attention (the parts of both linears that read "avg", or else
-            "salient", are identities); "normal" draws both with standard deviation 0.02.
+            "salient", are identities, all else is a tenth of the noise that "normal" draws, with standard deviation
+            0.02.
         exclude_forced: leave the blocks that selection keeps anyway - the first block and the diagonal - out of the
             target and out of the gate's softmax while training, so that the gate need not learn them.
     """
