@@ -2,13 +2,15 @@
 
     make models
     python recipes/public_gates.py --train books/train-000.jsonl.gz --train proofs/train-000.jsonl.gz \\
+        --calibrate books/validation-000.jsonl.gz --calibrate proofs/validation-000.jsonl.gz \\
         --books-test books/test-000.jsonl.gz --proofs-test proofs/test-000.jsonl.gz --output outputs/smollm2
     seerattn report outputs/smollm2/results.jsonl --output outputs/smollm2/report
 
 A form says what a gate looks like and, by its target, what teaches it: the largest probability of a tile, as published
 (arXiv 2410.13276, section 4), or a power mean over query rows of the probability that each gives to the key block.
 ``--forms`` names those to train; ``ceilings`` measures dense attention, streaming and
-the perfect choice by each target.
+the perfect choice by each target. Budgets that share a density among heads are read off the text to calibrate on, and
+everything is measured with them and with equal heads.
 
 Runs are processes that share the GPU: training of a small model waits for the host. A call that ended early
 (``--time-limit``, a failure) is continued by the same call. OUTPUT/tokens holds the tokenised text, which ``--prepare``
@@ -17,11 +19,13 @@ makes alone; a copy of it stands in for the text on another machine. ``--smoke``
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -29,34 +33,42 @@ from corpora import documents_of, load_corpus, whole_lines, write_corpora
 from crew import Crew, Job
 from transformers import AutoTokenizer, PreTrainedModel
 
-from seerattn.eval.arms import Gates, Subject, choose_device, make_arms
-from seerattn.eval.data import cut_windows, digest
+from seerattn.cli.values import numbers
+from seerattn.eval.arms import DENSE, Arm, Gates, Subject, choose_device
+from seerattn.eval.budgets import BudgetCalibrator, budget_lengths, evaluate_budgets
+from seerattn.eval.data import Window, cut_windows, digest
 from seerattn.eval.needle import Needle, evaluate_needle
 from seerattn.eval.perplexity import evaluate_perplexity
+from seerattn.eval.recall import run_dense
 from seerattn.eval.results import ResultsFile
 from seerattn.gate import AttnGateConfig
 from seerattn.hf.loading import read_model
 from seerattn.saving import write_whole
+from seerattn.selection import HeadBudgets, TopK
+from seerattn.selection.map_form import MapForm
 from seerattn.training.distill import DistillConfig, plan, run
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TEXTS = ("books-test", "proofs-test")
-SUM2 = {"target_keys": "sum", "target_power": 2.0}
+CALIBRATION = "calibration"
+SALIENT = {"q_pooling": ("salient",), "k_pooling": ("salient", "max", "min")}
+SUM4 = {"target_keys": "sum", "target_power": 4.0}
 FORMS = {
     "published": AttnGateConfig.paper(),
     "largest": AttnGateConfig(),
+    "largest-salient": AttnGateConfig(**SALIENT),
     "mass": AttnGateConfig(target_keys="sum", target_power=1.0),
-    "power-2": AttnGateConfig(**SUM2),
-    "power-4": AttnGateConfig(target_keys="sum", target_power=4.0),
-    "power-2-salient": AttnGateConfig(**SUM2, q_pooling=("salient",), k_pooling=("salient", "max", "min")),
-    "power-2-fine": AttnGateConfig(**SUM2, query_subblocks=16, key_subblocks=16),
-    "power-2-coarse": AttnGateConfig(**SUM2, query_subblocks=4, key_subblocks=4),
-    "power-2-group": AttnGateConfig(**SUM2, share="kv_group"),
-    "power-2-published": AttnGateConfig.paper(**SUM2),
+    "power-2": AttnGateConfig(target_keys="sum", target_power=2.0),
+    "power-4": AttnGateConfig(**SUM4),
+    "power-4-salient": AttnGateConfig(**SUM4, **SALIENT),
+    "power-4-coarse": AttnGateConfig(**SUM4, **SALIENT, query_subblocks=4),
+    "power-4-fine": AttnGateConfig(**SUM4, **SALIENT, query_subblocks=16, key_subblocks=16),
+    "power-4-group": AttnGateConfig(**SUM4, **SALIENT, share="kv_group"),
+    "power-4-published": AttnGateConfig.paper(**SUM4),
 }
 CEILINGS = "ceilings"
 # What no gate can pass, by each target, and what every gate should.
-CEILING_SELECTORS = ["dense", "oracle", "oracle:sum:1", "oracle:sum:2", "oracle:sum:4", "oracle:sum:inf", "streaming"]
+TARGETS = [MapForm("max", math.inf), *(MapForm("sum", power) for power in (1, 2, 4, math.inf))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +78,14 @@ class Options:
     model: Path
     output: Path
     train: tuple[str, ...] = ()
+    calibrate: tuple[str, ...] = ()
     tests: tuple[tuple[str, ...], ...] = ((), ())
     context: int = 8192
     steps: int = 300
     batch: int = 8
-    micro_batch: int = 4
-    lr: float = 2e-3
+    micro_batch: int = 8
+    lr: float = 5e-3
+    target_share: float = 0.25
     recall_share: float = 0.2
     train_tokens: int = 24_000_000
     densities: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05)
@@ -88,6 +102,7 @@ SMOKE = {
     "steps": 2,
     "batch": 2,
     "micro_batch": 1,
+    "target_share": 0.5,
     "train_tokens": 20_000,
     "densities": (0.5,),
     "documents": 2,
@@ -110,6 +125,7 @@ def carry_out(options: Options, name: str) -> None:
             context=options.context,
             steps=options.steps,
             lr=options.lr,
+            target_share=options.target_share,
             batch_size=options.batch,
             micro_batch_size=options.micro_batch,
             recall_share=options.recall_share,
@@ -134,18 +150,43 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
 
 
 def measure(options: Options, name: str, device: torch.device) -> None:
-    """Perplexity and retrieval of one run; cells that are there already are not measured again."""
+    """Budgets, perplexity and retrieval of one run; cells that are there already are not measured again."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     folders = [] if name == CEILINGS else [Gates(name, options.output / "gates" / name)]
     subject = Subject(load_model(options.model, device), tokenizer, name=options.model.name, gates=folders)
-    selectors = CEILING_SELECTORS if name == CEILINGS else ["gate"]
-    arms = make_arms(selectors, options.densities, gates=folders)
     results = ResultsFile(options.output / "results" / f"{name}.jsonl", device)
     bos = tokenizer.bos_token_id
+    asked: dict[str, Any] = {"context": options.context, "bos_token_id": bos}
+    fitted = documents_of(load_corpus(options.output / "tokens", CALIBRATION))
+    settings = {"data": digest(fitted)}
+    windows = cut_windows(fitted, count=1, **asked)
+    if name == CEILINGS:
+        budgets = {target: oracle_budgets(subject, target, windows, settings["data"]) for target in TARGETS}
+        arms = [DENSE, *(Arm("streaming", policy) for policy in policies(options.densities))]
+        arms += [
+            Arm("oracle", policy, target=target, budgets=shared)
+            for target in TARGETS
+            for shared in (None, budgets[target])
+            for policy in policies(options.densities)
+        ]
+    else:
+        (gates,) = folders
+        # Those of a run that is continued are there, and cells measured with them.
+        if subject.budgets(gates) is None:
+            about = {"context": options.context, "text": CALIBRATION, "settings": settings}
+            evaluate_budgets(subject, gates, windows, results, **about)
+        arms = [DENSE]
+        arms += [
+            Arm("gate", policy, gates)
+            for heads in ("calibrated", "equal")
+            for policy in policies(options.densities, heads=heads)
+        ]
     for text in TEXTS:
+        if not (options.output / "tokens" / f"{text}.npz").exists():
+            continue
         documents = documents_of(load_corpus(options.output / "tokens", text))
         settings = {"data": digest(documents), "windows": options.windows}
-        windows = cut_windows(documents, context=options.context, count=options.windows, bos_token_id=bos)
+        windows = cut_windows(documents, count=options.windows, **asked)
         evaluate_perplexity(subject, arms, {options.context: windows}, results, text=text, settings=settings, batch=1)
         if text == TEXTS[0]:
             settings = {"data": digest(documents)}
@@ -156,14 +197,27 @@ def measure(options: Options, name: str, device: torch.device) -> None:
             ]
             count = options.needles * len(DEPTHS)
             needles += [Needle("key_value", length, None, count, seed=1) for length in options.needle_contexts]
-            arms_asked = make_arms(selectors, options.needle_densities, gates=folders)
-            evaluate_needle(subject, arms_asked, needles, documents, results, text=text, settings=settings)
+            some = [arm for arm in arms if arm.density is None or arm.density in options.needle_densities]
+            evaluate_needle(subject, some, needles, documents, results, text=text, settings=settings)
+
+
+def policies(densities: Sequence[float], **options: Any) -> list[TopK]:
+    """One of each density."""
+    return [TopK(density=density, **options) for density in densities]
+
+
+def oracle_budgets(subject: Subject, target: MapForm, windows: Sequence[Window], text: str) -> HeadBudgets:
+    """What shares a density among the heads of an oracle, read off all windows."""
+    calibrator = BudgetCalibrator(target, lengths=budget_lengths(len(windows[0].input_ids)))
+    run_dense(subject, calibrator.see, windows)
+    return calibrator.budgets(text=text)
 
 
 def main(
     train: Annotated[list[str], typer.Option(help="Files of training documents; can be repeated.")] = [],  # noqa: B006
     books_test: Annotated[list[str], typer.Option(help="Files of books to measure on.")] = [],  # noqa: B006
     proofs_test: Annotated[list[str], typer.Option(help="Files of proofs to measure on.")] = [],  # noqa: B006
+    calibrate: Annotated[list[str], typer.Option(help="Files to read budgets of heads off.")] = [],  # noqa: B006
     model: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("outputs/models/smollm2"),
     output: Annotated[Path, typer.Option(help="Folder of everything.")] = Path("outputs/smollm2"),
     forms: Annotated[str, typer.Option(help=f"Comma-separated, of {CEILINGS}, {', '.join(FORMS)}; or all.")] = "all",
@@ -172,6 +226,14 @@ def main(
     batch: Annotated[int, typer.Option(help="Samples a step.")] = Options.batch,
     micro_batch: Annotated[int, typer.Option(help="Samples that run at once.")] = Options.micro_batch,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = Options.lr,
+    target_share: Annotated[float, typer.Option(help="Share of the query blocks to learn from, others every step.")] = (
+        Options.target_share
+    ),
+    train_tokens: Annotated[int, typer.Option(help="Tokens of text to train on that are enough.")] = (
+        Options.train_tokens
+    ),
+    densities: Annotated[str, typer.Option(help="Densities of perplexity.")] = "0.5,0.2,0.1,0.05",
+    needle_contexts: Annotated[str, typer.Option(help="Lengths of retrieval, in tokens.")] = "4096,8192",
     documents: Annotated[int, typer.Option(help="Documents of each text to measure on.")] = Options.documents,
     windows: Annotated[int, typer.Option(help="Windows of each document.")] = Options.windows,
     needles: Annotated[int, typer.Option(help="Documents of each retrieval task, length and depth.")] = (
@@ -193,12 +255,17 @@ def main(
         model=model,
         output=output,
         train=tuple(train),
+        calibrate=tuple(calibrate),
         tests=(tuple(books_test), tuple(proofs_test)),
         context=context,
         steps=steps,
         batch=batch,
         micro_batch=micro_batch,
         lr=lr,
+        target_share=target_share,
+        train_tokens=train_tokens,
+        densities=tuple(numbers("densities", densities, float, 0)),
+        needle_contexts=tuple(numbers("needle-contexts", needle_contexts, int, 1)),
         documents=documents,
         windows=windows,
         needles=needles,
@@ -210,7 +277,9 @@ def main(
             output / "tokens",
             model=model,
             train=options.train,
-            tests=dict(zip(TEXTS, options.tests)),
+            tests={
+                name: files for name, files in zip((*TEXTS, CALIBRATION), (*options.tests, options.calibrate)) if files
+            },
             context=max(options.context, *options.needle_contexts),
             train_tokens=options.train_tokens,
             documents=options.documents,

@@ -62,6 +62,7 @@ class Arm:
         block_q: query block size in tokens of oracle and streaming.
         block_k: key block size in tokens of oracle and streaming.
         target: form of the map that an oracle chooses by.
+        budgets: what shares an oracle's density among heads; gates have their own.
     """
 
     selector: SelectorName
@@ -70,6 +71,7 @@ class Arm:
     block_q: int = 64
     block_k: int = 64
     target: MapForm = PUBLISHED
+    budgets: HeadBudgets | None = None
 
     def __str__(self) -> str:
         name = self.gates.name if self.gates else self.kind
@@ -88,7 +90,8 @@ class Arm:
     @property
     def kind(self) -> str:
         """The kind of its selector as results tell it, of an oracle with its map."""
-        return oracle_name(self.target) if self.selector == "oracle" else self.selector
+        name = oracle_name(self.target) if self.selector == "oracle" else self.selector
+        return name if self.budgets is None else f"{name}, budgets per head"
 
     @property
     def density(self) -> float | None:
@@ -326,7 +329,7 @@ class Subject:
             return lambda layer: None
         sizes = {"block_q": arm.block_q, "block_k": arm.block_k}
         if arm.selector == "oracle":
-            return lambda layer: OracleSelector(policy, **sizes, target=arm.target)
+            return lambda layer: OracleSelector(policy, **sizes, target=arm.target, budgets=arm.budgets)
         return lambda layer: StreamingSelector(policy, **sizes)
 
     def policy(self, arm: Arm) -> Policy | None:
@@ -391,8 +394,9 @@ class Subject:
             name, selector = arm.gates and arm.gates.name, arm.kind
             policy = self.policy(arm)
             about = {} if arm.gates or arm == DENSE else {"block_q": arm.block_q, "block_k": arm.block_k}
-            if arm.gates and shares_density(policy) and self.budgets(arm.gates) is not None:
-                about["budgets"] = self.budgets(arm.gates).digest
+            budgets = self.budgets(arm.gates) if arm.gates else arm.budgets
+            if shares_density(policy) and budgets is not None:
+                about["budgets"] = budgets.digest
             policy = None if policy is None else policy.to_dict()
             density = arm.density
         return Result(
