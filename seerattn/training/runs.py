@@ -173,19 +173,26 @@ def attach_gates(
     density: float,
     layers: Sequence[int] | None,
 ) -> PeftModel:
-    """The model with gates to be trained, saved ones or fresh ones of a form, that run at a density when loaded."""
-    from seerattn.hf.attach import attach
+    """The model with gates to be trained, saved ones or fresh ones of a form, that run at a density when loaded.
 
-    start = form if gates is None else str(gates)
+    Budgets that were read off saved gates are not those of the gates that these become, and are left behind.
+    """
+    from seerattn.hf.attach import attach, set_policy
+
+    policy, indices = TopK(density=density), None if layers is None else list(layers)
     model.requires_grad_(False)
-    gated = attach(model, start, policy=TopK(density=density), layers=None if layers is None else list(layers))
+    gated = attach(model, form, policy=policy, layers=indices) if gates is None else attach(model, str(gates))
     if gates is not None:
         # They come frozen and marked as such, with the name of the model that they were made for.
         gated.active_peft_config.inference_mode = False
         gated.active_peft_config.base_model_name_or_path = model.config.name_or_path
+        gated.active_peft_config.budgets = None
+        attachment = gated.base_model.attachment
+        attachment.budgets[attachment.active] = None
         for module in gated.modules():
             if isinstance(module, AttnGate):
                 module.requires_grad_(True)
+        set_policy(gated, policy)
     return gated
 
 

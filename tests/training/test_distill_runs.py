@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from tiny_corpus import run_card, tiny_tokenizer, write_documents, write_model
 
 import seerattn
 from seerattn.gate import AttnGateConfig
+from seerattn.hf.config import save_settings
 from seerattn.hf.distillation import GateLosses
+from seerattn.selection import HeadBudgets, TopK
 from seerattn.training.data import Corpus, collate
 from seerattn.training.distill import DistillConfig, distill, plan
 from seerattn.training.layer_loss import LayerLoss
@@ -161,6 +164,24 @@ def test_training_from_saved_gates_starts_at_their_loss(folder: Path, uninterrup
     assert all(torch.equal(base[name], untouched[name]) for name in untouched)
     assert f"starting from the gates in {uninterrupted}" in (output / "README.md").read_text()
     assert "starting from" not in (uninterrupted / "README.md").read_text()
+
+
+def test_gates_that_are_trained_on_leave_their_budgets_behind(
+    folder: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(uninterrupted, start)
+    heads = [(0.2, 0.4)] * seerattn_model(folder).config.num_hidden_layers
+    heads = [row * (seerattn_model(folder).config.num_attention_heads // 2) for row in heads]
+    sizes = {"block_q": FORM.block_q, "block_k": FORM.block_k, "target": str(FORM.target), "gain": str(FORM.target)}
+    budgets = HeadBudgets(ladder=(0.3,), lengths=(128,), densities=((heads,),), **sizes, text="", windows=1)
+    save_settings(start, budgets=budgets.to_dict(), policy=TopK(density=0.3).to_dict())
+    assert seerattn.attach(seerattn_model(folder), start).active_peft_config.budgets is not None
+    data = [folder / "data.jsonl"]
+    gated = plan(seerattn_model(folder), tiny_tokenizer(), data, replace(RUN, density=0.1), gates=start).model
+    assert gated.active_peft_config.budgets is None
+    # .1 is below their lowest rung, and would be refused with them.
+    gated(input_ids=torch.ones(1, 8 * FORM.block_q, dtype=torch.long))
 
 
 def test_run_from_saved_gates_belongs_to_its_own_model_and_is_resumed_from_the_same_gates(
