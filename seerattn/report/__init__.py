@@ -26,6 +26,7 @@ from seerattn.report.speedup import draw_speedup
 from seerattn.report.style import MARK
 from seerattn.report.summary_figure import draw_summary
 from seerattn.report.table import render_tables
+from seerattn.report.teachers_figure import draw_teachers
 from seerattn.report.ttft import draw_ttft
 from seerattn.saving import staged
 from seerattn.texts import in_figure, visible
@@ -35,6 +36,7 @@ _HEAD = 4096
 
 FIGURES = (
     draw_summary,
+    draw_teachers,
     draw_perplexity,
     draw_pareto,
     draw_head_density,

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from seerattn.eval.maps import BlockMaps
 from seerattn.eval.results import Result
+from seerattn.report.cost import cost_section
 from seerattn.report.finetuned import finetuned_tables, is_finetuned
 from seerattn.report.grid import density_label
 from seerattn.report.head_density import by_head, differing, head_densities
@@ -30,6 +31,13 @@ _PLOTS = {
         "Lines of perplexity over density at the longest context, of some selectors that stand for the others.",
         "Against realised density, on a logarithmic axis. Shown are the dense model, the oracle, the best floor, the "
         "best, the middle and the worst of the gates, and the best of each family of systems, best families first.",
+    ),
+    "teachers": (
+        "Lines of loss over density: on the left of the perfect choice by each map, on the right of gates.",
+        "Perplexity over that of the dense model, against realised density; both axes are logarithmic, that of the "
+        "loss linear up to 1%. On the left what a gate would reach that had learned a map perfectly, on the right "
+        "gates, in the colour of the map that they learned where their name tells it. Dashed: budgets per head. Grey: "
+        "streaming.",
     ),
     "perplexity": (
         "Lines of perplexity over sparsity, one for each selector; the numbers are those of the perplexity tables.",
@@ -67,6 +75,7 @@ def render_page(results: Sequence[Result], maps: BlockMaps | None, figures: Sequ
         run_section(results),
         failure_section(results),
         summary_section(others),
+        cost_section(others),
         perplexity_section(others),
         gap_section(others),
         retrieval_section(others),

@@ -23,6 +23,8 @@ _DOCUMENTS = ("data", "windows", "min_tokens", "dtype", "documents", "pairs", "c
 FLOORS = ("streaming", "a_shape", "tri_shape", "random")
 # A realised density this near to the one asked for is equal to it, as where knobs are turned (eval/compare.py).
 SAME_DENSITY = 0.01
+# What names of selectors and gates end with where budgets share a density among heads (eval/arms.py, `Arm.kind`).
+PER_HEAD = ", budgets per head"
 # How tables name the error of a share of right answers (`eval/statistics.py`, `proportion`).
 SHARE_ERROR = "± is the standard error of the share, adjusted as by Agresti and Coull: taken at (right + 1) / (n + 2)."
 
@@ -36,14 +38,25 @@ def group(results: Iterable[Result], *names: str) -> dict[tuple, list[Result]]:
 
 
 def latest(results: Iterable[Result]) -> list[Result]:
-    """The last result of each place in a table: gates that were trained or calibrated anew replace the former."""
+    """The last result of each place in a table: gates that were trained or calibrated anew replace the former.
+
+    Gates that share densities by budgets are named so from here on, as oracles are: with equal heads they are another
+    way of choosing blocks.
+    """
     found: dict[str, Result] = {}
-    for r in results:
+    for r in map(_with_budgets, results):
         weights, policy = {"model": r.weights.get("model", "")}, {"last_rows_dense": last_rows_dense(r)}
-        place = replace(r, weights=weights, policy=policy, samples={}).key
+        cell = {name: value for name, value in r.cell.items() if name != "budgets"}
+        place = replace(r, weights=weights, policy=policy, cell=cell, samples={}).key
         found.pop(place, None)
         found[place] = r
     return list(found.values())
+
+
+def _with_budgets(result: Result) -> Result:
+    if result.gates is None or "budgets" not in result.cell or result.gates.endswith(PER_HEAD):
+        return result
+    return replace(result, gates=result.gates + PER_HEAD)
 
 
 def panels(results: Iterable[Result]) -> dict[tuple, list[Result]]:

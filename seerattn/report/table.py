@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from seerattn.eval.record import Result, with_texts
 from seerattn.eval.statistics import proportion
+from seerattn.report.cost import cost_tables
 from seerattn.report.finetuned import finetuned_markdown, is_finetuned
-from seerattn.report.gap import closed
+from seerattn.report.gap import closed, is_ceiling
 from seerattn.report.grid import density_label
 from seerattn.report.markdown import at, markdown
 from seerattn.report.select import (
@@ -34,7 +35,8 @@ def render_tables(results: Sequence[Result]) -> str:
     results = [with_texts(r, in_markdown) for r in results]
     finetuned = finetuned_markdown(results)
     results = [r for r in results if not is_finetuned(r)]
-    parts = [part for t in summary_tables(results) for part in (f"### {t.title}", *t.notes, markdown(t.head, t.body))]
+    tables = [*summary_tables(results), *cost_tables(results)]
+    parts = [part for t in tables for part in (f"### {t.title}", *t.notes, markdown(t.head, t.body))]
     parts += [*_perplexity(results), *_gap(results), *_retrieval(results), *_by_depth(results), *_recall(results)]
     parts += [*finetuned, *speed_tables(results)]
     return "\n\n".join(parts) + "\n"
@@ -77,8 +79,12 @@ def _gap(results: Sequence[Result]) -> list[str]:
             other = closed(rows[0], panel).ends
             return at(rows) if other is None else f" at {realised(rows):.3f}, ends at {other:.3f}"
 
-        title = f"### Share of the gap from streaming to the oracle that is closed: {text}, {context} tokens, {model}"
-        parts += [title, *_grid(between, cell, where=ends, who="they, or the ends of their gap,")]
+        best = {r.density: closed(r, panel).oracle for r in between if r.density is not None}
+        several = len({r.arm for r in panel if is_ceiling(r)}) > 1
+        to = "the best oracle" if several else "the oracle"
+        note = f"The best: {', '.join(f'{best[d]} at {d:g}' for d in sorted(best, reverse=True))}." if several else ""
+        title = f"### Share of the gap from streaming to {to} that is closed: {text}, {context} tokens, {model}"
+        parts += [title, *_grid(between, cell, note, where=ends, who="they, or the ends of their gap,")]
     return parts
 
 

@@ -3,9 +3,12 @@
 import re
 from statistics import median
 
-from written_tables import records, table, text_of
+import pytest
+from drawn_pages import FIGURES, PAGES, RECORDS, records_of, redrawn, titles
+from written_tables import ROOT, records, table, text_of
 
 from seerattn.eval.results import Result
+from seerattn.report.cost import answers_over, measured, over
 from seerattn.report.finetuned import finetuned_tables
 from seerattn.report.parts import Table
 from seerattn.report.select import latest
@@ -13,7 +16,7 @@ from seerattn.report.summary import summary_tables
 from seerattn.report.table import render_tables
 
 TEXTS = ("books-test", "proofs-test")
-# Lines of the table in the README by what they begin with, longest first, and columns by their head.
+# Lines of the table beside other systems by what they begin with, longest first, and columns by their head.
 ARMS = {
     "dense": "dense",
     "oracle": "oracle",
@@ -43,11 +46,11 @@ def numbers(text: str) -> set[float]:
     return {float(number) for number in re.findall(r"\d+\.?\d*", text)}
 
 
-def test_every_number_of_the_table_in_the_readme_is_drawn(compared: list[Result]) -> None:
+def test_every_number_of_the_table_beside_other_systems_is_drawn(compared: list[Result]) -> None:
     tables: dict[str, Table] = {table.title: table for table in summary_tables(compared)}
     summary = tables["Summary: density 0.1, 8192 tokens, reference-model"]
     drawn = {line[0]: dict(zip(summary.head, line)) for line in summary.body}
-    head, *lines = table("README.md", "| reference model, 8k tokens")
+    head, *lines = table("docs/results.md", "| reference model, 8k tokens")
     found = []
     for label, *cells in lines:
         found.append(next(arm for start, arm in ARMS.items() if label.startswith(start)))
@@ -55,6 +58,58 @@ def test_every_number_of_the_table_in_the_readme_is_drawn(compared: list[Result]
             shown = drawn[found[-1]][COLUMNS[name]]
             assert numbers(cell) and numbers(cell) <= numbers(shown), (label, name, cell, shown)
     assert len(found) >= 10 and len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_between_comments_are_those_that_are_drawn(page: str) -> None:
+    """Where this fails `python tests/report/drawn_pages.py` mends it."""
+    assert text_of(page) == redrawn(text_of(page))
+    # A comment that is misspelt draws nothing.
+    assert text_of(page).count("<!-- drawn from") == len(titles(text_of(page))) > 0
+
+
+def test_a_table_that_was_changed_by_hand_is_found_and_drawn_again() -> None:
+    page = text_of("README.md")
+    assert redrawn(page.replace("| streaming |", "| streaming, retyped |", 1)) == page
+
+
+def test_every_page_shows_figures_that_are_there_and_drawn_ones_have_records() -> None:
+    for page in PAGES:
+        for figure in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text_of(page)):
+            assert (ROOT / page).parent.joinpath(figure).is_file(), (page, figure)
+    assert all(records_of(names).parent == RECORDS for _, names in FIGURES.values())
+
+
+def test_numbers_of_the_page_on_targets_are_those_of_the_records() -> None:
+    (one,) = measured(latest(records("smollm2-targets")))
+    perplexity, answers = ({(c.name, c.density): c for c in columns} for columns in (one.perplexity, one.answers))
+
+    def loss(arm: str, text: str = "books", density: float = 0.1) -> str:
+        column = perplexity[f"{text}-test", density]
+        return f"{over(column.rows[arm][0], column.dense[0]).value:.1f}"
+
+    def nats(arm: str) -> tuple[float, float]:
+        column = answers["passkey 4k", 0.1]
+        return answers_over(column.rows[arm], column.dense)
+
+    published, two, four = "oracle", "oracle sum:2", "oracle sum:4"
+    page = " ".join(text_of("docs/targets.md").split())
+    gates = [loss(arm, "proofs") for arm in ("power-2", "power-4", "largest")]
+    told = [f"{value:+.1f} ± {error:.1f}" for value, error in (nats(two), nats(four))]
+    for sentence in (
+        f"loses {loss(published)} % on books at .1 where that by power 2 loses {loss(two)} %, and "
+        f"{loss(published, density=0.2)} % against {loss(two, density=0.2)} % at .2",
+        f"({loss('streaming', density=0.05)} against {loss(published, density=0.05)} %)",
+        f"less probable by {-nats('oracle sum:1')[0]:.1f} nats",
+        f"({told[0]} and {told[1]})",
+        f"power 2 loses {loss(two)} % and power 4 {loss(four)} %, on proofs {loss(two, 'proofs')} and "
+        f"{loss(four, 'proofs')} %",
+        f"{loss('power-2')} % at .1 by power 2 and {loss('power-4')} % by power 4, against {loss('largest')} % by the",
+        f"({gates[0]}, {gates[1]} and {gates[2]} %)",
+        f"lose {-nats('largest')[0]:.1f} nats of a pass key at 4k tokens and .1, those of power 2 "
+        f"{-nats('power-2')[0]:.1f} and of power 4 {-nats('power-4')[0]:.1f}",
+    ):
+        assert sentence in page, sentence
 
 
 def test_tables_of_the_comparison_page_are_those_that_are_drawn(compared: list[Result]) -> None:
