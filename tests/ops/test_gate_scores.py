@@ -16,6 +16,7 @@ from seerattn.ops.gate_scores import triton_pool, triton_select
 from seerattn.selection import (
     AttentionContext,
     BlockIndices,
+    HeadBudgets,
     KeepAll,
     Policy,
     RotaryTables,
@@ -150,6 +151,7 @@ FORMS = {
 }  # fmt: skip
 MEAN_SQUARE = {"target_keys": "sum", "target_power": 2}
 SALIENT_ALONE = {"q_pooling": ("salient",), "k_pooling": ("salient",)}
+TOKENS = {"block_k": 128, "key_subblocks": 128, "query_subblocks": 1}  # a key sub-block is one token
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(290, 290), (100, 330), (1, 33)])
@@ -160,11 +162,22 @@ def test_choice_matches_the_torch_modules(name: str, q_len: int, k_len: int) -> 
     assert_equal(*both(gate, TokenBudget(tokens=5 * 32), q, k, context))
 
 
-@pytest.mark.parametrize("changes", [{}, {"share": "kv_group"}, SALIENT_ALONE, MEAN_SQUARE], ids=str)
-def test_choice_of_many_subblocks_differs_only_where_scores_are_closer_than_a_rounding(changes: dict) -> None:
+@pytest.mark.parametrize("length", [300, 131072])
+@pytest.mark.parametrize(
+    "changes", [{}, {"share": "kv_group"}, SALIENT_ALONE, MEAN_SQUARE, {"gate_dim": 144}, TOKENS], ids=str
+)
+def test_choice_of_many_subblocks_differs_only_where_scores_are_closer_than_a_rounding(
+    changes: dict, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the launches of short prompts and of long ones."""
     gate, context = make_gate(replace(FINE, **changes)), make_context(400)
+    choose = triton_select.choose_launch
+    blocks = length // gate.config.block_q
+    monkeypatch.setattr(
+        triton_select, "choose_launch", lambda form, **sizes: choose(form, **sizes | {"num_q_blocks": blocks})
+    )
     q, k = make_qk(300, 400)
-    policy = TokenBudget(tokens=4 * 32)
+    policy = TokenBudget(tokens=max(4 * 32, 3 * gate.config.block_k))
     expected, got = both(gate, policy, q, k, context)
     with torch.no_grad():
         q, k = context.unrotate(q, 100), context.unrotate(k, 0)
@@ -178,6 +191,25 @@ def test_choice_of_many_subblocks_differs_only_where_scores_are_closer_than_a_ro
     worst = scores.masked_fill(~missed, -torch.inf).amax(-1) - scores.masked_fill(~instead, torch.inf).amin(-1)
     assert (worst[missed.any(-1)] <= rounding).all()
     assert float(missed.float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("changes", [{}, {"share": "kv_group"}], ids=str)
+def test_powers_of_two_that_move_between_tokens_and_weights_change_nothing(changes: dict) -> None:
+    """Features and weights are multiplied in fp16, which could hold none of these, and some heads need other ones."""
+    context, (q, k) = make_context(290), make_qk(290, 290)
+    gate, moved = (make_gate(replace(FINE, **changes)) for _ in range(2))
+    up, down = 2.0**40, torch.tensor([2.0**-40, 2.0**-50])
+    with torch.no_grad():
+        moved.q_weight.mul_(down.repeat_interleave(moved.q_weight.shape[0] // 2)[:, None, None])
+        moved.k_weight.mul_(down[:, None, None].to(moved.k_weight))
+    heads = 2.0**10 ** torch.arange(2.0).to(DEVICE)
+    q_moved = q * up * heads.repeat_interleave(q.shape[1] // 2)[:, None, None]
+    k_moved = k * up * heads[:, None, None]
+    plain, other = (
+        GateSelector(g, TokenBudget(tokens=4 * 32), "triton").select(*tokens, context)
+        for g, tokens in ((gate, (q, k)), (moved, (q_moved, k_moved)))
+    )
+    assert_equal(plain, other)
 
 
 POLICIES = [
@@ -201,6 +233,37 @@ def test_every_policy_matches_the_torch_modules(policy: Policy, exclude_forced: 
     gate = make_gate(replace(FORMS["queries"], exclude_forced=exclude_forced))
     q, k = make_qk(150, 215)
     assert_equal(*both(gate, policy, q, k, make_context(215)))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        TopK(density=0.4),
+        TopK(density=0.45, length=1000),
+        TopK(density=0.3, rule="row_share"),
+        TopK(density=0.4, heads="equal"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("q_len", "k_len"), [(215, 215), (150, 215)])
+def test_budgets_of_heads_match_the_torch_modules(policy: TopK, q_len: int, k_len: int) -> None:
+    tables = (
+        (((0.1, 0.2, 0.4, 0.5),), ((0.2, 0.4, 0.8, 1.0),)),
+        (((0.6, 0.2, 0.2, 0.2),), ((0.9, 0.5, 0.5, 0.5),)),
+    )
+    about = {"block_q": 32, "block_k": 32, "target": "max:inf", "gain": "max:inf", "text": "", "windows": 1}
+    budgets = HeadBudgets((0.3, 0.6), (128, 1024), tables, **about)
+    gate, context, (q, k) = make_gate(FORMS["queries"]), make_context(k_len), make_qk(q_len, k_len)
+    with torch.no_grad():
+        expected, got = (
+            GateSelector(gate, policy, impl, budgets).select(q, k, context) for impl in ("reference", "triton")
+        )
+    assert_equal(expected, got)
+    # And they are the densities by head that the table has for this call.
+    tokens = policy.length or (1024 if policy.rule == "row_share" else k_len)
+    own = policy if policy.heads == "equal" else replace(policy, density=budgets.at(policy.density, tokens))
+    assert_equal(both(gate, own, q, k, context)[0], got)
+    assert (len({int(head.sum()) for head in got.counts[0]}) > 1) == (policy.heads == "calibrated")
 
 
 @pytest.mark.parametrize("name", ["sum-2", "sum-1.5-raw", "max-1"])

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from seerattn.ops.arithmetic import log2
+
 INFINITE = tl.constexpr(float("inf"))
 
 
@@ -70,13 +72,16 @@ def _walk(
             # The document of a row may begin after all of these keys.
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
         p = tl.exp2(scores * scale - base[:, None])
-        p_sum = tl.sum(p, 1)
-        if sums_ptr is not None:
-            if KEYS == COLUMN:
-                tl.store(sums_ptr + key // COLUMN * ROWS + tl.arange(0, ROWS), tl.log2(p_sum) + base)
-            else:
-                sums = tl.sum(p.reshape(ROWS, KEYS // COLUMN, COLUMN), 2)
-                tl.store(sums_ptr + slots, tl.log2(sums) + base[:, None])
+        if KEYS == COLUMN:
+            p_sum = tl.sum(p, 1)
+            if sums_ptr is not None:
+                tl.store(sums_ptr + key // COLUMN * ROWS + tl.arange(0, ROWS), log2(p_sum) + base)
+        else:
+            # In the same order whether they are kept or not, so that the other maps and the output do not see it.
+            sums = tl.sum(p.reshape(ROWS, KEYS // COLUMN, COLUMN), 2)
+            p_sum = tl.sum(sums, 1)
+            if sums_ptr is not None:
+                tl.store(sums_ptr + slots, log2(sums) + base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + p_sum
         if v_tiles is not None:
@@ -95,7 +100,7 @@ def _power_mean(shares, SUM: tl.constexpr, POWER: tl.constexpr):
     elif shares.shape[1] == 1:
         rows = tl.reshape(shares, (shares.shape[0], shares.shape[2], shares.shape[3]))
     else:
-        rows = tl.log2(tl.sum(tl.exp2(shares), 1))
+        rows = log2(tl.sum(tl.exp2(shares), 1))
     largest = tl.max(rows, 2)
     if POWER == INFINITE:
         return largest
@@ -103,7 +108,7 @@ def _power_mean(shares, SUM: tl.constexpr, POWER: tl.constexpr):
         # Relative to the largest row, whose power may be too small a number.
         base = tl.where(largest == -float("inf"), 0.0, largest)
         powers = tl.exp2((rows - base[:, :, None]) * POWER)
-        return base + tl.log2(tl.sum(powers, 2)) / POWER
+        return base + log2(tl.sum(powers, 2)) / POWER
 
 
 @triton.jit

@@ -33,6 +33,7 @@ class GateForm(Protocol):
     target_power: float | None
     normalize_subblocks: bool
     distance_bias: int
+    share: str
     q_size: int
     k_size: int
 

@@ -1,9 +1,9 @@
-"""`impl="triton"` of `select_blocks`: two kernels, and a third where a rule decides how long the lists are."""
+"""`impl="triton"` of `select_blocks`: two kernels; one before them halves weights, one after them expands lists."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from seerattn.ops.gate_scores.api import Gate, GateForm, Rotary, Rule
 from seerattn.ops.gate_scores.kernels import choice
 from seerattn.ops.gate_scores.kernels.launch import POOL_WARPS, POOL_WINDOWS, rotation_of, table_refusal
 from seerattn.ops.gate_scores.kernels.scores import score_and_choose_kernel
-from seerattn.ops.gate_scores.kernels.vectors import vectors_kernel
+from seerattn.ops.gate_scores.kernels.vectors import halve_kernel, vectors_kernel
 from seerattn.ops.launch import on_device
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 
@@ -47,6 +47,7 @@ class Launch:
         pool_step: tokens of each window that are read at once.
         pool_stages: depth of the pipeline of these steps.
         pool_programs: resident programs of a multiprocessor that pool and project.
+        pool_registers: most registers of their threads.
     """
 
     windows_q: int
@@ -60,23 +61,42 @@ class Launch:
     pool_step: int = 1
     pool_stages: int = 5
     pool_programs: int = 2
+    pool_registers: int | None = None
 
 
 def choose_launch(form: GateForm, *, num_q_blocks: int, gate_width: int) -> Launch:
     """Picks a launch from the form of a gate and the size of a call.
 
-    One H100, bf16, 32/8 heads of 128, 128k tokens, an earlier version of the kernels, ms by strip x tile, warps and
-    stages. Paper's form: 32 x 64, 4, 3: 2.38; 16 x 64: 2.58; 64 x 64: 2.65; 32 x 128: 2.70. 8 x 8 sub-blocks: 128 x
-    128, 8, 3: 7.9; with 2 stages 9.1, with 4 warps 8.7; 128 x 64: 8.5; 64 x 128 and 64 x 64, 4 warps: 9.2. As it is now
-    the paper's form takes 1.93 and 8 x 8 sub-blocks 8.0. Programs that pool (2 to 8 a multiprocessor) moved either by
-    less than 10 %. Other forms and widths were not compared.
+    More than 8 scores a block pair: one H200, bf16, 32/8 heads of 128, ms (`benchmarks/gpu/gate_launches.py`). 8 x 8
+    sub-blocks at 128k tokens: two programs a multiprocessor that score and four that pool 5.24; one and two 6.07; two
+    of 4 warps with tiles of 128 x 64 6.43. Pooled by salience, of sums, the first two take 5.32 and 6.23, at 32k .56
+    and .64, at 8k .128 and .140. With 9/3 heads of 64 at 8k, three programs of 64 x 128 take .054 (8 x 8) and .060
+    (16 x 16), one of 128 x 128 .058 and .079. One list a KV group, 128k: 2.12, and 1.54 with 4 x 8; no other launch
+    was timed there, and none for gates of more than 128 channels or calls of fewer than 1024 query windows.
+
+    Up to 8: one H100, the same shape, 128k tokens, an earlier version of the kernels, by strip x tile, warps and
+    stages. Paper's form: 32 x 64, 4, 3: 2.38; 16 x 64: 2.58; 64 x 64: 2.65; 32 x 128: 2.70; in the end 1.93. Programs
+    that pool (2 to 8 a multiprocessor) moved it by less than 10 %.
     """
-    pairs = form.query_subblocks * form.key_subblocks
-    if pairs > 8:
-        # 64 products a block pair: one product of fp16 parts, or the multiplication would take most of the time.
-        rows = max(form.query_subblocks, 128 if num_q_blocks * form.query_subblocks >= 1024 else 64)
-        wide = gate_width > 128
-        return Launch(rows, 64 if wide else 128, 8, 3, 1, 1, pool_windows=32 if wide else 64)
+    if form.query_subblocks * form.key_subblocks > 8:
+        # So many products that each is one of fp16 parts, or the multiplication would take most of the time.
+        short = num_q_blocks * form.query_subblocks < 1024
+        if gate_width > 128:
+            launch = Launch(64 if short else 128, 64, 8, 3, 1, 1, pool_windows=32)
+        elif short or (gate_width <= 64 and num_q_blocks <= 256):
+            # Strips of few rows make enough programs.
+            launch = Launch(64, 128, 4, 2, 3, 1, registers=168, pool_programs=3, pool_stages=3)
+        elif form.share == "kv_group":
+            launch = Launch(128, 128, 8, 2, 2, 1, registers=128, pool_programs=3, pool_registers=168)
+        else:
+            launch = Launch(128, 128, 8, 2, 2, 1, registers=128, pool_programs=4, pool_registers=128)
+        # Sub-blocks of a block are of one tile, and those of keys are made together, as they share a scale.
+        return replace(
+            launch,
+            windows_q=max(launch.windows_q, form.query_subblocks),
+            windows_k=max(launch.windows_k, form.key_subblocks),
+            pool_windows=max(launch.pool_windows, form.key_subblocks),
+        )
     if form.query_subblocks > 1:
         return Launch(128 if num_q_blocks > 256 else 64, 64, 8, 3, 1, 2)
     pool = {"pool_windows": 16, "pool_programs": 2 if form.q_linear else 3}
@@ -130,7 +150,7 @@ def select_blocks(
     gate_q = torch.empty(launch.planes, batch, heads, q_rows, 2 * half, dtype=torch.float16, device=device)
     gate_k = torch.empty(launch.planes, batch, made_k_heads, k_rows, 2 * half, dtype=torch.float16, device=device)
     q_scales = torch.empty(batch, heads, q_rows, dtype=torch.float32, device=device)
-    k_scales = torch.empty(batch, made_k_heads, k_rows, dtype=torch.float32, device=device)
+    k_scales = torch.empty(batch, made_k_heads, k_rows // form.key_subblocks, dtype=torch.float32, device=device)
     first_window = q_start // form.block_q * form.query_subblocks
     q_side = _side("Q", form.q_size, form.q_pooling, form.q_linear, launch)
     k_side = _side("K", form.k_size, form.k_pooling, True, launch)
@@ -139,7 +159,14 @@ def select_blocks(
     items = k_items + q_tiles * batch * heads
     programs = min(items, launch.pool_programs * _multiprocessors(device))
     slot = max(k_side["K_M"] * len(form.k_pooling), q_side["Q_M"] * len(form.q_pooling)) * dim
-    features = torch.empty(programs, slot, dtype=torch.float32, device=device)
+    coarse = launch.planes == 1
+    features = torch.empty(programs, slot, dtype=torch.float16 if coarse else torch.float32, device=device)
+    scales = max(k_side["K_M"], q_side["Q_M"])
+    feature_scales = torch.empty(programs, scales, dtype=torch.float32, device=device)
+    k_weight, k_weight_scales = _halved(gate.k_weight) if coarse else (gate.k_weight, feature_scales)
+    q_weight, q_weight_scales = k_weight, k_weight_scales
+    if form.q_linear:
+        q_weight, q_weight_scales = _halved(gate.q_weight) if coarse else (gate.q_weight, feature_scales)
     cos, sin, cos_strides, sin_strides, rotation = rotation_of(rotary, q, dim)
     vectors_kernel[(programs,)](
         q,
@@ -152,12 +179,15 @@ def select_blocks(
         *sin_strides,
         gate.k_weight if gate.q_salience is None else gate.q_salience,
         gate.k_weight if gate.k_salience is None else gate.k_salience,
-        gate.q_weight if form.q_linear else gate.k_weight,
-        gate.k_weight,
+        q_weight,
+        q_weight_scales,
+        k_weight,
+        k_weight_scales,
         gate.q_norm.weight if form.qk_norm else gate.k_weight,
         gate.k_norm.weight if form.qk_norm else gate.k_weight,
         gate.k_weight if not form.rope else gate.inv_freq if inv_freq is None else inv_freq,
         features,
+        feature_scales,
         gate_q,
         gate_q.stride(0),
         q_scales,
@@ -183,6 +213,7 @@ def select_blocks(
         K_TILE=launch.windows_k,
         K_SUBBLOCKS=form.key_subblocks,
         FEATURES=slot,
+        SCALES=scales,
         D=dim,
         HALF=max(16, triton.next_power_of_2(dim // 2)),
         **rotation,
@@ -194,11 +225,12 @@ def select_blocks(
         PAIRED=gate.pairing.width if form.rope else gate.gate_dim,
         ALTERNATING=gate.pairing.interleaved and form.rope,
         PLANES=launch.planes,
-        PRECISION="tf32x3" if launch.planes == 2 else "tf32",
-        DEPTH=32,
+        PRECISION="tf32" if coarse else "tf32x3",
+        DEPTH=64 if coarse else 32,
         STAGES=launch.pool_stages,
         num_warps=POOL_WARPS,
         num_stages=2,
+        maxnreg=launch.pool_registers,
     )
 
     # Block scores and the choice.
@@ -206,7 +238,7 @@ def select_blocks(
     items = -(-num_q_blocks // strip) * batch * heads
     programs = min(items, launch.programs * _multiprocessors(device))
     tile = _row_tile(num_k_blocks, strip, launch.num_warps)
-    stride = max(k_rows // form.key_subblocks, tile["C"] * tile["L"])
+    stride = max(k_rows // form.key_subblocks, tile["C"] * tile["P"] * tile["L"])
     scratch_rows = launch.windows_q if form.normalize_subblocks else strip
     scratch = torch.empty(programs, scratch_rows, stride, dtype=torch.float32, device=device)
     log_totals = torch.empty(programs, launch.windows_q, dtype=torch.float32, device=device)
@@ -288,6 +320,16 @@ def select_blocks(
     )
 
 
+def _halved(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of each head in fp16 and the power of two that they lack."""
+    heads, count = weight.shape[0], weight[0].numel()
+    weight = weight.contiguous()
+    out = torch.empty_like(weight, dtype=torch.float16)
+    scales = torch.empty(heads, dtype=torch.float32, device=weight.device)
+    halve_kernel[(heads,)](weight, out, scales, COUNT=count, CHUNK=8192, num_warps=8)
+    return out, scales
+
+
 def _side(name: str, size: int, kinds: tuple[str, ...], linear: bool, launch: Launch) -> dict[str, Any]:
     """Constants of the pooling of queries or keys."""
     windows = launch.pool_windows if linear and size <= 16 else POOL_WINDOWS
@@ -297,11 +339,15 @@ def _side(name: str, size: int, kinds: tuple[str, ...], linear: bool, launch: La
 
 
 def _row_tile(num_k_blocks: int, strip: int, num_warps: int) -> dict[str, int]:
-    """Shape ``[R, C, L]`` of the rows that are chosen for at once: 64 scores a thread, a row to a warp if it fits."""
+    """Shape ``[R, C, P, L]`` of rows that are chosen for at once: 64 scores a thread, a row to a warp if it fits.
+
+    `P` is how many places in a row are counted in one word.
+    """
     width = max(128, triton.next_power_of_2(num_k_blocks))
     rows = min(strip, max(1, 64 * 32 * num_warps // width))
     lanes = min(width, 128 * max(1, num_warps // rows))
-    return {"C": width // lanes, "R": rows, "L": lanes}
+    packed = min(width // lanes, 4 if lanes < 256 else 2)
+    return {"R": rows, "C": width // lanes // packed, "P": packed, "L": lanes}
 
 
 def _list_width(rule: Rule, geometry: tuple[int, int, int, int]) -> int:

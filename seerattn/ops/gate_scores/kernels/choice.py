@@ -1,6 +1,6 @@
 """Choosing blocks from rows of scores that are held in registers, and writing index lists.
 
-A tile ``[R, C, L]`` holds `R` rows of ``C * L`` key blocks; block ``c * L + l`` of row ``r`` is element ``[r, c, l]``.
+A tile ``[R, C, P, L]`` holds `R` rows of ``C * P * L`` key blocks, in this order.
 In this shape, with 32 lanes along `L`, Triton gives a row to one warp, so that no count over a row has to cross warps.
 """
 
@@ -18,32 +18,68 @@ MASS = tl.constexpr(4)  # the fewest blocks that hold this share of the row's so
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
+SMALLEST = tl.constexpr(-3.4028234663852886e38)
 STEPS = tl.constexpr(4)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def row_sum(x):
-    return tl.sum(tl.sum(x, axis=1), axis=1)
+    return tl.sum(tl.sum(tl.sum(x, axis=1), axis=1), axis=1)
 
 
 @triton.jit
 def row_max(x):
-    return tl.max(tl.max(x, axis=1), axis=1)
+    return tl.max(tl.max(tl.max(x, axis=1), axis=1), axis=1)
 
 
 @triton.jit
 def row_min(x):
-    return tl.min(tl.min(x, axis=1), axis=1)
+    return tl.min(tl.min(tl.min(x, axis=1), axis=1), axis=1)
+
+
+@triton.jit
+def elements(C: tl.constexpr, P: tl.constexpr, L: tl.constexpr):
+    """Numbers of the elements of a row, ``[1, C, P, L]``."""
+    chunk = tl.arange(0, C)[None, :, None, None] * P + tl.arange(0, P)[None, None, :, None]
+    return chunk * L + tl.arange(0, L)[None, None, None, :]
+
+
+@triton.jit
+def wide(x):
+    """A value of each row ``[R]`` beside its elements."""
+    return x[:, None, None, None]
+
+
+@triton.jit
+def number(keep):
+    """How many are kept of each row."""
+    return row_sum(tl.where(keep, 1.0, 0.0)).to(tl.int32)
 
 
 @triton.jit
 def places(keep):
     """Number of kept elements up to and including each element, in its row."""
-    x = keep.to(tl.int32)
-    totals = tl.sum(x, axis=2)
-    before = tl.cumsum(totals, axis=1) - totals
-    return tl.cumsum(x, axis=2) + before[:, :, None]
+    P: tl.constexpr = keep.shape[2]
+    L: tl.constexpr = keep.shape[3]
+    tl.static_assert((P == 1) | (L < 2 ** (32 // P)))
+    # Counts of `P` elements share a word, so that fewer sums go over lanes.
+    BITS: tl.constexpr = 32 // P
+    LOW: tl.constexpr = (1 << BITS) - 1 if P > 1 else -1
+    C: tl.constexpr = keep.shape[1]
+    chunk = tl.arange(0, C)[None, :, None, None]
+    part = tl.arange(0, P)[None, None, :, None]
+    # All four dimensions stay: what lacks one would go through shared memory to be scanned.
+    packed = tl.sum(keep.to(tl.int32) << part * BITS, axis=2, keep_dims=True)
+    totals = tl.sum(packed, axis=3, keep_dims=True)
+    inner = (tl.cumsum(packed, axis=3) >> part * BITS) & LOW
+    before = tl.zeros_like(tl.sum(totals, axis=1, keep_dims=True))
+    for c in tl.static_range(C):
+        of_chunk = tl.sum(tl.where(chunk == c, totals, 0), axis=1, keep_dims=True)
+        for p in tl.static_range(P):
+            inner += tl.where((chunk == c) & (part == p), before, 0)
+            before += (of_chunk >> p * BITS) & LOW
+    return inner
 
 
 @triton.jit
@@ -60,13 +96,19 @@ def value_of(image):
 
 
 @triton.jit
-def top_count(x, candidates, total, need):
-    """The ``need [R]``, 0 to ``total``, largest of the ``total [R]`` candidates of each row; the first among equals."""
-    key = tl.where(candidates, ordered(x), LOWEST)
-    # Bisection for the need-th largest image; it ends early where a threshold parts exactly `need` from the rest.
-    high = row_max(key)
-    low = tl.where(need == total, LOWEST + 1, row_min(tl.where(candidates, key, HIGHEST)))
-    low = tl.where(need == 0, HIGHEST, low)
+def top_count(x, candidates, beside, total, need, wanted):
+    """The ``need [R]``, 0 to ``total``, largest of the ``total [R]`` candidates of each row; the first among equals.
+
+    Elements ``beside`` the candidates are taken as well, ``wanted [R]`` in all. Scores are halved by value and, so that
+    it ends, by their ordered images, but compared as they are.
+    """
+    x = tl.where(candidates, tl.maximum(x, SMALLEST), float("-inf"))
+    floor = ordered(tl.zeros_like(need).to(tl.float32) + SMALLEST)
+    high = tl.maximum(ordered(row_max(x)), floor)
+    low = ordered(row_min(tl.where(candidates, x, float("inf"))))
+    key = tl.where(beside, float("inf"), x)
+    low = tl.where(need == total, floor, low)
+    low = tl.where(need == 0, ordered(tl.zeros_like(need).to(tl.float32) + float("inf")), low)
     high = tl.where((need == 0) | (need == total), low, high)
     while tl.max((low < high).to(tl.int32), axis=0) > 0:
         # Asking whether all rows are done is a barrier; rows that are done stay as they are.
@@ -77,16 +119,17 @@ def top_count(x, candidates, total, need):
                 # signs (2048 normal numbers, the largest tenth); the first step of each round bounds the worst case.
                 half = ordered(0.5 * value_of(low) + 0.5 * value_of(high))
                 middle = tl.minimum(tl.maximum(half, low + (low < high).to(tl.int32)), high)
-            count = row_sum((key >= middle[:, None, None]).to(tl.int32))
+            count = number(key >= wide(value_of(middle)))
             open = low < high
-            high = tl.where(open & (count < need), middle - 1, tl.where(open & (count == need), middle, high))
-            low = tl.where(open & (count >= need), middle, low)
-    keep = key >= low[:, None, None]
-    surplus = row_sum(keep.to(tl.int32)) - need
+            high = tl.where(open & (count < wanted), middle - 1, tl.where(open & (count == wanted), middle, high))
+            low = tl.where(open & (count >= wanted), middle, low)
+    edge = wide(value_of(low))
+    keep = key >= edge
+    surplus = number(keep) - wanted
     if tl.max(surplus, axis=0) > 0:
-        equal = key == low[:, None, None]
-        wanted = row_sum(equal.to(tl.int32)) - surplus
-        keep = keep & (~equal | (places(equal) <= wanted[:, None, None]))
+        equal = key == edge
+        among = number(equal) - surplus
+        keep = keep & (~equal | (places(equal) <= wide(among)))
     return keep
 
 
@@ -96,9 +139,9 @@ def probabilities(x, scored):
     x = tl.where(scored, x, float("-inf"))
     largest = row_max(x)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
-    e = tl.exp2(x - largest[:, None, None])
+    e = tl.exp2(x - wide(largest))
     total = row_sum(e)
-    return e * (1.0 / tl.where(total > 0, total, 1.0))[:, None, None]
+    return e * wide(1.0 / tl.where(total > 0, total, 1.0))
 
 
 @triton.jit
@@ -112,16 +155,16 @@ def top_mass(x, scored, p):
     # Bisection for the least image above which the mass is short of p.
     while tl.max((low < high).to(tl.int32), axis=0) > 0:
         middle = (low & high) + ((low ^ high) >> 1)
-        short = row_sum(tl.where(key > middle[:, None, None], mass, 0.0)) < p
+        short = row_sum(tl.where(key > wide(middle), mass, 0.0)) < p
         open = low < high
         high = tl.where(open & short, middle, high)
         low = tl.where(open & ~short, middle + 1, low)
-    above = key > low[:, None, None]
-    equal = (key == low[:, None, None]) & scored
+    above = key > wide(low)
+    equal = (key == wide(low)) & scored
     held = row_sum(tl.where(above, mass, 0.0))
     each = row_max(tl.where(equal, mass, 0.0))
     earlier = places(equal) - 1
-    return above | (equal & (held[:, None, None] + earlier.to(tl.float32) * each[:, None, None] < p))
+    return above | (equal & (wide(held) + earlier.to(tl.float32) * wide(each) < p))
 
 
 @triton.jit
@@ -147,12 +190,12 @@ def chosen_by_level(x, scored, knob, RULE: tl.constexpr):
 
 @triton.jit
 def write_lists(keep, count, column, indices, counts, live, rows, width, FILL: tl.constexpr):
-    """Ascending lists ``indices [rows, width]``, padded with -1, and their counts."""
+    """Ascending lists ``indices [rows, width]``, padded with -1, and their counts; rows that are not live keep none."""
     tl.store(counts + rows, count, mask=live)
     at = indices + rows.to(tl.int64) * width
     # Not true, but the mask keeps stores single; without it Triton would move all three through shared memory.
-    to = tl.max_contiguous(tl.multiple_of(at[:, None, None] + places(keep) - 1, [1, 1, 16]), [1, 1, 4])
-    tl.store(to, column, mask=keep & live[:, None, None])
+    to = tl.max_contiguous(tl.multiple_of(wide(at) + places(keep) - 1, [1, 1, 1, 16]), [1, 1, 1, 4])
+    tl.store(to, column, mask=keep)
     begin = tl.min(tl.where(live, count, width), axis=0) // FILL * FILL
     for w in range(begin, width, FILL):
         pad = w + tl.arange(0, FILL)[None, :]
@@ -160,14 +203,17 @@ def write_lists(keep, count, column, indices, counts, live, rows, width, FILL: t
 
 
 @triton.jit
-def write_bits(keep, counts, words, live, rows, stride, R: tl.constexpr, C: tl.constexpr, L: tl.constexpr):
+def write_bits(
+    keep, counts, words, live, rows, stride,
+    R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
     """One bit a block, ``words [rows, stride]``, and counts: the lists once their width is known."""
-    tl.store(counts + rows, row_sum(keep.to(tl.int32)), mask=live)
-    bits = tl.reshape(keep.to(tl.int32), [R, C, L // 32, 32]) << tl.arange(0, 32)[None, None, None, :]
-    packed = tl.sum(bits, axis=3)
-    column = tl.arange(0, C)[None, :, None] * (L // 32) + tl.arange(0, L // 32)[None, None, :]
+    tl.store(counts + rows, number(keep), mask=live)
+    bits = tl.reshape(keep.to(tl.int32), [R, C, P, L // 32, 32]) << tl.arange(0, 32)[None, None, None, None, :]
+    packed = tl.sum(bits, axis=4)
+    column = elements(C, P, L // 32)
     at = words + rows.to(tl.int64) * stride
-    tl.store(at[:, None, None] + column, packed, mask=live[:, None, None] & (column < stride))
+    tl.store(wide(at) + column, packed, mask=wide(live) & (column < stride))
 
 
 @triton.jit

@@ -62,7 +62,8 @@ def _turned_back(
     other = tl.load(x + x_rows + partner, mask=turns, other=0.0).to(tl.float32)
     c = tl.load(cos + cos_rows + column * COLUMN, mask=turns, other=1.0).to(tl.float32)
     s = tl.load(sin + sin_rows + column * COLUMN, mask=turns, other=0.0).to(tl.float32)
-    inverse = 1.0 / (c * c + s * s)
+    inverse = tl.rsqrt(c * c + s * s)
+    inverse *= inverse
     return value * (c * inverse) + tl.where(first, other, -other) * (s * inverse)
 
 
@@ -86,7 +87,8 @@ def _halves(
             high = tl.load(x + x_rows + MIDDLE + p, mask=real, other=0.0).to(tl.float32)
             c = tl.load(cos + cos_rows + p * COLUMN, mask=real, other=1.0).to(tl.float32)
             s = tl.load(sin + sin_rows + p * COLUMN, mask=real, other=0.0).to(tl.float32)
-        inverse = 1.0 / (c * c + s * s)
+        inverse = tl.rsqrt(c * c + s * s)
+        inverse *= inverse
         c *= inverse
         s *= inverse
         return low * c + high * s, high * c - low * s
@@ -200,8 +202,9 @@ def store_features(pooled, rows, real, D: tl.constexpr, HALF: tl.constexpr, KIND
     channel = tl.arange(0, HALF)[None, :]
     mask = real[:, None] & (channel < D // 2)
     for place in tl.static_range(len(KINDS)):
-        tl.store(rows + place * D + channel, pooled[2 * place], mask=mask)
-        tl.store(rows + place * D + D // 2 + channel, pooled[2 * place + 1], mask=mask)
+        low, high = pooled[2 * place].to(rows.dtype.element_ty), pooled[2 * place + 1].to(rows.dtype.element_ty)
+        tl.store(rows + place * D + channel, low, mask=mask)
+        tl.store(rows + place * D + D // 2 + channel, high, mask=mask)
 
 
 @triton.jit

@@ -5,11 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from seerattn.ops.arithmetic import log2
 from seerattn.ops.gate_scores.kernels.choice import (
     SHARE,
     chosen_by_level,
+    elements,
+    row_min,
     top_count,
     wanted_count,
+    wide,
     write_bits,
     write_lists,
 )
@@ -23,12 +27,12 @@ def _log_power_sum(x, POWER: tl.constexpr):
     """``log2(sum(2^(POWER * x))) / POWER`` over the second of three axes; -inf where all of them are."""
     largest = tl.max(x, axis=1)
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    return base + tl.log2(tl.sum(tl.exp2((x - base[:, None, :]) * POWER), axis=1)) / POWER
+    return base + log2(tl.sum(tl.exp2((x - base[:, None, :]) * POWER), axis=1)) / POWER
 
 
 @triton.jit
 def _score_tile(
-    q_high, q_low, keys, key_row, plane_rows, k_scales, scratch, stride, factor, bias, q_last, m, total, n,
+    q_high, q_low, keys, key_row, plane_rows, k_scales, scratch, stride, factor, bias, q_last, last_end, m, total, n,
     BM: tl.constexpr, BN: tl.constexpr, Q_SUBBLOCKS: tl.constexpr, K_SUBBLOCKS: tl.constexpr, K_SIZE: tl.constexpr,
     PLANES: tl.constexpr, NORMALIZE: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -41,26 +45,40 @@ def _score_tile(
         rest = tl.dot(q_high, tl.trans(k_low))
         rest = tl.dot(q_low, tl.trans(k_high), rest)
         s += rest * (1.0 / LOW_SCALE)
-    place = tl.arange(0, BN)
-    s *= tl.load(k_scales + key_row + n * BN + place)[None, :]
     if MASKED:
+        place = tl.arange(0, BN)
         window = n * BN + place % BLOCKS * K_SUBBLOCKS + place // BLOCKS
         s = tl.where((window * K_SIZE)[None, :] <= q_last[:, None], s, float("-inf"))
     column = n * BLOCKS + tl.arange(0, BLOCKS)
-    if SUM:
-        of_block = _log_power_sum(tl.reshape(s * factor[:, None], [BM, K_SUBBLOCKS, BLOCKS]), 1.0)
+    # All windows of a block have one scale, so that no score is multiplied but within an exponent.
+    k_scale = k_scales + key_row // K_SUBBLOCKS + column
+    if MASKED:
+        k_scale = tl.load(k_scale, mask=column * (K_SUBBLOCKS * K_SIZE) < last_end, other=1.0)
     else:
-        best = s
-        if K_SUBBLOCKS > 1:
-            best = tl.max(tl.reshape(s, [BM, K_SUBBLOCKS, BLOCKS]), axis=1)
-        of_block = best * factor[:, None]
+        k_scale = tl.load(k_scale)
+    scale = factor[:, None] * k_scale[None, :]
+    if K_SUBBLOCKS > 1:
+        s = tl.reshape(s, [BM, K_SUBBLOCKS, BLOCKS])
+        best = tl.max(s, axis=1) * scale
+        scaled = s * scale[:, None, :]
+    else:
+        best = s * scale
+        scaled = best
+    of_block = best
+    if SUM:
+        base = best
+        if MASKED:
+            base = tl.where(best == float("-inf"), 0.0, best)
+        mass = tl.sum(tl.exp2(scaled - base[:, None, :]), axis=1)
+        of_block = base + log2(mass)
     if NORMALIZE:
+        m_new = tl.maximum(m, tl.max(best, axis=1))
         if SUM:
-            m_new = tl.maximum(m, tl.max(of_block, axis=1))
-            p = tl.exp2(of_block - m_new[:, None])
+            p = mass * tl.exp2(base - m_new[:, None])
+        elif K_SUBBLOCKS > 1:
+            p = tl.sum(tl.exp2(scaled - m_new[:, None, None]), axis=1)
         else:
-            m_new = tl.maximum(m, tl.max(best, axis=1) * factor)
-            p = tl.exp2(s * factor[:, None] - m_new[:, None])
+            p = tl.exp2(scaled - m_new[:, None])
         total = total * tl.exp2(m - m_new) + tl.sum(p, axis=1)
         m = m_new
         row = tl.arange(0, BM)
@@ -83,7 +101,8 @@ def score_and_choose_kernel(
     BM: tl.constexpr, BN: tl.constexpr, WIDTH_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, Q_SUBBLOCKS: tl.constexpr, K_SUBBLOCKS: tl.constexpr,
     PLANES: tl.constexpr, NORMALIZE: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr, FORCED_SCORED: tl.constexpr,
-    RULE: tl.constexpr, PER_HEAD: tl.constexpr, R: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
+    RULE: tl.constexpr, PER_HEAD: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Walks strips of `BM` query windows, the longest first: scores against all earlier key windows, then the choice.
 
@@ -124,64 +143,81 @@ def score_and_choose_kernel(
         total = tl.zeros([BM], tl.float32)
         for n in range(0, whole):
             m, total = _score_tile(
-                q_high, q_low, keys, key_row, plane_rows, k_scales, scratch, stride, factor, bias, q_last, m, total, n,
+                q_high, q_low, keys, key_row, plane_rows, k_scales, scratch, stride, factor, bias, q_last, last_end,
+                m, total, n,
                 BM, BN, Q_SUBBLOCKS, K_SUBBLOCKS, K_SIZE, PLANES, NORMALIZE, SUM, POWER, False,
             )  # fmt: skip
         for n in range(whole, tiles):
             m, total = _score_tile(
-                q_high, q_low, keys, key_row, plane_rows, k_scales, scratch, stride, factor, bias, q_last, m, total, n,
+                q_high, q_low, keys, key_row, plane_rows, k_scales, scratch, stride, factor, bias, q_last, last_end,
+                m, total, n,
                 BM, BN, Q_SUBBLOCKS, K_SUBBLOCKS, K_SIZE, PLANES, NORMALIZE, SUM, POWER, True,
             )  # fmt: skip
         if NORMALIZE:
-            tl.store(log_totals + tl.arange(0, BM), tl.where(live, m + tl.log2(total), float("inf")))
+            tl.store(log_totals + tl.arange(0, BM), tl.where(live, m + log2(total), float("inf")))
         tl.debug_barrier()
 
         value = knob
         if PER_HEAD:
             value = tl.load(knobs + bh % heads)
-        column = tl.arange(0, C)[None, :, None] * L + tl.arange(0, L)[None, None, :]
+        column = elements(C, P, L)
         for r in range(0, STRIP, R):
             local = r + tl.arange(0, R)
             block = strip * STRIP + local
-            x = tl.load(scratch + (local * (SCRATCH_ROWS // STRIP) * stride)[:, None, None] + column)
-            if NORMALIZE:
-                x -= tl.load(log_totals + local * Q_SUBBLOCKS)[:, None, None]
-                for sub in range(1, Q_SUBBLOCKS):
-                    y = tl.load(scratch + ((local * Q_SUBBLOCKS + sub) * stride)[:, None, None] + column)
-                    x = tl.maximum(x, y - tl.load(log_totals + local * Q_SUBBLOCKS + sub)[:, None, None])
-                if POWER != LARGEST:
-                    # Read once more: the sum of an online softmax would take as many registers again.
-                    base = tl.where(x == float("-inf"), 0.0, x)
-                    powers = tl.zeros(x.shape, tl.float32)
-                    for sub in range(0, Q_SUBBLOCKS):
-                        y = tl.load(scratch + ((local * Q_SUBBLOCKS + sub) * stride)[:, None, None] + column)
-                        y -= tl.load(log_totals + local * Q_SUBBLOCKS + sub)[:, None, None]
-                        powers += tl.exp2((y - base) * POWER)
-                    x = base + tl.log2(powers) / POWER
             # Geometry of the rows: absolute query block, its first and last token, its key blocks.
             absolute = q_start // BLOCK_Q + block
             begin = tl.maximum(absolute * BLOCK_Q, q_start)
             real = block < num_q_blocks
-            if POWER != LARGEST:  # a sum so far
+            num_causal = tl.where(real, (tl.minimum((absolute + 1) * BLOCK_Q, q_end) - 1) // BLOCK_K + 1, 0)
+            rows_at = wide(local * (SCRATCH_ROWS // STRIP) * stride)
+            if not NORMALIZE:
+                x = tl.load(scratch + rows_at + column)
+            elif POWER == LARGEST:
+                x = tl.load(scratch + rows_at + column)
+                x -= wide(tl.load(log_totals + local * Q_SUBBLOCKS))
+                for sub in range(1, Q_SUBBLOCKS):
+                    y = tl.load(scratch + rows_at + sub * stride + column)
+                    x = tl.maximum(x, y - wide(tl.load(log_totals + local * Q_SUBBLOCKS + sub)))
+            else:
+                # No block holds more than all of its row, so its power needs no base but where it is too small.
+                x = tl.zeros([R, C, P, L], tl.float32)
+                for sub in range(0, Q_SUBBLOCKS):
+                    y = tl.load(scratch + rows_at + sub * stride + column)
+                    x += tl.exp2(y * POWER - wide(tl.load(log_totals + local * Q_SUBBLOCKS + sub)) * POWER)
+                lowest = tl.min(row_min(tl.where(column < wide(num_causal), x, 1.0)), axis=0)
+                x = log2(x) / POWER
+                if lowest < 1e-30:
+                    base = tl.load(scratch + rows_at + column)
+                    base -= wide(tl.load(log_totals + local * Q_SUBBLOCKS))
+                    for sub in range(1, Q_SUBBLOCKS):
+                        y = tl.load(scratch + rows_at + sub * stride + column)
+                        base = tl.maximum(base, y - wide(tl.load(log_totals + local * Q_SUBBLOCKS + sub)))
+                    base = tl.where(base == float("-inf"), 0.0, base)
+                    x = tl.zeros([R, C, P, L], tl.float32)
+                    for sub in range(0, Q_SUBBLOCKS):
+                        y = tl.load(scratch + rows_at + sub * stride + column)
+                        y -= wide(tl.load(log_totals + local * Q_SUBBLOCKS + sub))
+                        x += tl.exp2((y - base) * POWER)
+                    x = base + log2(x) / POWER
+            if (POWER != LARGEST) & (RULE > SHARE):  # a sum so far; no choice of a number sees it
                 last = tl.minimum((absolute + 1) * BLOCK_Q, q_end) - 1
                 windows = tl.where(real, last // Q_SIZE - begin // Q_SIZE + 1, 1)
-                x -= (tl.log2(windows.to(tl.float32)) / POWER)[:, None, None]
-            num_causal = tl.where(real, (tl.minimum((absolute + 1) * BLOCK_Q, q_end) - 1) // BLOCK_K + 1, 0)
+                x -= wide(tl.log2(windows.to(tl.float32)) / POWER)
             num_free = begin // BLOCK_K
             num_free = tl.where(block >= dense_from, 0, num_free - tl.minimum(num_free, sink_blocks))
             num_free = tl.where(real, num_free, 0)
             rows = bh * num_q_blocks + block
-            causal = column < num_causal[:, None, None]
+            causal = column < wide(num_causal)
             # Free blocks lie between the sinks and the diagonal.
-            free = (column >= sink_blocks) & (column < sink_blocks + num_free[:, None, None])
+            free = (column - sink_blocks).to(tl.uint32) < wide(num_free).to(tl.uint32)
             if RULE <= SHARE:  # the length of lists is known
                 count = wanted_count(value, num_causal, num_causal - num_free, RULE)
-                keep = top_count(x, free, num_free, count - (num_causal - num_free)) | (causal & ~free)
+                keep = top_count(x, free, causal & ~free, num_free, count - (num_causal - num_free), count)
                 write_lists(keep, count, column, indices, counts, real, rows, width, 128)
             else:
                 scored = causal
                 if not FORCED_SCORED:
                     scored = free
                 keep = (chosen_by_level(x, scored, value, RULE) & causal) | (causal & ~free)
-                write_bits(keep, counts, words, real, rows, word_stride, R, C, L)
+                write_bits(keep, counts, words, real, rows, word_stride, R, C, P, L)
         tl.debug_barrier()
