@@ -197,11 +197,15 @@ def layer_context(shape: Shape, tokens: int, device: torch.device) -> AttentionC
 
 
 def random_gate(config: AttnGateConfig, shape: Shape, device: torch.device) -> AttnGate:
-    """A fresh gate for one layer, but with learned pooling that is not yet another plain average."""
+    """A gate for one layer whose weights are all at work, as those of a trained one are."""
     torch.manual_seed(0)
     frequencies = gate_frequencies(_rotation(shape.head_dim, device), gate_dim=config.gate_dim or shape.head_dim)
     sizes = {"num_heads": shape.heads, "num_kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
     gate = AttnGate(config, inv_freq=frequencies, **sizes)
+    with torch.no_grad():
+        for weight in (gate.q_weight, gate.k_weight):
+            if weight is not None:
+                weight += 0.02 * torch.randn_like(weight)
     for salience in (gate.q_salience, gate.k_salience):
         if salience is not None:
             nn.init.normal_(salience, std=shape.head_dim**-0.5)

@@ -20,7 +20,7 @@ from seerattn.bench.inputs import Shape, random_qkv
 from seerattn.bench.model import TINY, BenchModel
 from seerattn.bench.session import Session
 from seerattn.eval.results import ResultsFile
-from seerattn.hf import finetuning
+from seerattn.hf import distillation, finetuning
 from seerattn.hf.state import layer_states
 
 CPU = torch.device("cpu")
@@ -59,9 +59,9 @@ def test_all_blocks_are_kept_by_the_sparse_path_in_every_layer() -> None:
 def test_layer_step_with_all_blocks_matches_gradients_of_dense_attention(monkeypatch) -> None:
     model, q_blocks = BenchModel(TINY, CPU, "reference").gated("paper"), -(-TOKENS // 64)
     seen = []
-    right = finetuning.attention_map
+    right = distillation.attention_map
     monkeypatch.setattr(
-        finetuning, "attention_map", lambda q, k, **o: seen.append(o["query_blocks"]) or right(q, k, **o)
+        distillation, "attention_map", lambda q, k, **o: seen.append(o["query_blocks"]) or right(q, k, **o)
     )
     torch.manual_seed(5)
     dq, dk, dv, *of_gate = layer_step(model, TINY.shape, TOKENS, CPU)(sparse_training(ALL_BLOCKS, 0.5))
