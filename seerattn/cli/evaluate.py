@@ -77,13 +77,13 @@ LevelOption = Annotated[
     typer.Option(help="What is compared: raw scores, the default for gates that normalise them, or their softmax."),
 ]
 BudgetsOption = Annotated[
-    bool, typer.Option("--budgets", help="Find the densities of heads that hold most together, instead of thresholds.")
+    bool, typer.Option("--budgets", help="Find the densities of heads that miss least together, instead of thresholds.")
 ]
 LadderOption = Annotated[
     str, typer.Option(help="Mean densities of budgets, from the lowest that you want; default: nine of .03 to .7.")
 ]
 GainOption = Annotated[
-    str, typer.Option(help="Map of which budgets hold most, keys:power; default: the target of the gates.")
+    str, typer.Option(help="Map of which budgets miss least, keys:power; default: the target of the gates.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Save nothing with the gates.")]
 

@@ -40,7 +40,7 @@ class HeadBudgets:
         block_q: query block size in tokens.
         block_k: key block size in tokens.
         target: the map that the choice follows, as `str(MapForm)`: what the gates learned.
-        gain: the map of which heads were to hold as much as they can.
+        gain: the map of which heads were to miss as little as they can.
         text: digest of the text that it was read off.
         windows: number of windows of that text.
 

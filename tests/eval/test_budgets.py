@@ -38,14 +38,14 @@ def calls(layers: int = 2, windows: int = 2, tokens: int = TOKENS):
             yield q, k, replace(CONTEXT, layer=2 * layer + 1)
 
 
-def held(scores: Tensor, gain: Tensor, k: int, sinks: int = 1) -> float:
-    """What the best ``k`` blocks of every row hold, on average over rows; row by row, 32 x 32 blocks."""
+def gained(scores: Tensor, gain: Tensor, k: int, sinks: int = 1) -> float:
+    """1 less the mean square over rows of what the best ``k`` blocks of each miss; row by row, 32 x 32 blocks."""
     total = 0.0
     for i in range(len(scores)):
         forced = {i, *range(min(sinks, i + 1))}
         others = sorted((j for j in range(i + 1) if j not in forced), key=lambda j: (-float(scores[i, j]), j))
         kept = [*forced, *others][: max(k, len(forced))]
-        total += sum(float(gain[i, j]) for j in kept)
+        total += 1 - (1 - sum(float(gain[i, j]) for j in kept)) ** 2
     return total / len(scores)
 
 
@@ -57,7 +57,7 @@ def test_lengths_double_up_to_the_context() -> None:
 
 @pytest.mark.parametrize("sinks", [1, 2])
 @pytest.mark.parametrize("gain", [None, MASS])
-def test_curves_are_what_the_best_blocks_of_rows_hold_at_every_length_alone(gain, sinks) -> None:
+def test_curves_are_one_less_the_squared_miss_of_the_best_blocks_at_every_length_alone(gain, sinks) -> None:
     calibrator = BudgetCalibrator(
         SQUARED, lengths=(128, TOKENS), gain=gain, block_q=32, block_k=32, sink_blocks=sinks
     )  # fmt: skip
@@ -74,7 +74,7 @@ def test_curves_are_what_the_best_blocks_of_rows_hold_at_every_length_alone(gain
                 attention_map(q, k, form=form, block_q=32, block_k=32, scale=CONTEXT.scale).map[0]
                 for form in (SQUARED, gain or SQUARED)
             ]
-            values = [[held(*heads, number, sinks) for number in range(least, n + 1)] for heads in zip(*maps)]
+            values = [[gained(*heads, number, sinks) for number in range(least, n + 1)] for heads in zip(*maps)]
             expected[context.layer] += torch.tensor(values, dtype=torch.float64) / 2
         assert list(found) == [1, 3]
         for layer in found:
@@ -172,19 +172,24 @@ def test_gates_choose_by_their_scores_and_share_what_a_group_sees(subject, docum
     windows = [Window(i, ids[:400]) for i, ids in enumerate(documents[:2])]
     for folder in subject._gates:
         gates = subject.gates(folder)
-        config = next(iter(gates.values())).config
         calibrator = BudgetCalibrator(gates, lengths=(256, 400))
         run_dense(subject, calibrator.see, windows)
         curves, cost = calibrator.curves(400)
         for i in range(0, len(cost), 2):
             policy = TopK(density=float(cost[i]))
-            selectors = {layer: GateSelector(gate, policy) for layer, gate in gates.items()}
-            meter = RecallMeter({"gate": selectors.get}, target=config.target)
-            run_dense(subject, meter.see, windows)
-            layers, recall = meter.table("gate", "target_recall")
-            for layer, measured in zip(layers, recall.mean(0)):
-                shared = measured.unflatten(0, (len(curves[layer]), -1)).mean(1)
-                assert torch.allclose(curves[layer][:, i], shared, atol=1e-5)
+            missed: dict[int, list[Tensor]] = {}
+
+            def see(q: Tensor, k: Tensor, context: AttentionContext, policy=policy, gates=gates, missed=missed) -> None:
+                kept = GateSelector(gates[context.layer], policy).select(q, k, context).to_mask()
+                target = next(iter(gates.values())).config.target
+                true = attention_map(q, k, form=target, **context.logits).map
+                true = true.unflatten(1, (kept.shape[1], -1)).mean(2)
+                missed.setdefault(context.layer, []).append((true * ~kept).sum(-1).double())
+
+            run_dense(subject, see, windows)
+            for layer, rows in missed.items():
+                expected = 1 - torch.cat(rows).square().mean((0, 2))
+                assert torch.allclose(curves[layer][:, i], expected, atol=1e-5)
 
 
 def test_lengths_that_cannot_be_cut_or_were_not_seen_are_refused() -> None:
