@@ -3,6 +3,7 @@
 `make test-public` makes the model first (`recipes/public_models.py`).
 """
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import seerattn
 from seerattn import AttnGateConfig, KeepAll, TopK
+from seerattn.baselines.streaming import StreamingSelector
 from seerattn.hf.state import layer_states
 from seerattn.training import DistillConfig, distill
 
 MODEL = Path("outputs/models/smollm2")
 BOOKS = Path("assets/books/distill")
+SHIPPED = Path("assets/smollm2-gates")
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +87,21 @@ def test_left_padded_batch_of_prompts_gives_what_they_give_alone(
     for row, text in enumerate(texts):
         alone = gated(tokenizer(text, return_tensors="pt").input_ids).logits[0]
         assert (together[row, -len(alone) :] - alone).abs().max() < 1e-3
+
+
+def test_shipped_gates_lose_less_than_half_of_what_recent_blocks_lose(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = gzip.decompress((BOOKS.parent / "evaluate" / "harte-from-sand-hill-to-pine.txt.gz").read_bytes()).decode()
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :2048]
+
+    def loss(base: PreTrainedModel) -> float:
+        with torch.no_grad():
+            return float(base(ids, labels=ids).loss)
+
+    policy, sparse = TopK(density=0.2), {"impl": "reference"}
+    dense = loss(model())
+    recent = loss(seerattn.attach(model(), StreamingSelector(policy), **sparse))
+    gated = seerattn.attach(model(), SHIPPED, policy, **sparse)
+    assert gated.active_peft_config.base_model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    with seerattn.record_density(gated) as density:
+        found = loss(gated)
+    assert found - dense < 0.5 * (recent - dense) and density.mean() == pytest.approx(0.2, abs=0.005)
