@@ -97,11 +97,12 @@ def test_shipped_gates_lose_less_than_half_of_what_recent_blocks_lose(tokenizer:
         with torch.no_grad():
             return float(base(ids, labels=ids).loss)
 
-    policy, sparse = TopK(density=0.2), {"impl": "reference"}
+    # Some eight blocks a row: below that recent blocks are half of what a row keeps anyway.
+    policy, sparse = TopK(density=0.3), {"impl": "reference"}
     dense = loss(model())
     recent = loss(seerattn.attach(model(), StreamingSelector(policy), **sparse))
     gated = seerattn.attach(model(), SHIPPED, policy, **sparse)
     assert gated.active_peft_config.base_model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
     with seerattn.record_density(gated) as density:
         found = loss(gated)
-    assert found - dense < 0.5 * (recent - dense) and density.mean() == pytest.approx(0.2, abs=0.005)
+    assert found - dense < 0.5 * (recent - dense) and density.mean() == pytest.approx(0.3, abs=0.005)
