@@ -125,7 +125,9 @@ class Plan:
             **describe_samples(self.samples),
             "steps": config.describe_steps(),
             "loss": f"{config.loss}, rows {config.row_weight}, first {config.drop_rows:.0%} left out",
-            "targets": f"{config.target_share:.0%} of the query blocks, others every step",
+            "targets": "of all query blocks"
+            if config.target_share == 1
+            else f"of {config.target_share:.0%} of the query blocks, others every step",
             "learning rate": f"{config.lr}, cosine, {config.warmup} steps of warm-up",
             "memory (estimate)": f"{as_bytes(sum(memory.values()))} on each process: "
             + ", ".join(f"{name} {as_bytes(size)}" for name, size in memory.items()),

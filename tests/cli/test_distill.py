@@ -110,7 +110,7 @@ def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
     text = (
         "--loss smooth_l1 --row-weight mass --drop-rows 0.25 --recall-share 1 --density 0.3 --lr 0.002 --batch-size 2 "
         "--seed 7 --micro-batch-size 2 --warmup-steps 0 --logging-steps 3 --save-steps 6 --keep-checkpoints 1 "
-        "--dtype bfloat16"
+        "--dtype bfloat16 --target-share 0.5"
     )
     assert call(folder, *text.split(), "--block-size", 32, output=tmp_path / "out", context=256, steps=2) == 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -125,6 +125,7 @@ def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
         "row_weight": "mass",
         "drop_rows": 0.25,
         "recall_share": 1.0,
+        "target_share": 0.5,
         "density": 0.3,
         "logging_steps": 3,
         "save_steps": 6,
