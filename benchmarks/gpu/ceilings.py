@@ -32,6 +32,7 @@ from seerattn.hf.loading import read_model
 from seerattn.ops.attention_map import attention_map
 from seerattn.selection import AttentionContext, BlockIndices, TopK
 from seerattn.selection.map_form import MapForm
+from seerattn.training.losses import group_target
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 from corpora import documents_of, load_corpus
@@ -92,8 +93,7 @@ class Chooser:
             maps.append(tiles)
         found = torch.stack(maps)[None]
         if self.kind == "group":
-            shared = found / found.sum(-1, keepdim=True)
-            found = shared.unflatten(1, (kv_heads, group)).amax(2).repeat_interleave(group, 1)
+            found = group_target(found / found.sum(-1, keepdim=True), kv_heads).repeat_interleave(group, 1)
         return found
 
 
