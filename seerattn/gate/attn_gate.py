@@ -242,14 +242,18 @@ class AttnGate(nn.Module):
         # Only windows from the first query on can lie ahead of a query.
         ahead = first_window * q_size // k_size + 1
         s[..., ahead:].masked_fill_(k_window[ahead:] * k_size > q_last[:, None], HIDDEN)
-        if c.normalize_subblocks:
-            s = s.log_softmax(-1)
-        # Two maxima may take queries first, along whole lines of memory: a tenth of the time of a gate on a CPU.
-        if c.target == PUBLISHED:
-            s = self._over_keys(self._over_queries(s, first_window))
+        if c.target_keys == "sum":
+            # A row's log-sum-exp is that of its blocks', a sixteenth of the scores of 16 sub-blocks.
+            s = self._over_queries(self._normalized(self._over_keys(s)), first_window)
+        elif c.target == PUBLISHED:
+            # Two maxima may take queries first, along whole lines of memory: a tenth of the time of a gate on a CPU.
+            s = self._over_keys(self._over_queries(self._normalized(s), first_window))
         else:
-            s = self._over_queries(self._over_keys(s), first_window)
+            s = self._over_queries(self._over_keys(self._normalized(s)), first_window)
         return s.masked_fill(s < HIDDEN / 2, -torch.inf)
+
+    def _normalized(self, s: Tensor) -> Tensor:
+        return s.log_softmax(-1) if self.config.normalize_subblocks else s
 
     def _over_keys(self, s: Tensor) -> Tensor:
         """Scores ``[.., Wk]`` of key sub-blocks as those of key blocks."""
