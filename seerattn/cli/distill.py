@@ -44,8 +44,11 @@ def distill(
     steps: StepsOption,
     output: Annotated[Path, typer.Option(help="New folder for the gates.")],
     gates: Annotated[Path | None, typer.Option(help="Gates to start from; default: fresh ones.")] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING)] = 1e-3,
-    batch_size: BatchSizeOption = 16,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate; default: one that fits the head dim.", rich_help_panel=TRAINING),
+    ] = None,
+    batch_size: BatchSizeOption = 2,
     micro_batch_size: MicroBatchSizeOption = 1,
     warmup_steps: WarmupStepsOption = None,
     seed: SeedOption = 0,
@@ -77,14 +80,15 @@ def distill(
     target_share: Annotated[
         float,
         typer.Option(help="Share of the query blocks to learn from, others every step.", rich_help_panel=_ABOUT),
-    ] = 1.0,
+    ] = 0.25,
     density: Annotated[
         float, typer.Option(help="Density that the gates run at when they are loaded.", rich_help_panel=_ABOUT)
     ] = 0.2,
 ) -> None:
     """Learn the gates of a model from its own attention maps.
 
-    The published recipe: --context 65536 --steps 500 --paper --drop-rows 0.25.
+    The published recipe: --paper --context 65536 --steps 500 --batch-size 16 --lr 1e-3 --target-share 1
+    --drop-rows 0.25.
 
     Several GPUs: torchrun --nproc-per-node 8 -m seerattn distill ...
     """

@@ -72,7 +72,6 @@ class FinetuneConfig(RunConfig):
     """
 
     lr: float = 1e-5
-    batch_size: int = 8
     dense: bool = False
     sparsity: float = 0.9
     anneal: float = 0.0

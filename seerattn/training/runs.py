@@ -29,7 +29,7 @@ class RunConfig:
     Attributes:
         context: tokens of a sample.
         steps: optimizer steps.
-        lr: peak learning rate of AdamW.
+        lr: peak learning rate of AdamW; None where a run finds one that fits.
         batch_size: samples of a step, over all processes and micro-batches.
         micro_batch_size: samples that one process runs at once.
         warmup_steps: None is 20, or 5 % of a short run.
@@ -48,8 +48,8 @@ class RunConfig:
 
     context: int
     steps: int
-    lr: float = 1e-3
-    batch_size: int = 16
+    lr: float | None = None
+    batch_size: int = 8
     micro_batch_size: int = 1
     warmup_steps: int | None = None
     loss: LossKind = "kl"
@@ -73,7 +73,8 @@ class RunConfig:
             )
         # What numpy takes, which the Trainer seeds as well.
         check_whole_number("seed", self.seed, 0, 2**32 - 1)
-        check_positive("lr", self.lr)
+        if self.lr is not None:
+            check_positive("lr", self.lr)
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps must be 0 to {self.steps}, the number of steps, got {self.warmup_steps}")
         for name, kinds in (("loss", get_args(LossKind)), ("row_weight", get_args(RowWeight))):

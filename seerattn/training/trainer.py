@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -22,6 +24,7 @@ from seerattn.saving import staged, write_whole
 from seerattn.training.checkpoints import checkpoints, last_whole, step_of, write_manifest
 from seerattn.training.layer_loss import RECALL_DENSITIES, LayerLoss
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -140,6 +143,10 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+# Losses fall from the first step on. That is of few samples, of which others may well have half as much again.
+RISEN = 2.0
+
+
 class DistillTrainer(RecordedTrainer):
     """Trains the gates of a model; the model itself runs as in inference.
 
@@ -155,6 +162,7 @@ class DistillTrainer(RecordedTrainer):
         super().__init__(**kwargs)
         self.layer_loss, self.target_share = layer_loss, target_share
         self.metrics: list[dict[int, dict[str, Tensor]]] = []
+        self.first_loss: float | None = None
 
     def compute_loss(
         self,
@@ -210,7 +218,23 @@ class DistillTrainer(RecordedTrainer):
         numbers = self.mean_over_processes(torch.cat([losses, torch.stack(values).mean(1)]))
         layer_loss = {str(layer): x for layer, x in zip(layers, numbers)}
         loss = sum(layer_loss.values()) / len(layer_loss)
+        self._tell_rise(loss)
         return {"loss": loss, **dict(zip(names, numbers[len(layers) :]))}, {"layer_loss": layer_loss}
+
+    def _tell_rise(self, loss: float) -> None:
+        """Says once, on one process, that the gates unlearn."""
+        if self.first_loss is None:
+            self.first_loss = loss
+        elif loss > RISEN * self.first_loss:
+            if self.args.should_save:
+                logger.warning(
+                    "the gates' loss rose from %.4g to %.4g: the learning rate %.3g is too high for this model; end "
+                    "the run and begin anew in another folder with a lower one",
+                    self.first_loss,
+                    loss,
+                    self.args.learning_rate,
+                )
+            self.first_loss = math.inf
 
 
 class _Recorder(TrainerCallback):

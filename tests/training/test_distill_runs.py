@@ -28,7 +28,7 @@ from seerattn.hf.config import save_settings
 from seerattn.hf.distillation import GateLosses
 from seerattn.selection import HeadBudgets, TopK
 from seerattn.training.data import Corpus, collate
-from seerattn.training.distill import DistillConfig, distill, plan
+from seerattn.training.distill import DistillConfig, distill, fitting_lr, plan
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.trainer import DistillTrainer, restore_log
 
@@ -128,6 +128,27 @@ def test_run_learns_what_an_untrained_gate_does_not_know(folder: Path, tmp_path:
     assert last["tokens"] == 30 * 768
     base = seerattn.detach(trained).state_dict()
     assert base.keys() == before.keys() and all(torch.equal(base[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(("lr", "told"), [(30.0, 1), (3e-3, 0)])
+def test_gates_that_unlearn_are_told_of_once(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, lr: float, told: int
+) -> None:
+    config = DistillConfig(context=256, steps=8, batch_size=1, lr=lr, logging_steps=1, save_steps=8)
+    distill(
+        seerattn_model(folder), tiny_tokenizer(), [folder / "long.jsonl"], config, gate=FORM, output=tmp_path / "out"
+    )
+    first, *later = [record["loss"] for record in records(tmp_path / "out")]
+    assert (max(later) > 2 * first) == bool(told)
+    assert len([r for r in caplog.records if r.name == "seerattn.training.trainer"]) == told
+
+
+def test_learning_rate_falls_with_the_width_of_heads_and_is_that_of_the_run(folder: Path) -> None:
+    assert fitting_lr(32) == fitting_lr(64) == 5e-3
+    assert fitting_lr(256) == pytest.approx(5e-3 / 8)
+    config = replace(RUN, lr=None)
+    prepared = plan(seerattn_model(folder), tiny_tokenizer(), [folder / "data.jsonl"], config, gate=FORM)
+    assert prepared.facts()["config"]["lr"] == prepared.config.lr == fitting_lr(prepared.gates[0].head_dim)
 
 
 def test_saved_gates_match_the_trained_ones_and_load_like_any_adapter(folder: Path, uninterrupted: Path) -> None:
