@@ -24,7 +24,7 @@ HEAD = """# Which form of gate finds what matters
 {variants} variants on the reference model, trained by `recipes/reference_gates.py` on the same {steps} steps of {batch}
 sequences of {context} tokens ({stretch} queries of each), 30 % of them recall documents; AdamW, peak 3e-3, a
 cosine to zero unless the variant says otherwise. Evaluated on {books} validation books ({context} tokens of each) and
-{documents} documents a retrieval task, on one {device}. A variant differs from the default form
+{documents} documents a retrieval task, on one {device}. A variant differs from the plain form
 (`8x8`: 8 x 8 sub-blocks of 8 tokens) or the published one (`paper`) in what its name says. Cells are empty where the
 evaluation had no time left.
 

@@ -33,6 +33,7 @@ from corpora import documents_of, load_corpus, whole_lines, write_corpora
 from crew import Crew, Job
 from transformers import AutoTokenizer, PreTrainedModel
 
+from seerattn.bench.model import PLAIN_FORM
 from seerattn.cli.values import numbers
 from seerattn.eval.arms import DENSE, Arm, Gates, Subject, choose_device
 from seerattn.eval.budgets import BudgetCalibrator, budget_lengths, evaluate_budgets
@@ -45,7 +46,7 @@ from seerattn.gate import AttnGateConfig
 from seerattn.hf.loading import read_model
 from seerattn.saving import write_whole
 from seerattn.selection import HeadBudgets, TopK
-from seerattn.selection.map_form import MapForm
+from seerattn.selection.map_form import PUBLISHED, MapForm
 from seerattn.training.distill import DistillConfig, plan, run
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -55,20 +56,20 @@ SALIENT = {"q_pooling": ("salient",), "k_pooling": ("salient", "max", "min")}
 SUM4 = {"target_keys": "sum", "target_power": 4.0}
 FORMS = {
     "published": AttnGateConfig.paper(),
-    "largest": AttnGateConfig(),
-    "largest-salient": AttnGateConfig(**SALIENT),
-    "mass": AttnGateConfig(target_keys="sum", target_power=1.0),
-    "power-2": AttnGateConfig(target_keys="sum", target_power=2.0),
-    "power-4": AttnGateConfig(**SUM4),
-    "power-4-salient": AttnGateConfig(**SUM4, **SALIENT),
-    "power-4-coarse": AttnGateConfig(**SUM4, **SALIENT, query_subblocks=4),
-    "power-4-fine": AttnGateConfig(**SUM4, **SALIENT, query_subblocks=16, key_subblocks=16),
-    "power-4-group": AttnGateConfig(**SUM4, **SALIENT, share="kv_group"),
+    "default": AttnGateConfig(),
+    "default-group": AttnGateConfig(share="kv_group"),
+    "largest": PLAIN_FORM,
+    "largest-salient": replace(PLAIN_FORM, **SALIENT),
+    "mass": replace(PLAIN_FORM, target_keys="sum", target_power=1.0),
+    "power-2": replace(PLAIN_FORM, target_keys="sum", target_power=2.0),
+    "power-4": replace(PLAIN_FORM, **SUM4),
+    "power-4-salient": AttnGateConfig(query_subblocks=8, key_subblocks=8),
+    "power-4-fine": AttnGateConfig(query_subblocks=16, key_subblocks=16),
     "power-4-published": AttnGateConfig.paper(**SUM4),
 }
 CEILINGS = "ceilings"
-# What no gate can pass, by each target, and what every gate should.
-TARGETS = [MapForm("max", math.inf), *(MapForm("sum", power) for power in (1, 2, 4, math.inf))]
+# What no gate can pass, by each target.
+ORACLES = {str(target): target for target in (PUBLISHED, *(MapForm("sum", power) for power in (1, 2, 4, math.inf)))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +82,14 @@ class Options:
     calibrate: tuple[str, ...] = ()
     tests: tuple[tuple[str, ...], ...] = ((), ())
     context: int = 8192
-    steps: int = 300
-    batch: int = 8
-    micro_batch: int = 8
-    lr: float = 5e-3
+    steps: int = 1500
+    batch: int = 2
+    micro_batch: int = 2
+    lr: float | None = None
     target_share: float = 0.25
     recall_share: float = 0.2
     train_tokens: int = 24_000_000
+    oracles: tuple[str, ...] = tuple(ORACLES)
     densities: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05)
     documents: int = 24
     windows: int = 1
@@ -161,11 +163,12 @@ def measure(options: Options, name: str, device: torch.device) -> None:
     settings = {"data": digest(fitted)}
     windows = cut_windows(fitted, count=1, **asked)
     if name == CEILINGS:
-        budgets = {target: oracle_budgets(subject, target, windows, settings["data"]) for target in TARGETS}
+        targets = [ORACLES[oracle] for oracle in options.oracles]
+        budgets = {target: oracle_budgets(subject, target, windows, settings["data"]) for target in targets}
         arms = [DENSE, *(Arm("streaming", policy) for policy in policies(options.densities))]
         arms += [
             Arm("oracle", policy, target=target, budgets=shared)
-            for target in TARGETS
+            for target in targets
             for shared in (None, budgets[target])
             for policy in policies(options.densities)
         ]
@@ -225,14 +228,16 @@ def main(
     steps: Annotated[int, typer.Option(help="Training steps.")] = Options.steps,
     batch: Annotated[int, typer.Option(help="Samples a step.")] = Options.batch,
     micro_batch: Annotated[int, typer.Option(help="Samples that run at once.")] = Options.micro_batch,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = Options.lr,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: one that fits.")] = Options.lr,
     target_share: Annotated[float, typer.Option(help="Share of the query blocks to learn from, others every step.")] = (
         Options.target_share
     ),
     train_tokens: Annotated[int, typer.Option(help="Tokens of text to train on that are enough.")] = (
         Options.train_tokens
     ),
+    oracles: Annotated[str, typer.Option(help=f"Comma-separated targets of {CEILINGS}.")] = ",".join(ORACLES),
     densities: Annotated[str, typer.Option(help="Densities of perplexity.")] = "0.5,0.2,0.1,0.05",
+    needle_densities: Annotated[str, typer.Option(help="Those of retrieval, among them.")] = "0.2,0.1",
     needle_contexts: Annotated[str, typer.Option(help="Lengths of retrieval, in tokens.")] = "4096,8192",
     documents: Annotated[int, typer.Option(help="Documents of each text to measure on.")] = Options.documents,
     windows: Annotated[int, typer.Option(help="Windows of each document.")] = Options.windows,
@@ -248,9 +253,11 @@ def main(
     """Train and measure the forms, then put their results together in OUTPUT/results.jsonl."""
     begin = time.monotonic()
     names = [CEILINGS, *FORMS] if forms == "all" else [name.strip() for name in forms.split(",")]
-    unknown = sorted(set(names) - {CEILINGS, *FORMS})
-    if unknown:
-        raise typer.BadParameter(f"forms must be among {CEILINGS}, {', '.join(FORMS)}, got {', '.join(unknown)}")
+    targets = [name.strip() for name in oracles.split(",")]
+    for option, given, known in (("forms", names, [CEILINGS, *FORMS]), ("oracles", targets, list(ORACLES))):
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise typer.BadParameter(f"{option} must be among {', '.join(known)}, got {', '.join(unknown)}")
     options = Options(
         model=model,
         output=output,
@@ -264,7 +271,9 @@ def main(
         lr=lr,
         target_share=target_share,
         train_tokens=train_tokens,
+        oracles=tuple(targets),
         densities=tuple(numbers("densities", densities, float, 0)),
+        needle_densities=tuple(numbers("needle-densities", needle_densities, float, 0)),
         needle_contexts=tuple(numbers("needle-contexts", needle_contexts, int, 1)),
         documents=documents,
         windows=windows,

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from seerattn.bench.model import PLAIN_FORM
 from seerattn.eval.arms import Gates, Subject, make_arms
 from seerattn.eval.data import cut_windows, digest, token_documents
 from seerattn.eval.documents import training_document
@@ -66,8 +67,8 @@ class Variant:
 
 
 def form(**changes) -> Variant:
-    """The default form with some fields changed."""
-    return Variant(AttnGateConfig(**changes))
+    """The plain form with some fields changed."""
+    return Variant(replace(PLAIN_FORM, **changes))
 
 
 def paper(**changes) -> Variant:
@@ -76,7 +77,7 @@ def paper(**changes) -> Variant:
 
 
 def sub_blocks(queries: int, keys: int, **changes) -> Variant:
-    """The default form with other numbers of sub-blocks."""
+    """The plain form with other numbers of sub-blocks."""
     return form(query_subblocks=queries, key_subblocks=keys, **changes)
 
 

@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from seerattn.bench.attention import Sparse, share_of
 from seerattn.bench.check import gate_scores
 from seerattn.bench.inputs import Shape, random_qkv
-from seerattn.bench.model import GATE_FORMS, layer_context, random_gate
+from seerattn.bench.model import GATE_FORMS, PLAIN_FORM, layer_context, random_gate
 from seerattn.bench.timing import device_time, extra_memory
 from seerattn.eval.results import Result, ResultsFile
 from seerattn.gate import AttnGate, AttnGateConfig
@@ -47,7 +47,7 @@ SHAPE = Shape()
 FORMS = GATE_FORMS | {
     "queries": AttnGateConfig.paper(q_linear=True, query_subblocks=8),
     "queries-group": AttnGateConfig.paper(q_linear=True, query_subblocks=8, share="kv_group"),
-    "queries-normalised": AttnGateConfig(key_subblocks=1),
+    "queries-normalised": replace(PLAIN_FORM, key_subblocks=1),
 }
 DENSITY = 0.1
 LENGTHS = [8192, 32768, 131072]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from seerattn.bench.attention import share_of
 from seerattn.bench.inputs import Shape, random_qkv
-from seerattn.bench.model import SALIENT, layer_context, random_gate
+from seerattn.bench.model import PLAIN_FORM, SALIENT, layer_context, random_gate
 from seerattn.eval.results import Result, ResultsFile
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.gate_selector import GateSelector
@@ -57,7 +57,7 @@ def form(name: str) -> AttnGateConfig:
     sizes, *changes = name.split("-")
     pieces = dict(zip(("query_subblocks", "key_subblocks"), map(int, sizes.split("x"))))
     options = {"group": SHARED, "salient": ONE_SALIENT, "sum": SUM}
-    return AttnGateConfig(**pieces, **{k: v for change in changes for k, v in options[change].items()})
+    return replace(PLAIN_FORM, **pieces, **{k: v for change in changes for k, v in options[change].items()})
 
 
 TWO = Launch(128, 128, 8, 2, 2, 1, registers=128)

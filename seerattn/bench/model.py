@@ -33,18 +33,28 @@ LLAMA3_ROPE = {
 MAX_TOKENS = 131072
 
 SALIENT = ("salient", "max", "min")
+# 8 x 8 sub-blocks of plain poolings, taught by the published target: what others differ from.
+PLAIN_FORM = AttnGateConfig(
+    q_pooling=("avg", "max", "min"),
+    k_pooling=("avg", "max", "min"),
+    target_keys="max",
+    target_power=None,
+    query_subblocks=8,
+    key_subblocks=8,
+)
+_SALIENT_4X4 = replace(PLAIN_FORM, q_pooling=SALIENT, k_pooling=SALIENT, query_subblocks=4, key_subblocks=4)
 # By the names that commands and results give them.
 GATE_FORMS = {
     "paper": AttnGateConfig.paper(),
     "paper-group": AttnGateConfig.paper(q_linear=True, share="kv_group"),
     "default": AttnGateConfig(),
     "default-group": AttnGateConfig(share="kv_group"),
-    "sum-2": AttnGateConfig(target_keys="sum", target_power=2),
-    "salient": AttnGateConfig(q_pooling=SALIENT, k_pooling=SALIENT),
-    "salient-4x4": AttnGateConfig(q_pooling=SALIENT, k_pooling=SALIENT, query_subblocks=4, key_subblocks=4),
-    "salient-4x4-group": AttnGateConfig(
-        q_pooling=SALIENT, k_pooling=SALIENT, query_subblocks=4, key_subblocks=4, share="kv_group"
-    ),
+    "8x8": PLAIN_FORM,
+    "8x8-group": replace(PLAIN_FORM, share="kv_group"),
+    "sum-2": replace(PLAIN_FORM, target_keys="sum", target_power=2),
+    "salient": replace(PLAIN_FORM, q_pooling=SALIENT, k_pooling=SALIENT),
+    "salient-4x4": _SALIENT_4X4,
+    "salient-4x4-group": replace(_SALIENT_4X4, share="kv_group"),
 }
 
 

@@ -14,7 +14,7 @@ from seerattn.cli.values import words
 if TYPE_CHECKING:
     from seerattn.gate import AttnGateConfig
 
-_FORM = "Form of the gates (default: 8 x 8 sub-blocks, all else as in AttnGateConfig)"
+_FORM = "Form of the gates (default: 4 x 8 sub-blocks, all else as in AttnGateConfig)"
 
 
 def _options(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from gate_forms import plain
 from tiny_corpus import tiny_tokenizer, topical_text
 from tiny_models import tiny_model
 
@@ -10,7 +11,7 @@ from seerattn.eval.arms import Gates, Subject
 from seerattn.gate import AttnGateConfig
 from seerattn.hf.attach import attach, detach
 
-FORMS = {"paper": AttnGateConfig.paper(init="identity"), "best": AttnGateConfig(share="kv_group")}
+FORMS = {"paper": AttnGateConfig.paper(init="identity"), "best": plain(share="kv_group")}
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from torch import Tensor
 from seerattn.gate import AttnGate, AttnGateConfig, Pairing
 from seerattn.gate import attn_gate as module
 from seerattn.gate.attn_gate import parameter_count
+from seerattn.gate.config import PUBLISHED_TARGET
 from seerattn.gate.pooling import Pooled, pool_blocks
 from seerattn.selection.map_form import PUBLISHED, MapForm
 
@@ -114,9 +115,13 @@ def oracle(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:
     return out
 
 
+POOLED = ("avg", "max", "min")
 FORMS = {
     "paper": AttnGateConfig.paper(block_q=32, block_k=32),
     "default": AttnGateConfig(block_q=32, block_k=32),
+    "plain": AttnGateConfig(
+        block_q=32, block_k=32, q_pooling=POOLED, k_pooling=POOLED, query_subblocks=8, **PUBLISHED_TARGET
+    ),
     "group": AttnGateConfig(block_q=32, block_k=64, share="kv_group", query_subblocks=2, key_subblocks=4),
     "norm-bias-norope": AttnGateConfig(block_q=64, block_k=32, rope=False, qk_norm=True, distance_bias=3),
     "max-min-narrow": AttnGateConfig(block_q=32, block_k=32, q_pooling=("max",), k_pooling=("min",), gate_dim=8),
@@ -275,7 +280,7 @@ def test_config_survives_a_round_trip_through_json_types(name: str) -> None:
         ({"query_subblocks": 7}, "must divide block_q"),
         ({"q_pooling": ()}, "q_pooling must be a non-empty subset"),
         ({"k_pooling": ("avg", "median")}, "k_pooling must be a non-empty subset"),
-        ({"q_linear": False}, "q_linear=False needs a single query pooling"),
+        ({"q_linear": False, "q_pooling": ("avg", "max")}, "q_linear=False needs a single query pooling"),
         ({"share": "layer"}, "share must be one of"),
         ({"init": "zeros"}, "init must be one of"),
         ({"gate_dim": 7}, "gate_dim must be an even number of 2 to 1024 or None, got 7"),
@@ -320,8 +325,8 @@ def _defaults(**changes: object) -> tuple:
 
 
 def test_an_infinite_power_is_the_largest_row_and_saved_without_infinity() -> None:
-    config = AttnGateConfig(target_power=math.inf)
-    assert config == AttnGateConfig() and config.target == PUBLISHED
+    config = AttnGateConfig(target_keys="max", target_power=math.inf)
+    assert config == AttnGateConfig(target_keys="max", target_power=None) and config.target == PUBLISHED
     assert json.loads(json.dumps(config.to_dict(), allow_nan=False))["target_power"] is None
 
 
@@ -432,7 +437,7 @@ def test_salient_pooling_adds_one_vector_a_head_and_only_where_it_is_used() -> N
         for q, k in (("avg", "avg"), ("salient", "avg"), ("avg", "salient"), ("salient", "salient"))
     ]
     assert [n - counts[0] for n in counts] == [0, 3 * H * D, 3 * HKV * D, 3 * (H + HKV) * D]
-    assert set(make(FORMS["default"]).state_dict()) == {"q_weight", "k_weight"}
+    assert set(make(FORMS["plain"]).state_dict()) == {"q_weight", "k_weight"}
 
 
 def test_learned_pooling_of_single_token_windows_has_a_gradient_of_zero() -> None:
@@ -445,7 +450,7 @@ def test_learned_pooling_of_single_token_windows_has_a_gradient_of_zero() -> Non
 
 
 def test_gate_rejects_tokens_pooled_for_another_gate() -> None:
-    gate = make(FORMS["default"])
+    gate = make(FORMS["plain"])
     q, k = qk(40)
     with pytest.raises(ValueError, match="windows of 4 tokens or 1, got 2"):
         gate(Pooled(pool_blocks(q, size=2, start=0, kinds=("avg",)), 2, 0, 40), k)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gate_forms import plain
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tokens
@@ -25,7 +26,7 @@ from seerattn.hf.state import layer_states
 from seerattn.selection import HeadBudgets
 from seerattn.selection.map_form import PUBLISHED, MapForm
 
-GATE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, init="normal")
+GATE = plain(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, init="normal")
 LEARNED = replace(GATE, q_pooling=("salient", "max"), k_pooling=("avg", "salient"))
 SPARSE = TopK(density=0.3, rule="row_share")
 

@@ -163,15 +163,16 @@ def test_auto_decides_for_dense_attention_before_it_looks_at_the_batch() -> None
     ids=["prompt lookup", "assistant"],
 )
 @pytest.mark.parametrize("impl", ["sparse", "reference"])
-def test_speculative_decoding_gives_the_tokens_of_greedy_decoding(impl: str, options: dict) -> None:
-    gated = model(impl=impl)
-    ids = tokens(1, 40).repeat(1, 5)[:, :190]
+def test_speculative_decoding_with_all_blocks_gives_the_tokens_of_greedy_decoding(impl: str, options: dict) -> None:
+    """With fewer it need not: its first call holds the prompt and candidates, so other blocks may be the best."""
+    gated, ids = model(impl=impl), tokens(1, 40).repeat(1, 5)[:, :190]
+    seerattn.set_policy(gated, KeepAll())
     if options.pop("assistant", False):
         options["assistant_model"] = tiny_model("llama", torch.float64, num_hidden_layers=1)
     greedy = gated.generate(input_ids=ids, max_new_tokens=24, do_sample=False)
     with seerattn.record_density(gated) as meter:
         found = gated.generate(input_ids=ids, max_new_tokens=24, do_sample=False, **options)
-    assert torch.equal(found, greedy) and meter.mean() < 0.9
+    assert torch.equal(found, greedy) and meter.mean() == 1
 
 
 def test_call_of_fewer_tokens_than_a_block_against_a_cache_is_decoding() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gate_forms import plain
 from interpreted import large_steps
 from tiny_models import ROTARY, SUPPORTED, tiny_model, tokens
 from torch import Tensor, nn
@@ -20,9 +21,7 @@ from seerattn.selection import AttentionContext, BlockIndices, RotaryTables, Tok
 
 BLOCK = 32
 FORMS = {
-    "default": AttnGateConfig(
-        block_q=BLOCK, block_k=BLOCK, query_subblocks=1, key_subblocks=1, normalize_subblocks=False
-    ),
+    "default": plain(block_q=BLOCK, block_k=BLOCK, query_subblocks=1, key_subblocks=1, normalize_subblocks=False),
     "published": AttnGateConfig.paper(block_q=BLOCK, block_k=BLOCK),
 }
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gate_forms import plain
 from interpreted import large_steps
 from torch import Tensor
 
@@ -120,34 +121,35 @@ def assert_equal(expected: BlockIndices, got: BlockIndices) -> None:
 
 
 PAPER = AttnGateConfig.paper(block_q=32, block_k=32)
-FINE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=4, key_subblocks=4)  # multiplied in one plane
+FINE = plain(block_q=32, block_k=32, query_subblocks=4, key_subblocks=4)  # multiplied in one plane
 FORMS = {
     "paper": PAPER,
-    "queries": AttnGateConfig(block_q=32, block_k=32, query_subblocks=4, key_subblocks=1),
-    "keys": AttnGateConfig(block_q=32, block_k=64, query_subblocks=1, key_subblocks=4, rope=False),
-    "max": AttnGateConfig(
+    "default": AttnGateConfig(block_q=32, block_k=32),
+    "queries": plain(block_q=32, block_k=32, query_subblocks=4, key_subblocks=1),
+    "keys": plain(block_q=32, block_k=64, query_subblocks=1, key_subblocks=4, rope=False),
+    "max": plain(
         block_q=64, block_k=32, query_subblocks=4, key_subblocks=2, normalize_subblocks=False, q_pooling=("max",),
         k_pooling=("min", "avg"), gate_dim=12, qk_norm=True,
     ),
-    "group": AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, share="kv_group"),
-    "salient": AttnGateConfig(
+    "group": plain(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, share="kv_group"),
+    "salient": plain(
         block_q=32, block_k=32, query_subblocks=2, key_subblocks=4, q_pooling=("max", "salient"),
         k_pooling=("salient", "min", "avg", "max"),
     ),
-    "salient-group": AttnGateConfig(
+    "salient-group": plain(
         block_q=64, block_k=32, query_subblocks=4, key_subblocks=2, share="kv_group", q_pooling=("salient", "min"),
         k_pooling=("min", "salient"),
     ),
     "salient-unprojected": replace(PAPER, q_pooling=("salient",), k_pooling=("salient",)),
-    "sum-2": AttnGateConfig(
+    "sum-2": plain(
         block_q=32, block_k=64, query_subblocks=2, key_subblocks=4, target_keys="sum", target_power=2
     ),
-    "sum-1.5-raw": AttnGateConfig(
+    "sum-1.5-raw": plain(
         block_q=64, block_k=32, query_subblocks=4, key_subblocks=2, normalize_subblocks=False, target_keys="sum",
         target_power=1.5, share="kv_group",
     ),
-    "sum-largest": AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, target_keys="sum"),
-    "max-1": AttnGateConfig(block_q=32, block_k=32, query_subblocks=4, key_subblocks=1, target_power=1),
+    "sum-largest": plain(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2, target_keys="sum"),
+    "max-1": plain(block_q=32, block_k=32, query_subblocks=4, key_subblocks=1, target_power=1),
 }  # fmt: skip
 MEAN_SQUARE = {"target_keys": "sum", "target_power": 2}
 SALIENT_ALONE = {"q_pooling": ("salient",), "k_pooling": ("salient",)}
@@ -469,7 +471,7 @@ def test_pooled_windows_match_torch_for_other_widths_and_types(dim: int, size: i
 
 
 def test_choice_matches_the_torch_modules_for_other_widths() -> None:
-    config = AttnGateConfig(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2)
+    config = plain(block_q=32, block_k=32, query_subblocks=2, key_subblocks=2)
     q, k = make_qk(100, 100, dim=80)
     assert_equal(*both(make_gate(config, dim=80), TopK(density=0.5), q, k, make_context(100, width=80)))
 

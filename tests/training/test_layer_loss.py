@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gate_forms import plain
 from tiny_models import tiny_model, tokens
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from seerattn.hf.distillation import GateLosses
 from seerattn.training.layer_loss import LayerLoss
 
 BLOCK = 32
-FORM = AttnGateConfig(block_q=BLOCK, block_k=BLOCK, query_subblocks=4, key_subblocks=2)
+FORM = plain(block_q=BLOCK, block_k=BLOCK, query_subblocks=4, key_subblocks=2)
 
 
 def gates_of(model: nn.Module) -> list[AttnGate]:
@@ -283,7 +284,7 @@ def test_packed_documents_within_a_block_are_rejected() -> None:
 
 @pytest.mark.parametrize("some_rows", [False, True])
 def test_recall_matches_a_count_over_rows(some_rows: bool) -> None:
-    config = AttnGateConfig(block_q=BLOCK, block_k=BLOCK, share="kv_group")
+    config = plain(block_q=BLOCK, block_k=BLOCK, share="kv_group")
     generator = torch.Generator().manual_seed(0)
     blocks, heads = 24, 4
     gate = AttnGate(config, num_heads=heads, num_kv_heads=2, head_dim=32, inv_freq=torch.ones(16))
