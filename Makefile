@@ -5,7 +5,7 @@ OLDEST := .venv-oldest/bin
 # One thread a process keeps small tests fast on few cores; the demo and the benchmark use all of them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo models test test-newest test-oldest test-public test-architectures test-gpu memcheck fuzz lint format bench-cpu clean
+.PHONY: demo models test test-newest test-oldest test-public test-architectures test-gpu memcheck fuzz lint format docs bench-cpu clean
 
 demo: .venv/.installed
 	$(BIN)/python recipes/demo.py
@@ -61,6 +61,12 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The manual as a site in outputs/site. --quiet would hide warnings from --strict as well. The variable silences an
+# advertisement of the theme.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+	@! grep -rlE '<(script|link|img)[^>]*(src|href)="(https?:)?//' outputs/site || { echo "pages must need no other site"; exit 1; }
+
 bench-cpu: .venv/.installed
 	$(BIN)/python benchmarks/cpu.py
 
@@ -80,5 +86,13 @@ bench-cpu: .venv/.installed
 	$(OLDEST)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+# Sources are read, not imported, so neither the package nor torch is installed here.
+.venv-docs/.installed: pyproject.toml requirements-docs.txt
+	@echo "== installing into .venv-docs =="
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade pip
+	.venv-docs/bin/python -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest outputs
+	rm -rf .venv .venv-oldest .venv-docs outputs

@@ -195,7 +195,7 @@ def test_partial_targets_of_the_fine_tuning_page_are_those_of_the_records() -> N
             assert cell == short(inside[1]) if inside else value.startswith(cell) or f"{float(value):.2f}" == cell
 
 
-def test_longer_contexts_in_the_readme_are_those_of_the_records() -> None:
+def test_longer_contexts_in_short_are_those_of_the_records() -> None:
     drawn = yarn()
     ways = {
         "trained with dense attention": ("dense", "0"),
@@ -203,7 +203,7 @@ def test_longer_contexts_in_the_readme_are_those_of_the_records() -> None:
         "weights and gates trained together": ("trained together", ".9"),
         "the same, once": ("trained together, annealed", ".9"),
     }
-    _, *lines = table("README.md", "| reference model at 32k tokens")
+    _, *lines = table("docs/finetuning.md", "| reference model at 32k tokens")
     assert len(lines) == len(ways)
     for label, sparsity, *cells in lines:
         way, at = next(found for start, found in ways.items() if label.startswith(start))

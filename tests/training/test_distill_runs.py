@@ -168,7 +168,7 @@ def test_saved_gates_match_the_trained_ones_and_load_like_any_adapter(folder: Pa
 
 def test_training_from_saved_gates_starts_at_their_loss(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output, text = tmp_path / "out", [folder / "data.jsonl"]
-    config = replace(RUN, steps=4, save_steps=4)
+    config = replace(RUN, steps=4, save_steps=4, target_share=1.0)
     options = {"gates": uninterrupted, "output": output}
     trained = distill(seerattn_model(folder), tiny_tokenizer(), text, config, **options)
     samples = plan(seerattn_model(folder), tiny_tokenizer(), text, config, gate=FORM).samples

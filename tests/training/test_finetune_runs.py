@@ -365,7 +365,7 @@ def test_gates_without_gradient_stop_the_first_step(
 ) -> None:
     monkeypatch.setattr(GateLosses, "total", lambda self: torch.zeros(()))
     with pytest.raises(
-        ValueError, match="every gate must have a gradient after the first step, got none for 4 weights"
+        ValueError, match="every gate must have a gradient after the first step, got none for 8 weights"
     ):
         train(folder, tmp_path / "out")
 

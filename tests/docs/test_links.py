@@ -1,0 +1,64 @@
+"""Links of the pages that leave docs/: rewritten for the site by the hook, and each to something that is there.
+
+Links inside of docs/ are checked by `make docs`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS) for path in DOCS.glob("**/*.md"))
+CONFIG = {"docs_dir": str(DOCS), "extra": {"repo_url": "https://example.org/repo/"}}
+
+
+@pytest.fixture(scope="module")
+def rewritten() -> Callable[[str, str], str]:
+    """What the hook makes of the text of a page at a place."""
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def rewrite(text: str, place: str) -> str:
+        page = SimpleNamespace(file=SimpleNamespace(src_uri=place))
+        return module.on_page_markdown(text, page=page, config=CONFIG, files=None)
+
+    return rewrite
+
+
+def anchors(page: Path) -> set[str]:
+    """Those of the headings of a file, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_that_leave_docs_go_to_the_repository(rewritten: Callable[[str, str], str]) -> None:
+    assert (
+        rewritten("[d](../DESIGN.md#the-flow)", "a.md") == "[d](https://example.org/repo/blob/main/DESIGN.md#the-flow)"
+    )
+    assert rewritten("[d](../../recipes)", "howto/a.md") == "[d](https://example.org/repo/tree/main/recipes)"
+
+
+@pytest.mark.parametrize("link", ["results.md", "figures/maps.png", "#here", "https://a.org/b", "../no/such/file.md"])
+def test_other_links_stay_as_they_are(link: str, rewritten: Callable[[str, str], str]) -> None:
+    assert rewritten(f"[x]({link})", "targets.md") == f"[x]({link})"
+
+
+@pytest.mark.parametrize("place", PAGES, ids=str)
+def test_files_and_headings_outside_of_docs_that_a_page_links_to_are_there(place: Path) -> None:
+    page = DOCS / place
+    for target, anchor in re.findall(r"\]\((?![a-z]+:|#)([^)\s#]+)(?:#([^)\s]*))?\)", page.read_text(encoding="utf-8")):
+        path = (page.parent / target).resolve()
+        assert path.exists(), target
+        if anchor and DOCS not in path.parents:
+            assert anchor in anchors(path), f"{target}#{anchor}"
