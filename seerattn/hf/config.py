@@ -174,17 +174,26 @@ def gate_folder(name: str | Path, subfolder: str | None = None, **download: Any)
     Raises:
         ValueError: there are no gates under that name.
     """
+    folder = folder_of(name, (CONFIG, WEIGHTS), subfolder, **download)
+    read_config(folder)
+    return folder
+
+
+def folder_of(name: str | Path, files: Sequence[str], subfolder: str | None = None, **download: Any) -> Path:
+    """A folder with files of gates, downloaded where ``name`` is that of a repository on the Hub.
+
+    Raises:
+        ValueError: there is neither a folder of that name nor a repository with the files.
+    """
     folder = Path(name, subfolder or "")
     if folder.exists():
-        read_config(folder)
         return folder
     known = ("revision", "token", "cache_dir", "force_download", "local_files_only")
     options = {key: value for key, value in download.items() if key in known}
     try:
-        paths = [hf_hub_download(str(name), file, subfolder=subfolder, **options) for file in (CONFIG, WEIGHTS)]
+        paths = [hf_hub_download(str(name), file, subfolder=subfolder, **options) for file in files]
     except (HFValidationError, HfHubHTTPError, EntryNotFoundError, OSError) as error:
         raise ValueError(f"gates must be a folder or the name of gates on the Hub, got {name}") from error
-    read_config(Path(paths[0]).parent)
     return Path(paths[0]).parent
 
 

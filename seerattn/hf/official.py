@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from seerattn.gate.config import AttnGateConfig
 from seerattn.hf.attach import attach
+from seerattn.hf.config import folder_of
 from seerattn.hf.state import layer_states
 from seerattn.selection.policies import Policy, Threshold, TopK
 
@@ -54,13 +55,15 @@ class OfficialGates:
     head_dim: int
 
 
-def read_official_gates(folder: str | Path) -> OfficialGates:
-    """Reads a folder of published prefill gates.
+def read_official_gates(
+    name: str | Path, *, subfolder: str | None = None, revision: str | None = None
+) -> OfficialGates:
+    """Reads published prefill gates; see `load_official_gates`.
 
     Raises:
         ValueError: a file is missing or broken, or a tensor is missing, unknown or of another shape.
     """
-    folder = Path(folder)
+    folder = folder_of(name, (CONFIG, WEIGHTS), subfolder, revision=revision)
     values = _read_config(folder / CONFIG)
     heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
     kv_heads = values.get("num_key_value_heads") or heads
@@ -89,15 +92,24 @@ def read_official_gates(folder: str | Path) -> OfficialGates:
 
 
 def load_official_gates(
-    folder: str | Path, model: PreTrainedModel | None = None, *, policy: Policy | None = None, impl: str = "auto"
+    name: str | Path,
+    model: PreTrainedModel | None = None,
+    *,
+    policy: Policy | None = None,
+    impl: str = "auto",
+    subfolder: str | None = None,
+    revision: str | None = None,
 ) -> OfficialGates | PeftModel:
     """Reads published prefill gates and attaches them.
 
     Args:
-        folder: ``config.json`` and ``attn_gate_weights.pth``.
+        name: a folder with ``config.json`` and ``attn_gate_weights.pth``, or the name of a repository on the Hub with
+            both, such as "SeerAttention/SeerAttention-Llama-3.1-8B-AttnGates".
         model: the base model; without one the gates are only read.
         policy: replaces the selection that the gates' config names.
         impl: as in `attach`.
+        subfolder: of the folder or repository.
+        revision: branch, tag or commit of the repository.
 
     Returns:
         `OfficialGates`, or with ``model`` a `PeftModel` in evaluation mode; its `save_pretrained` writes the gates in
@@ -106,7 +118,7 @@ def load_official_gates(
     Raises:
         ValueError: the files are not whole, or the gates do not fit the model.
     """
-    gates = read_official_gates(folder)
+    gates = read_official_gates(name, subfolder=subfolder, revision=revision)
     if model is None:
         return gates
     gated = attach(model, gates.config, policy or gates.policy, impl=impl)

@@ -204,6 +204,39 @@ def test_reading_rejects_what_is_not_whole(tmp_path: Path, name: str, reason: st
         load_official_gates(tmp_path)
 
 
+def test_gates_of_the_hub_are_those_of_the_folder_that_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "hub" / "prefill"
+    hub.mkdir(parents=True)
+    weights = write(hub, "published")
+    asked = []
+
+    def download(name: str, file: str, *, subfolder: str | None, revision: str | None) -> str:
+        asked.append((name, file, subfolder, revision))
+        return str(tmp_path / "hub" / subfolder / file)
+
+    monkeypatch.setattr("seerattn.hf.config.hf_hub_download", download)
+    model = load_official_gates("SeerAttention/some-gates", tiny_model("llama"), subfolder="prefill", revision="v1")
+    assert asked == [("SeerAttention/some-gates", f, "prefill", "v1") for f in ("config.json", "attn_gate_weights.pth")]
+    for state in layer_states(model):
+        key = f"model.layers.{state.layer}.self_attn.attn_gate.mask_linear_k.weight"
+        assert torch.equal(state.gate.k_weight, weights[key])
+    by_folder = load_official_gates(tmp_path / "hub", subfolder="prefill")
+    assert torch.equal(by_folder.weights[1]["k_weight"], weights[key]) and len(asked) == 2
+
+
+def test_a_name_that_is_neither_folder_nor_repository_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(name: str, file: str, **options) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr("seerattn.hf.config.hf_hub_download", download)
+    with pytest.raises(ValueError, match="gates must be a folder or the name of gates on the Hub, got"):
+        load_official_gates(tmp_path / "nowhere")
+
+
 def test_loading_rejects_another_model(tmp_path: Path) -> None:
     write(tmp_path, "published")
     model = tiny_model("llama", num_hidden_layers=3)
