@@ -34,7 +34,15 @@ from seerattn.training.trainer import DistillTrainer, restore_log
 
 FORM = AttnGateConfig(block_q=32, block_k=32, query_subblocks=4, key_subblocks=2, init="normal")
 RUN = DistillConfig(
-    context=256, steps=12, batch_size=2, logging_steps=2, save_steps=4, recall_share=0.25, lr=3e-3, keep_checkpoints=1
+    context=256,
+    steps=12,
+    batch_size=2,
+    target_share=1.0,
+    logging_steps=2,
+    save_steps=4,
+    recall_share=0.25,
+    lr=3e-3,
+    keep_checkpoints=1,
 )
 TIMED = ("tokens_per_second",)
 
@@ -168,7 +176,7 @@ def test_saved_gates_match_the_trained_ones_and_load_like_any_adapter(folder: Pa
 
 def test_training_from_saved_gates_starts_at_their_loss(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output, text = tmp_path / "out", [folder / "data.jsonl"]
-    config = replace(RUN, steps=4, save_steps=4, target_share=1.0)
+    config = replace(RUN, steps=4, save_steps=4)
     options = {"gates": uninterrupted, "output": output}
     trained = distill(seerattn_model(folder), tiny_tokenizer(), text, config, **options)
     samples = plan(seerattn_model(folder), tiny_tokenizer(), text, config, gate=FORM).samples
