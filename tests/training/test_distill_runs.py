@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gate_forms import plain
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_corpus import run_card, tiny_tokenizer, write_documents, write_model
@@ -32,7 +33,7 @@ from seerattn.training.distill import DistillConfig, distill, fitting_lr, plan
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.trainer import DistillTrainer, restore_log
 
-FORM = AttnGateConfig(block_q=32, block_k=32, query_subblocks=4, key_subblocks=2, init="normal")
+FORM = plain(block_q=32, block_k=32, query_subblocks=4, key_subblocks=2, init="normal")
 RUN = DistillConfig(
     context=256,
     steps=12,
@@ -348,7 +349,7 @@ def test_two_processes_match_one_at_the_same_global_batch(folder: Path, tmp_path
     }
     # One sub-block a side: between two that score alike, the order of a sum decides which is the maximum and gets the
     # gradient, and from then on runs differ by more than rounding (3e-5 in the loss, seen at the sixth step).
-    smooth = replace(FORM, query_subblocks=1, key_subblocks=1)
+    smooth = AttnGateConfig(block_q=32, block_k=32, query_subblocks=1, key_subblocks=1, init="normal")
     form = {"--block-size": 32, "--query-subblocks": 1, "--key-subblocks": 1, "--init": "normal"}
     arguments = [str(x) for pair in (options | form).items() for x in pair]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "seerattn"]
