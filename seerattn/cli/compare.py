@@ -48,7 +48,7 @@ def compare(
 ) -> None:
     """Compare ways of choosing blocks at equal realised density and at equal time, as a recipe says.
 
-    Each knob is tuned to every density or time. A cell that fails is written down with its reason and the rest goes
+    Each setting is tuned to every density or time. A cell that fails is written down with its reason and the rest goes
     on; the exit code is 1 then, and the next start tries it again.
     """
     asked = read_recipe(recipe, only_selectors=words(only_selectors), only_tasks=words(only_tasks), batch=batch or None)
