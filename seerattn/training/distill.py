@@ -28,6 +28,7 @@ from seerattn.training.runs import (
     RunConfig,
     as_bytes,
     attach_gates,
+    check_positive,
     describe_samples,
     gate_form,
     gates_start,
@@ -68,6 +69,8 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lr is not None:
+            check_positive("lr", self.lr)
         if not 0 <= self.drop_rows < 1:
             raise ValueError(f"drop_rows must be in [0, 1), got {self.drop_rows}")
         if not 0 < self.density <= 1:
@@ -78,8 +81,9 @@ def fitting_lr(head_dim: int) -> float:
     """Peak learning rate for gates of heads so wide.
 
     A step of AdamW moves every weight by the rate. A score sums ``head_dim`` moves of the one linear times ``head_dim``
-    features of the other side, over the root of the width, so that the rate falls with ``head_dim ** 1.5``. Of 5e-3 for
-    64 channels gates of SmolLM2 learned fastest, and gates of Gemma 3, whose heads have 256, fell apart (docs/LOG.md).
+    features of the other side, over the root of the width, so that the rate falls with ``head_dim ** 1.5``. At 5e-3
+    gates of SmolLM2, whose heads have 64 channels, learned fastest. Those of Gemma 3, with 256, fell apart
+    (docs/LOG.md).
     """
     return 5e-3 * min(1.0, (64 / head_dim) ** 1.5)
 

@@ -91,7 +91,7 @@ class FinetuneConfig(RunConfig):
         if not self.context_factor >= 1:
             raise ValueError(f"context_factor must be at least 1, got {self.context_factor}")
         check_whole_number("target_every", self.target_every, 1, sys.maxsize)
-        for name in ("context_factor", "gate_lr"):
+        for name in ("lr", "context_factor", "gate_lr"):
             check_positive(name, getattr(self, name))
 
     def sparsity_at(self, step: int) -> float:

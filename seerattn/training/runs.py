@@ -73,8 +73,6 @@ class RunConfig:
             )
         # What numpy takes, which the Trainer seeds as well.
         check_whole_number("seed", self.seed, 0, 2**32 - 1)
-        if self.lr is not None:
-            check_positive("lr", self.lr)
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps must be 0 to {self.steps}, the number of steps, got {self.warmup_steps}")
         for name, kinds in (("loss", get_args(LossKind)), ("row_weight", get_args(RowWeight))):
