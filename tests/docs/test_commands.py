@@ -8,10 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import typer
+from docs_scripts import docs_script
 from typer.core import TyperCommand, TyperGroup, TyperOption
-
-from seerattn.cli import COMMANDS, build_app
 
 ROOT = Path(__file__).parents[2]
 # The log tells of commands as they were.
@@ -23,9 +21,9 @@ _SCRIPT = re.compile(r"python ((?:examples|recipes|benchmarks|docs)/\S+\.py)([^\
 
 
 @cache
-def command(name: str) -> TyperCommand | TyperGroup:
-    """A top command with all that is below it."""
-    return typer.main.get_command(build_app([name])).commands[name]
+def commands() -> dict[str, TyperCommand | TyperGroup]:
+    """Every top command by its name, with all that is below it."""
+    return docs_script("cli_reference").commands()
 
 
 def shown(text: str) -> list[str]:
@@ -41,9 +39,9 @@ def fault(words: list[str], *, whole: bool) -> str | None:
     """
     if not words or words[0].startswith(("-", "[", "COMMAND", ".")):
         return None
-    if words[0] not in COMMANDS:
+    if words[0] not in commands():
         return f"no command {words[0]}"
-    found, rest = command(words[0]), words[1:]
+    found, rest = commands()[words[0]], words[1:]
     while isinstance(found, TyperGroup) and rest and not rest[0].startswith(("-", "[", "COMMAND", ".")):
         if rest[0] not in found.commands:
             return f"no command {words[0]} {rest[0]}"

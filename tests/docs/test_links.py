@@ -5,17 +5,14 @@ Links inside of docs/ are checked by `make docs`.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from docs_scripts import DOCS, docs_script
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS) for path in DOCS.glob("**/*.md"))
 CONFIG = {"docs_dir": str(DOCS), "extra": {"repo_url": "https://example.org/repo/"}}
 
@@ -23,14 +20,11 @@ CONFIG = {"docs_dir": str(DOCS), "extra": {"repo_url": "https://example.org/repo
 @pytest.fixture(scope="module")
 def rewritten() -> Callable[[str, str], str]:
     """What the hook makes of the text of a page at a place."""
-    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    hooks = docs_script("hooks")
 
     def rewrite(text: str, place: str) -> str:
         page = SimpleNamespace(file=SimpleNamespace(src_uri=place))
-        return module.on_page_markdown(text, page=page, config=CONFIG, files=None)
+        return hooks.on_page_markdown(text, page=page, config=CONFIG, files=None)
 
     return rewrite
 

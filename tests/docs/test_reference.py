@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
-from pathlib import Path
+
+from docs_scripts import DOCS, docs_script
 
 import seerattn
 
-DOCS = Path(__file__).parents[2] / "docs"
-
 
 def test_the_page_of_the_command_line_is_what_the_commands_make() -> None:
-    spec = importlib.util.spec_from_file_location("cli_reference", DOCS / "cli_reference.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     written = (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")
-    assert written == module.page(), "run python docs/cli_reference.py"
+    assert written == docs_script("cli_reference").page(), "run python docs/cli_reference.py"
 
 
 def test_the_page_of_the_library_has_every_public_name_where_it_is() -> None:
