@@ -11,7 +11,6 @@ that the prompt took, and the seconds of the whole call.
 from __future__ import annotations
 
 import argparse
-import gzip
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import seerattn
+from seerattn.training.data import read_documents
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase, text: str, question: str, tokens: int) -> torch.Tensor:
@@ -50,8 +50,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
     model = seerattn.attach(model, args.gates, policy=seerattn.TopK(density=args.density), impl=args.impl)
 
-    data = args.text.read_bytes()
-    text = (gzip.decompress(data) if args.text.suffix == ".gz" else data).decode()
+    (text, *_) = read_documents([args.text])
     ids = prompt_of(tokenizer, text, args.question, args.tokens).to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     begin = time.perf_counter()

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import gzip
 import math
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import seerattn
 from seerattn import TopK
+from seerattn.training.data import read_documents
 
 BOOK = Path("assets/books/evaluate/harte-from-sand-hill-to-pine.txt.gz")
 
@@ -38,8 +38,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
     # "auto" may take dense attention where that is faster; a measurement at a density must not.
     model = seerattn.attach(model, args.gates, impl="sparse")
-    data = args.text.read_bytes()
-    text = (gzip.decompress(data) if args.text.suffix == ".gz" else data).decode()
+    (text, *_) = read_documents([args.text])
     ids = tokenizer(text, truncation=True, max_length=args.tokens, return_tensors="pt").input_ids.to(device)
 
     # No policy is dense attention, the unpatched model.

@@ -3,7 +3,7 @@
     python examples/own_selector.py
     python examples/own_selector.py --model MODEL --tokens 8192 --stride 8
 
-This one keeps the first block, the two most recent ones and every so manieth between them. Nothing is trained.
+This one keeps the first block, the two most recent ones and every eighth between them. Nothing is trained.
 """
 
 from __future__ import annotations

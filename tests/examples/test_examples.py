@@ -68,11 +68,11 @@ def test_a_question_is_asked_at_the_density_that_was_named(
 
 
 def test_the_answer_to_a_question_is_that_of_the_dense_model_where_every_block_is_kept(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     text, question = "The sea was calm that night, and nobody spoke of the storm.", "Who spoke?"
-    path = BOOK.parent / "no such file"
-    monkeypatch.setattr(Path, "read_bytes", lambda self: text.encode())
+    path = tmp_path / "text.txt"
+    path.write_text(text)
     options = ("--text", path, "--question", question, "--density", 1, "--new-tokens", 5, "--impl", "sparse")
     out = run(monkeypatch, capsys, "ask_a_long_text", "--model", MODEL, "--gates", GATES, *options)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
