@@ -8,11 +8,11 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .PHONY: demo models test test-newest test-oldest test-public test-architectures test-gpu memcheck fuzz lint format docs bench-cpu clean
 
 demo: .venv/.installed
-	$(BIN)/python recipes/demo.py
+	$(BIN)/python research/demo.py
 
 # Downloads, checks and converts public models into outputs/models; MODELS="smollm2" makes one.
 models: .venv/.installed
-	$(BIN)/python recipes/public_models.py $(MODELS)
+	$(BIN)/python research/public_models.py $(MODELS)
 
 test: lint test-newest test-oldest
 
@@ -31,7 +31,7 @@ test-oldest: .venv-oldest/.installed
 
 test-public: .venv/.installed
 	@echo "== a public model: SmolLM2-135M-Instruct =="
-	$(BIN)/python recipes/public_models.py smollm2
+	$(BIN)/python research/public_models.py smollm2
 	$(TEST_ENV) $(BIN)/python -m pytest tests/public
 
 # Every family of causal language models, shared by two processes; docs/architectures.md is held to what they find.
@@ -68,7 +68,7 @@ docs: .venv-docs/.installed
 	@! grep -rlE '<(script|link|img)[^>]*(src|href)="(https?:)?//' outputs/site || { echo "pages must need no other site"; exit 1; }
 
 bench-cpu: .venv/.installed
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python research/kernels/cpu.py
 
 .venv/.installed: pyproject.toml requirements.txt
 	@echo "== installing into .venv =="

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import seerattn
-from seerattn.training.data import read_documents
+from seerattn.data.text import read_documents
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase, text: str, question: str, tokens: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import seerattn
 from seerattn import TopK
-from seerattn.training.data import read_documents
+from seerattn.data.text import read_documents
 
 BOOK = Path("assets/books/evaluate/harte-from-sand-hill-to-pine.txt.gz")
 

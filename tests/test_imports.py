@@ -60,7 +60,7 @@ def test_implementations_of_an_op_do_not_import_each_other() -> None:
 
 
 def test_only_integration_layers_import_transformers_or_peft() -> None:
-    core = [p for p in FILES if p.parts[1] in ("gate", "selection", "ops", "baselines", "report")]
+    core = [p for p in FILES if p.parts[1] in ("gate", "selection", "ops", "results", "report")]
     assert not offences(core, lambda n: starts(n, "transformers", "peft"))
 
 

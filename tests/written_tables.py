@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from seerattn.eval.results import Result, read_results
+from seerattn.results.file import read_results
+from seerattn.results.record import Result
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,4 +27,4 @@ def table(page: str, head: str) -> list[list[str]]:
 
 def records(*names: str) -> list[Result]:
     """The rows of these files of records."""
-    return read_results([ROOT / "benchmarks" / "results" / f"{name}.jsonl" for name in names])
+    return read_results([ROOT / "research" / "records" / f"{name}.jsonl" for name in names])

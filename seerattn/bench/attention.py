@@ -21,10 +21,10 @@ from seerattn.bench.inputs import Shape, random_blocks, random_qkv
 from seerattn.bench.model import gate_form, layer_context, random_gate, rotary_tables
 from seerattn.bench.session import Session
 from seerattn.bench.timing import Timing, device_time, pipeline_time
-from seerattn.eval.results import Result
 from seerattn.gate.config import AttnGateConfig
 from seerattn.gate_selector import GateSelector
 from seerattn.ops.block_sparse_attention import block_sparse_attention
+from seerattn.results.record import Result
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.policies import TopK
 

@@ -10,15 +10,15 @@ import torch
 from peft import PeftModel
 
 from seerattn.bench.attention import require_dense
+from seerattn.bench.attention_map import attention_with_map
 from seerattn.bench.check import check_pooled
 from seerattn.bench.dense import sdpa_backend
 from seerattn.bench.model import BenchModel, Size, gate_form
-from seerattn.bench.pooled import attention_with_map
 from seerattn.bench.session import Session
 from seerattn.bench.timing import long_runs, peak_gib, reset_peak
-from seerattn.eval.results import Result
 from seerattn.hf.distillation import GateLosses
 from seerattn.ops.resolve import preferred
+from seerattn.results.record import Result
 from seerattn.training.layer_loss import LayerLoss
 
 QUANTITIES = ("tokens_per_second", "peak_memory_gib")

@@ -25,13 +25,13 @@ from seerattn.bench.inputs import Shape, random_qkv
 from seerattn.bench.model import BenchModel, Size, gate_form, rotary_tables
 from seerattn.bench.session import Session
 from seerattn.bench.timing import device_time, long_runs, peak_gib, reset_peak
-from seerattn.eval.results import Result
 from seerattn.hf.attention import seer_attention
 from seerattn.hf.call import LayerCall
 from seerattn.hf.finetuning import SparseTraining
 from seerattn.hf.mask import make_mask
 from seerattn.hf.state import layer_states, learning
 from seerattn.ops.attention_map import attention_map
+from seerattn.results.record import Result
 from seerattn.selection.block_indices import num_query_blocks
 from seerattn.selection.policies import TopK
 from seerattn.training.layer_loss import LayerLoss

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from seerattn.eval.results import Result, ResultsFile, environment
+from seerattn.results.environment import environment
+from seerattn.results.file import ResultsFile
+from seerattn.results.record import Result
 
 
 class CheckFailed(RuntimeError):

@@ -18,9 +18,9 @@ from seerattn.bench.dense import sdpa_backend
 from seerattn.bench.model import BenchModel, Size, first_layer_only, gate_form
 from seerattn.bench.session import Session
 from seerattn.bench.timing import long_runs, peak_gib, reset_peak, synchronize
-from seerattn.eval.results import Result
 from seerattn.hf.attach import set_policy
 from seerattn.hf.meters import record_density
+from seerattn.results.record import Result
 from seerattn.selection.policies import TopK
 
 QUANTITIES = ("ttft_s", "attention_share", "peak_memory_gib")

@@ -16,9 +16,10 @@ from seerattn.bench.session import Session, shown
 from seerattn.cli.terminal import print_table, say
 from seerattn.cli.values import numbers, words
 from seerattn.eval.arms import choose_device, choose_dtype
-from seerattn.eval.results import Result, ResultsFile
 from seerattn.ops.crossover import table_path
 from seerattn.ops.resolve import preferred
+from seerattn.results.file import ResultsFile
+from seerattn.results.record import Result
 
 if TYPE_CHECKING:
     from seerattn.bench.model import Size
@@ -134,7 +135,7 @@ def pooled(
     output: OutputOption = None,
 ) -> None:
     """Time attention that also emits the map gates learn from, and count its memory, beside dense attention."""
-    from seerattn.bench.pooled import PLAIN, bench_pooled
+    from seerattn.bench.attention_map import PLAIN, bench_pooled
     from seerattn.selection.map_form import MapForm
 
     session, shape = _session(device, output, time_limit), _shape(device, heads, kv_heads, head_dim, dtype)

@@ -14,14 +14,14 @@ from seerattn.cli.evaluate import DeviceOption, DtypeOption, ImplOption, OutputO
 from seerattn.cli.terminal import print_table, say, screen
 from seerattn.cli.training import TrustOption
 from seerattn.cli.values import words
-from seerattn.eval.arms import choose_device, load_subject
+from seerattn.eval.arms import choose_device, load_eval_model
 from seerattn.eval.compare import Cell, Comparison, Outcome, gates_of, make_cells, make_jobs
 from seerattn.eval.recipe import check_files, read_recipe
-from seerattn.eval.results import ResultsFile
 from seerattn.hf.loading import read_config, read_tokenizer
+from seerattn.results.file import ResultsFile
 from seerattn.texts import visible
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A YAML file; recipes/compare_quick.yaml is a small one.")]
+RecipeArgument = Annotated[Path, typer.Argument(help="A YAML file; research/experiments/quick.yaml is a small one.")]
 OnlySelectorsOption = Annotated[str, typer.Option(help="Names of the selectors to run, with commas between.")]
 OnlyTasksOption = Annotated[str, typer.Option(help="Tasks to run, with commas between.")]
 LimitOption = Annotated[int, typer.Option(help="At most so many documents in each task; 0 for all.", min=0)]
@@ -73,7 +73,7 @@ def compare(
         # Cells differ in length, so the time left goes by tokens.
         task = bar.add_task("", total=sum(cell.tokens for of in cells.values() for cell in of))
         for model in asked.models:
-            subject = load_subject(
+            subject = load_eval_model(
                 model.source,
                 gates=gates_of(asked, model),
                 device=where,

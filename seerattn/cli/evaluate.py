@@ -11,9 +11,10 @@ from seerattn.cli.progress import progress_bars
 from seerattn.cli.terminal import print_table, say
 from seerattn.cli.training import TrustOption
 from seerattn.cli.values import numbers, words
-from seerattn.eval.arms import SELECTORS, Arm, Gates, Subject, choose_device, load_subject, make_arms
-from seerattn.eval.data import Window, cut_windows, digest, token_documents
-from seerattn.eval.results import Result, ResultsFile
+from seerattn.data.windows import Window, cut_windows, digest, token_documents
+from seerattn.eval.arms import SELECTORS, Arm, EvalModel, Gates, choose_device, load_eval_model, make_arms
+from seerattn.results.file import ResultsFile
+from seerattn.results.record import Result
 from seerattn.selection.map_form import MapForm
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -117,7 +118,7 @@ def perplexity(
     lengths = numbers("contexts", contexts, int, 2)
     where = choose_device(device or None)
     file = ResultsFile(output, where)
-    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths),
+    subject = load_eval_model(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths),
         trust_remote_code=trust_remote_code)  # fmt: skip
     cut, settings = _windows(subject, data, lengths, windows, min_tokens, max_docs)
     with progress_bars() as progress:
@@ -176,7 +177,7 @@ def needle(
         raise ValueError(f"tasks must be among {', '.join(TASKS)} and depths shares, got {tasks!r} and {depths!r}")
     where = choose_device(device or None)
     file = ResultsFile(output, where)
-    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths),
+    subject = load_eval_model(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths),
         trust_remote_code=trust_remote_code)  # fmt: skip
     haystacks = token_documents(data, subject.tokenizer, limit=max_docs or None)
     cells = []
@@ -225,8 +226,8 @@ def recall(
     output: OutputOption = None,
 ) -> None:
     """Measure how much of the true block map the chosen blocks hold, per layer and head."""
-    from seerattn.eval.maps import check_maps
     from seerattn.eval.recall import check_heads, evaluate_recall, observe_maps
+    from seerattn.results.maps import check_maps
 
     folders, arms = _arms(gates, selectors, densities, "0", saved_policy, block)
     lengths = numbers("contexts", contexts, int, 2)
@@ -240,7 +241,7 @@ def recall(
             raise ValueError(f"maps must be another file than output, got {maps} for both")
     where = choose_device(device or None)
     file = ResultsFile(output, where)
-    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths),
+    subject = load_eval_model(model, gates=folders, device=where, dtype=dtype, impl=impl, context=max(lengths),
         trust_remote_code=trust_remote_code)  # fmt: skip
     cut, settings = _windows(subject, data, lengths, windows, min_tokens, max_docs)
     if maps is not None:
@@ -294,7 +295,7 @@ def tasks(
     made = numbers("lengths", lengths, int, 1)
     where = choose_device(device or None)
     file = ResultsFile(output, where)
-    subject = load_subject(model, gates=folders, device=where, dtype=dtype, impl=impl, context=context,
+    subject = load_eval_model(model, gates=folders, device=where, dtype=dtype, impl=impl, context=context,
         trust_remote_code=trust_remote_code)  # fmt: skip
     longest = context or getattr(subject.model.config.get_text_config(), "max_position_embeddings", 0) or max(made)
     loaded, missing = load_tasks(words(names), tokenizer=model, data_dir=data_dir, lengths=made, limit=limit or None,
@@ -350,8 +351,8 @@ def calibrate(
     Every second document calibrates, the others check; what was found is saved with the gates. With budgets
     `TopK(density=...)` gives every head its share of that density, at all densities and lengths.
     """
-    from seerattn.eval.budgets import LADDER, check_ladder, evaluate_budgets
-    from seerattn.eval.calibrate import evaluate_calibration
+    from seerattn.methods.gate.budgets import LADDER, check_ladder, evaluate_budgets
+    from seerattn.methods.gate.thresholds import evaluate_calibration
 
     if [budgets, density > 0, target_recall > 0].count(True) != 1:
         raise ValueError(
@@ -366,7 +367,7 @@ def calibrate(
     where = choose_device(device or None)
     file = ResultsFile(output, where)
     folder = _gates([gates])[0]
-    subject = load_subject(model, gates=[folder], device=where, dtype=dtype, impl=impl, context=context,
+    subject = load_eval_model(model, gates=[folder], device=where, dtype=dtype, impl=impl, context=context,
         trust_remote_code=trust_remote_code)  # fmt: skip
     cut, settings = _windows(subject, data, [context], windows, 0, max_docs)
     common = {"context": context, "text": text or _name_of(data), "settings": settings, "save": not dry_run,
@@ -432,7 +433,7 @@ def _heads(text: str) -> list[tuple[int, int]]:
 
 
 def _windows(
-    subject: Subject, data: list[str], contexts: list[int], windows: int, min_tokens: int, max_docs: int
+    subject: EvalModel, data: list[str], contexts: list[int], windows: int, min_tokens: int, max_docs: int
 ) -> tuple[dict[int, list[Window]], dict]:
     """Windows for each context, and what identifies them."""
     count = windows or None

@@ -8,15 +8,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from seerattn.baselines.plan import Plan
 from seerattn.cli.evaluate import DeviceOption, DtypeOption, MaxDocsOption, ModelOption, OneContextOption, SeedOption
 from seerattn.cli.progress import progress_bars
 from seerattn.cli.terminal import say
 from seerattn.cli.training import TrustOption
 from seerattn.cli.values import numbers
-from seerattn.eval.arms import Subject, choose_device, load_subject
-from seerattn.eval.data import cut_windows, digest, token_documents
-from seerattn.eval.plans import describe, describe_named
+from seerattn.data.windows import cut_windows, digest, token_documents
+from seerattn.eval.arms import EvalModel, choose_device, load_eval_model
+from seerattn.methods.described import describe, describe_named
+from seerattn.methods.head_rules import Plan
 from seerattn.outputs import check_output
 from seerattn.texts import visible
 
@@ -79,8 +79,8 @@ def minference(
     official: ImportOption = None,
 ) -> None:
     """Find MInference's pattern and sizes for every head: A-shape, vertical-slash or block-sparse."""
-    from seerattn.baselines.minference import METHOD
-    from seerattn.eval import plans_minference as plans
+    from seerattn.methods.minference import search as plans
+    from seerattn.methods.minference.patterns import METHOD
 
     if bool(data) == (official is not None):
         raise ValueError("either data or import must be given, got " + ("both" if data else "none"))
@@ -129,8 +129,8 @@ def moa(
 
     The plan keeps the profile: comparisons solve the programme again for any density.
     """
-    from seerattn.baselines.moa_profile import METHOD
-    from seerattn.eval import plans_moa as plans
+    from seerattn.methods.moa import search as plans
+    from seerattn.methods.moa.profile import METHOD
 
     chosen = tuple(sorted(numbers("lengths", lengths, int, 1))) if lengths else plans.default_lengths(context)
     subject, documents = _load(
@@ -171,9 +171,9 @@ def xattention_profile(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Find XAttention's threshold for every head: its estimate of the fewest blocks that hold most of the true mass."""
-    from seerattn.baselines.xattention import METHOD
-    from seerattn.eval import plans_xattention as plans
-    from seerattn.eval.plans_minference import draw_windows
+    from seerattn.methods.minference.search import draw_windows
+    from seerattn.methods.xattention import search as plans
+    from seerattn.methods.xattention.estimate import METHOD
 
     subject, documents = _load(model, data, max_docs, device, dtype, context, output, trust_remote_code)
     settings = plans.ThresholdSettings(
@@ -203,11 +203,11 @@ def _load(
     context: int,
     output: Path,
     trust_remote_code: bool,
-) -> tuple[Subject, list[list[int]]]:
+) -> tuple[EvalModel, list[list[int]]]:
     """The model to search on, and the documents as its tokens, if the plan can be written."""
     check_output(output, "output", "a plan", Plan.load)
     where = choose_device(device or None)
-    subject = load_subject(model, device=where, dtype=dtype, context=context, trust_remote_code=trust_remote_code)
+    subject = load_eval_model(model, device=where, dtype=dtype, context=context, trust_remote_code=trust_remote_code)
     return subject, token_documents(data, subject.tokenizer, limit=max_docs or None)
 
 

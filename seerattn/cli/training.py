@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from seerattn.eval.arms import Subject
+    from seerattn.eval.arms import EvalModel
 
 TRAINING = "Training"  # the panel of --help
 LOSSES = "kl, mse, smooth_l1, overlap or ranking"
@@ -68,7 +68,7 @@ def load_base(
     context: int = 0,
     dry_run: bool,
     trust_remote_code: bool = False,
-) -> Subject:
+) -> EvalModel:
     """Loads a model to be trained and its tokenizer, for a dry run without its weights.
 
     Under FSDP of accelerate weights go to the memory of the host, to be sharded from there when training begins; with
@@ -88,7 +88,7 @@ def load_base(
     import torch
     from transformers.integrations import is_fsdp_enabled
 
-    from seerattn.eval.arms import choose_dtype, load_subject
+    from seerattn.eval.arms import choose_dtype, load_eval_model
     from seerattn.training.runs import is_main, is_sharded
 
     place = device
@@ -97,7 +97,7 @@ def load_base(
     elif is_sharded():
         _begin_fsdp(device)
         place = torch.device("cpu" if is_main() or not is_fsdp_enabled() else "meta")
-    return load_subject(
+    return load_eval_model(
         name,
         device=place,
         dtype=choose_dtype(dtype, device),

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 
-from seerattn.baselines.family import Family, SelectorAt
-from seerattn.baselines.oracle import OracleSelector, oracle_name
-from seerattn.baselines.streaming import StreamingSelector
-from seerattn.eval.results import Result, fingerprint
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import GateSelector
 from seerattn.hf.attach import attach, detach
 from seerattn.hf.loading import read_config, read_model, read_tokenizer
 from seerattn.hf.meters import AttentionTimes, DensityMeter, TimeMeter, record_density, record_time
 from seerattn.hf.state import layer_states
+from seerattn.methods.family import Family, SelectorAt
+from seerattn.methods.oracle import OracleSelector, oracle_name
+from seerattn.methods.streaming import StreamingSelector
 from seerattn.ops.resolve import check_impl
+from seerattn.results.environment import fingerprint
+from seerattn.results.record import Result
 from seerattn.selection.budgets import HeadBudgets, shares_density
 from seerattn.selection.map_form import PUBLISHED, MapForm
 from seerattn.selection.policies import Policy, TopK, policy_from_dict
@@ -232,7 +233,7 @@ class _Loaded(NamedTuple):
     budgets: HeadBudgets | None
 
 
-class Subject:
+class EvalModel:
     """A loaded model, its tokenizer, and the gates that are compared on it.
 
     Args:
@@ -441,7 +442,7 @@ def choose_dtype(name: str, device: torch.device) -> str:
     return "float32" if device.type == "cpu" else "bfloat16"
 
 
-def load_subject(
+def load_eval_model(
     model: str,
     *,
     gates: Sequence[Gates] = (),
@@ -451,7 +452,7 @@ def load_subject(
     context: int = 0,
     name: str | None = None,
     trust_remote_code: bool = False,
-) -> Subject:
+) -> EvalModel:
     """Loads a model and its tokenizer.
 
     Args:
@@ -475,4 +476,4 @@ def load_subject(
     tokenizer = read_tokenizer(model, trust_remote_code=trust_remote_code)
     weights = getattr(torch, choose_dtype(dtype, device))
     loaded = read_model(model, dtype=weights, device=device, config=config, trust_remote_code=trust_remote_code)
-    return Subject(loaded, tokenizer, name=name or Path(model).name, gates=gates, impl=impl)
+    return EvalModel(loaded, tokenizer, name=name or Path(model).name, gates=gates, impl=impl)

@@ -17,19 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from seerattn.baselines.family import Family
-from seerattn.eval.appending import NotWritten
-from seerattn.eval.arms import DENSE, Arm, Budget, Gates, Subject, TunedArm
-from seerattn.eval.calibrate import Calibrator, threshold_level
-from seerattn.eval.data import Window, cut_windows, digest, token_documents
-from seerattn.eval.documents import RecallDocument
+from seerattn.data.retrieval import RecallDocument
+from seerattn.data.windows import Window, cut_windows, digest, token_documents
+from seerattn.eval.arms import DENSE, Arm, Budget, EvalModel, Gates, TunedArm
 from seerattn.eval.families import gate_family, make_family
 from seerattn.eval.needle import Needle, evaluate_needle
 from seerattn.eval.perplexity import attention_times, evaluate_perplexity
 from seerattn.eval.recall import evaluate_recall, run_dense
 from seerattn.eval.recipe import ModelEntry, Recipe, SelectorEntry, TaskEntry
-from seerattn.eval.results import Result, ResultsFile, Stopwatch
 from seerattn.eval.tune import Curve, realised_density
+from seerattn.methods.family import Family
+from seerattn.methods.gate.thresholds import Calibrator, threshold_level
+from seerattn.results.appending import NotWritten
+from seerattn.results.environment import Stopwatch
+from seerattn.results.file import ResultsFile
+from seerattn.results.record import Result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -184,7 +186,7 @@ class Comparison:
     """
 
     def __init__(
-        self, subject: Subject, model: ModelEntry, recipe: Recipe, jobs: Sequence[Job], output: ResultsFile
+        self, subject: EvalModel, model: ModelEntry, recipe: Recipe, jobs: Sequence[Job], output: ResultsFile
     ) -> None:
         self._subject, self._model, self._recipe, self._output = subject, model, recipe, output
         self.cells = make_cells(recipe, jobs)

@@ -9,12 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
-from seerattn.baselines.family import Family, SelectorAt
-from seerattn.baselines.oracle import oracle_name
-from seerattn.baselines.plan import Plan
-from seerattn.eval.calibrate import Calibrator, threshold_level
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import GateSelector
+from seerattn.methods.family import Family, SelectorAt
+from seerattn.methods.gate.thresholds import Calibrator, threshold_level
+from seerattn.methods.head_rules import Plan
+from seerattn.methods.oracle import oracle_name
 from seerattn.selection.budgets import HeadBudgets
 from seerattn.selection.map_form import MapForm
 from seerattn.selection.policies import Policy, Threshold, TopK, TopP
@@ -37,7 +37,7 @@ class Source(NamedTuple):
 
     def maker(self, name: str) -> Callable[..., Family]:
         """The function that makes the family."""
-        return getattr(import_module(f"seerattn.baselines.{self.module}"), f"{name}_family")
+        return getattr(import_module(f"seerattn.methods.{self.module}"), f"{name}_family")
 
 
 SOURCES = {
@@ -46,12 +46,12 @@ SOURCES = {
     "a_shape": Source("shapes"),
     "tri_shape": Source("shapes"),
     "random": Source("random"),
-    "pooled": Source("pooled"),
-    "vertical_slash": Source("minference"),
-    "minference": Source("minference", plan=True),
-    "moa": Source("moa", plan=True),
-    "xattention": Source("xattention"),
-    "xattention_profile": Source("xattention", plan=True),
+    "pooled": Source("mean_pooled"),
+    "vertical_slash": Source("minference.patterns"),
+    "minference": Source("minference.patterns", plan=True),
+    "moa": Source("moa.spans", plan=True),
+    "xattention": Source("xattention.estimate"),
+    "xattention_profile": Source("xattention.estimate", plan=True),
     "flexprefill": Source("flexprefill"),
 }
 SELECTORS = ("dense", "gate", *SOURCES)

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 
-from seerattn.eval import statistics
-from seerattn.eval.arms import Arm, Subject
-from seerattn.eval.documents import (
+from seerattn.data.retrieval import (
     Encoder,
     RecallDocument,
     key_value_document,
@@ -25,7 +23,11 @@ from seerattn.eval.documents import (
     passkey_document,
     variable_tracking_document,
 )
-from seerattn.eval.results import Result, ResultsFile, Stopwatch
+from seerattn.eval.arms import Arm, EvalModel
+from seerattn.results import statistics
+from seerattn.results.environment import Stopwatch
+from seerattn.results.file import ResultsFile
+from seerattn.results.record import Result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -166,7 +168,7 @@ def answers(
 
 
 def evaluate_needle(
-    subject: Subject,
+    subject: EvalModel,
     arms: Sequence[Arm],
     needles: Sequence[Needle],
     haystacks: Sequence[Sequence[int]],

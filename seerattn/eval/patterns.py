@@ -22,7 +22,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from seerattn.eval.maps import BlockMaps
+from seerattn.results.maps import BlockMaps
 
 Shape = Literal["a_shape", "vertical", "slash"]
 Label = Literal["a_shape", "vertical", "slash", "mixed", "none"]

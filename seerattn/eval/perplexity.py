@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from seerattn.eval import statistics
-from seerattn.eval.arms import DENSE, Arm, Subject, TunedArm
-from seerattn.eval.data import Window, batches
-from seerattn.eval.results import Result, ResultsFile, Stopwatch
-from seerattn.hf.head import LOGITS_ELEMENTS, head_losses
+from seerattn.data.windows import Window, batches
+from seerattn.eval.arms import DENSE, Arm, EvalModel, TunedArm
+from seerattn.hf.chunked_loss import LOGITS_ELEMENTS, head_losses
 from seerattn.hf.meters import AttentionTimes
+from seerattn.results import statistics
+from seerattn.results.environment import Stopwatch
+from seerattn.results.file import ResultsFile
+from seerattn.results.record import Result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +68,9 @@ def document_losses(
     return list(losses), list(losses.values()), list(tokens.values())
 
 
-def attention_times(subject: Subject, arm: Arm | TunedArm, groups: Sequence[Sequence[Sequence[int]]]) -> AttentionTimes:
+def attention_times(
+    subject: EvalModel, arm: Arm | TunedArm, groups: Sequence[Sequence[Sequence[int]]]
+) -> AttentionTimes:
     """Times of choosing blocks and of attention in the backbone, after one forward that is not timed.
 
     Args:
@@ -81,14 +85,14 @@ def attention_times(subject: Subject, arm: Arm | TunedArm, groups: Sequence[Sequ
         return run.times()
 
 
-def warm_up(subject: Subject, arm: Arm | TunedArm, group: Sequence[Sequence[int]]) -> None:
+def warm_up(subject: EvalModel, arm: Arm | TunedArm, group: Sequence[Sequence[int]]) -> None:
     """Runs the backbone once, so that kernels are compiled before the clock starts."""
     with subject.observed(subject.selector(arm)) as run, torch.inference_mode():
         run.model.base_model(input_ids=torch.tensor(group, device=subject.device), use_cache=False)
 
 
 def evaluate_perplexity(
-    subject: Subject,
+    subject: EvalModel,
     arms: Sequence[Arm | TunedArm],
     windows: dict[int, list[Window]],
     output: ResultsFile,
@@ -146,7 +150,7 @@ def evaluate_perplexity(
 
 
 def _measure(
-    subject: Subject,
+    subject: EvalModel,
     arm: Arm | TunedArm,
     pieces: Sequence[Window],
     blank: Result,

@@ -16,14 +16,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from seerattn.baselines.oracle import OracleSelector
-from seerattn.eval import statistics
-from seerattn.eval.arms import DENSE, Arm, Subject, TunedArm
-from seerattn.eval.data import Window, batches
-from seerattn.eval.maps import BlockMaps
-from seerattn.eval.results import Result, ResultsFile, Stopwatch
+from seerattn.data.windows import Window, batches
+from seerattn.eval.arms import DENSE, Arm, EvalModel, TunedArm
 from seerattn.gate_selector import pooled_inputs
+from seerattn.methods.oracle import OracleSelector
 from seerattn.ops.attention_map import attention_map
+from seerattn.results import statistics
+from seerattn.results.environment import Stopwatch
+from seerattn.results.file import ResultsFile
+from seerattn.results.maps import BlockMaps
+from seerattn.results.record import Result
 from seerattn.selection.block_indices import BlockIndices, forced_block_mask
 from seerattn.selection.map_form import MASS, PUBLISHED, MapForm
 from seerattn.selection.selector import AttentionContext, Selector
@@ -113,7 +115,7 @@ class RecallMeter:
 
 
 def run_dense(
-    subject: Subject,
+    subject: EvalModel,
     see: Callable[[Tensor, Tensor, AttentionContext], None],
     windows: Sequence[Window],
     *,
@@ -130,7 +132,7 @@ def run_dense(
 
 
 def evaluate_recall(
-    subject: Subject,
+    subject: EvalModel,
     arms: Sequence[Arm | TunedArm],
     windows: dict[int, list[Window]],
     output: ResultsFile,
@@ -190,7 +192,7 @@ def evaluate_recall(
     return rows
 
 
-def check_heads(subject: Subject, arm: Arm, heads: Sequence[tuple[int, int]]) -> None:
+def check_heads(subject: EvalModel, arm: Arm, heads: Sequence[tuple[int, int]]) -> None:
     """Refuses heads that maps cannot be shown of.
 
     Raises:
@@ -201,7 +203,7 @@ def check_heads(subject: Subject, arm: Arm, heads: Sequence[tuple[int, int]]) ->
         raise ValueError(f"heads must be among {count} heads of the layers {sorted(gates)}, got {heads}")
 
 
-def observe_maps(subject: Subject, arm: Arm, window: Window, heads: Sequence[tuple[int, int]]) -> BlockMaps:
+def observe_maps(subject: EvalModel, arm: Arm, window: Window, heads: Sequence[tuple[int, int]]) -> BlockMaps:
     """The true map, the gate's map and the chosen blocks of some heads on one window of the dense model.
 
     Args:

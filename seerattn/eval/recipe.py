@@ -191,9 +191,9 @@ def check_files(recipe: Recipe, model: ModelEntry, config: Any) -> None:
     Raises:
         ValueError: a context that the model cannot take, or a file that is missing, damaged or of another model.
     """
-    from seerattn.baselines.plan import describe_model
-    from seerattn.eval.results import fingerprint
     from seerattn.hf.config import check_gate_folder
+    from seerattn.methods.head_rules import describe_model
+    from seerattn.results.environment import fingerprint
 
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", math.inf)

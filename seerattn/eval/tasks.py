@@ -26,11 +26,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from seerattn.eval import statistics
-from seerattn.eval.arms import DENSE, Arm, Subject, TunedArm
-from seerattn.eval.guard import guard
-from seerattn.eval.results import Result, ResultsFile, Stopwatch
+from seerattn.eval.arms import DENSE, Arm, EvalModel, TunedArm
 from seerattn.hf.loading import read_tokenizer
+from seerattn.results import statistics
+from seerattn.results.environment import Stopwatch
+from seerattn.results.file import ResultsFile
+from seerattn.results.record import Result
+from seerattn.results.significance import guard
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -213,7 +215,7 @@ def _prepare(name: str, task: Task, limit: int | None) -> list[LoadedTask]:
 
 
 def evaluate_tasks(
-    subject: Subject,
+    subject: EvalModel,
     arms: Sequence[Arm | TunedArm],
     tasks: Sequence[LoadedTask],
     output: ResultsFile,
@@ -278,7 +280,7 @@ def evaluate_tasks(
 class _Runner:
     """Runs tasks of the harness on a subject's model."""
 
-    def __init__(self, subject: Subject, context: int, batch: int, chat_template: bool) -> None:
+    def __init__(self, subject: EvalModel, context: int, batch: int, chat_template: bool) -> None:
         with _quiet():
             from seerattn.eval.harness import MiddleCutModel
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from seerattn.baselines.family import Family, SelectorAt
-from seerattn.eval.arms import Subject
+from seerattn.eval.arms import EvalModel
+from seerattn.methods.family import Family, SelectorAt
 from seerattn.selection.policies import TopK
 
 STEPS = 32
@@ -109,7 +109,7 @@ class Curve:
         return min(self._points, key=lambda place: (abs(self._points[place] - goal), place))
 
 
-def realised_density(subject: Subject, selector_at: SelectorAt, groups: Sequence[Sequence[Sequence[int]]]) -> float:
+def realised_density(subject: EvalModel, selector_at: SelectorAt, groups: Sequence[Sequence[Sequence[int]]]) -> float:
     """Density counted in the attached model, over all full-attention layers.
 
     Args:

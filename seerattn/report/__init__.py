@@ -8,10 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from seerattn.eval.maps import BlockMaps
-from seerattn.eval.record import Result, with_texts
-from seerattn.eval.results import read_results
 from seerattn.outputs import check_folder, check_output
+from seerattn.report.attention_map import draw_pooled
 from seerattn.report.breakdown import draw_breakdown
 from seerattn.report.curves import Curve, draw_curves, is_curves, read_curves
 from seerattn.report.finetuned import is_finetuned
@@ -20,7 +18,6 @@ from seerattn.report.maps import draw_maps, draw_masks
 from seerattn.report.page import render_page
 from seerattn.report.pareto import draw_pareto
 from seerattn.report.perplexity import draw_perplexity
-from seerattn.report.pooled import draw_pooled
 from seerattn.report.select import latest
 from seerattn.report.speedup import draw_speedup
 from seerattn.report.style import MARK
@@ -28,6 +25,9 @@ from seerattn.report.summary_figure import draw_summary
 from seerattn.report.table import render_tables
 from seerattn.report.teachers_figure import draw_teachers
 from seerattn.report.ttft import draw_ttft
+from seerattn.results.file import read_results
+from seerattn.results.maps import BlockMaps
+from seerattn.results.record import Result, with_texts
 from seerattn.saving import staged
 from seerattn.texts import in_figure, visible
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from seerattn.eval.results import Result
 from seerattn.report import speed, style
+from seerattn.results.record import Result
 
 SELECTION, SPARSE = "#e69f00", "#0072b2"
 

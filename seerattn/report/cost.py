@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from seerattn.eval import statistics
-from seerattn.eval.results import Result
 from seerattn.report.gap import closed
 from seerattn.report.markdown import at
 from seerattn.report.names import map_name, map_of
 from seerattn.report.parts import Section, Table
 from seerattn.report.select import PER_HEAD, arms, budget, group, kind, last_rows_dense, panels, reached, realised
+from seerattn.results import statistics
+from seerattn.results.record import Result
 from seerattn.selection.map_form import PUBLISHED
 
 BRIEF = "In short"

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from seerattn.eval.results import Result
-from seerattn.eval.statistics import perplexity_difference, proportion
 from seerattn.report.markdown import markdown
 from seerattn.report.parts import Table
 from seerattn.report.select import SHARE_ERROR, group, right_answers
+from seerattn.results.record import Result
+from seerattn.results.statistics import perplexity_difference, proportion
 
 REFERENCE = "dense"
 RUN_DENSE = ", run dense"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from seerattn.eval.results import Result
 from seerattn.report.names import map_of
 from seerattn.report.select import kind, reached, realised, same_density
+from seerattn.results.record import Result
 
 BLOCK = 64
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from seerattn.eval.results import Result
 from seerattn.report.select import KINDS, SAME_DENSITY, arms, asked, budget, kind, reached, realised
+from seerattn.results.record import Result
 
 # Columns that a landscape page holds; wider tables are cut between groups of columns.
 WIDTH = 18

@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from seerattn.eval.results import Result
 from seerattn.report import style
 from seerattn.report.grid import density_label
 from seerattn.report.select import arms, budget, kind, last_rows_dense
+from seerattn.results.record import Result
 
 # Of each selector the sparsest, the densest and the one between are drawn; the table has all.
 COLUMNS = 3

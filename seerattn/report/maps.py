@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 
-from seerattn.eval.maps import BlockMaps
 from seerattn.report import style
+from seerattn.results.maps import BlockMaps
 
 # Small probabilities are most of a map; the power keeps them visible beside the diagonal.
 GAMMA = 0.4

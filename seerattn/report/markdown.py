@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from seerattn.eval.results import Result
 from seerattn.report.select import reached, realised
+from seerattn.results.record import Result
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -6,8 +6,8 @@ import math
 import re
 from typing import NamedTuple
 
-from seerattn.eval.results import Result
 from seerattn.report.select import PER_HEAD, kind
+from seerattn.results.record import Result
 from seerattn.selection.map_form import MASS, MAX_POWER, PUBLISHED, MapForm
 
 ORACLE = "oracle"
@@ -82,7 +82,7 @@ def map_name(form: MapForm) -> str:
 
 
 def teacher_of(result: Result) -> MapForm | None:
-    """The map that gates learned, where their name begins with it, as `recipes/public_gates.py` names forms.
+    """The map that gates learned, where their name begins with it, as `research/public_gates.py` names forms.
 
     Records tell the weights of gates and not their target. "largest" is the largest probability of a tile, which is
     the published map; "power-4-fine" learned the power mean of 4.

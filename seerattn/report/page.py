@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from seerattn.eval.maps import BlockMaps
-from seerattn.eval.results import Result
 from seerattn.report.cost import cost_section
 from seerattn.report.finetuned import finetuned_tables, is_finetuned
 from seerattn.report.grid import density_label
@@ -24,6 +22,8 @@ from seerattn.report.speed_table import speed_grids
 from seerattn.report.style import MARK
 from seerattn.report.summary import summary_section
 from seerattn.report.tasks import task_section
+from seerattn.results.maps import BlockMaps
+from seerattn.results.record import Result
 
 # By the name of a figure's file: what it shows, and what to look for.
 _PLOTS = {

@@ -10,9 +10,9 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from seerattn.eval.results import Result
 from seerattn.report import speed, style
 from seerattn.report.select import asked, budget, kind, last_rows_dense, paired, perplexity_key
+from seerattn.results.record import Result
 
 FRONT = "not beaten"
 Timed = list[tuple[float, Result]]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from seerattn.eval.maps import BlockMaps
 from seerattn.eval.patterns import CLEAR, EQUAL, Pattern, find_patterns
 from seerattn.report.parts import Figure, Letters, Section, Table
+from seerattn.results.maps import BlockMaps
 
 LETTERS = {
     "a_shape": ("A", "A-shape"),

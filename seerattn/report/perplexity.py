@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from seerattn.eval.results import Result
 from seerattn.report import style
 from seerattn.report.select import budget, group, last_rows_dense, paired, panels, perplexity_key
+from seerattn.results.record import Result
 
 
 def draw_perplexity(results: Sequence[Result], folder: Path) -> list[Path]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 
-from seerattn.eval.results import Result
-from seerattn.eval.statistics import proportion
 from seerattn.report.gap import Closed, closed
 from seerattn.report.grid import Grid, Measured, compare
 from seerattn.report.parts import Section
@@ -22,6 +20,8 @@ from seerattn.report.select import (
     right_answers,
 )
 from seerattn.report.speed import in_models
+from seerattn.results.record import Result
+from seerattn.results.statistics import proportion
 
 _BUDGETS = {"density": ", by density", "time": ", by share of the time of dense attention"}
 # Cell entries that say where and how, not what was asked.

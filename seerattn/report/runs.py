@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from seerattn.eval.results import Result
 from seerattn.report.grid import asked_label
 from seerattn.report.parts import Lines, Section, Table
 from seerattn.report.select import asked, budget, last_rows_dense
+from seerattn.results.record import Result
 
 # Commands that are listed; a page of them helps nobody.
 COMMANDS = 40

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from seerattn.eval.results import Result
+from seerattn.results.record import Result
 
 BUDGETS = ("density", "time")
 # In the order of tables, with their titles there.
@@ -25,7 +25,7 @@ FLOORS = ("streaming", "a_shape", "tri_shape", "random")
 SAME_DENSITY = 0.01
 # What names of selectors and gates end with where budgets share a density among heads (eval/arms.py, `Arm.kind`).
 PER_HEAD = ", budgets per head"
-# How tables name the error of a share of right answers (`eval/statistics.py`, `proportion`).
+# How tables name the error of a share of right answers (`results/statistics.py`, `proportion`).
 SHARE_ERROR = "± is the standard error of the share, adjusted as by Agresti and Coull: taken at (right + 1) / (n + 2)."
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from matplotlib.figure import Figure
 
-from seerattn.eval.results import Result
+from seerattn.results.record import Result
 
 DENSE_NAMES = {
     "flash": "FlashAttention-2",

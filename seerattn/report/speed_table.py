@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from seerattn.eval.results import Result
 from seerattn.report import speed
 from seerattn.report.markdown import markdown
+from seerattn.results.record import Result
 
 TITLES = {
     "attention_ms": "Attention alone, ms",

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from seerattn.eval.results import Result
 from seerattn.report import speed, style
+from seerattn.results.record import Result
 
 
 def draw_speedup(results: Sequence[Result], folder: Path) -> list[Path]:

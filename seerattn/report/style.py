@@ -9,9 +9,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from seerattn.eval.results import Result
 from seerattn.report.names import family_of, name_of
 from seerattn.report.select import arms, kind
+from seerattn.results.record import Result
 
 # Stands near the beginning of every file that a report writes, and says that it may be replaced.
 MARK = "Made by seerattn report"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from seerattn.eval.results import Result
-from seerattn.eval.statistics import proportion
 from seerattn.report.markdown import at
 from seerattn.report.parts import Section, Table
 from seerattn.report.select import SAME_DENSITY, arms, budget, kind, last_rows_dense, panels, realised, right_answers
+from seerattn.results.record import Result
+from seerattn.results.statistics import proportion
 
 Columns = dict[str, list[Result]]
 

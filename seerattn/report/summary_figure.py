@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from seerattn.eval.results import Result
 from seerattn.report import style
 from seerattn.report.names import family_of
 from seerattn.report.select import arms, budget, group, kind, last_rows_dense, paired, panels, perplexity_key, reached
+from seerattn.results.record import Result
 
 LINES = 8
 # Okabe and Ito's colours for the oracle and the best floor, and for the others in the order of tables.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from seerattn.eval.record import Result, with_texts
-from seerattn.eval.statistics import proportion
 from seerattn.report.cost import cost_tables
 from seerattn.report.finetuned import finetuned_markdown, is_finetuned
 from seerattn.report.gap import closed, is_ceiling
@@ -27,6 +25,8 @@ from seerattn.report.select import (
 )
 from seerattn.report.speed_table import speed_tables
 from seerattn.report.summary import summary_tables
+from seerattn.results.record import Result, with_texts
+from seerattn.results.statistics import proportion
 from seerattn.texts import in_markdown
 
 

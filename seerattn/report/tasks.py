@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from seerattn.eval.results import Result
 from seerattn.report.grid import asked_label
 from seerattn.report.parts import Section, Table
 from seerattn.report.select import arms, asked, budget, kind, last_rows_dense
+from seerattn.results.record import Result
 
 WARNING = "⚠ differs"
 

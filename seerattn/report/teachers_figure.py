@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from seerattn.eval.results import Result
 from seerattn.report import style
 from seerattn.report.cost import STREAMING, Column, Measured, measured, over
 from seerattn.report.names import map_name, map_of, teacher_of
 from seerattn.report.select import PER_HEAD, arms, kind
+from seerattn.results.record import Result
 from seerattn.selection.map_form import MASS, PUBLISHED, MapForm
 
 # Okabe and Ito's colours by map; further maps, and gates whose teacher their name does not tell, get those left over.

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from seerattn.eval.results import Result
 from seerattn.report import speed, style
+from seerattn.results.record import Result
 
 Curves = dict[str, list[tuple[int, float]]]
 _DASHES = {"flash": "-", "cudnn": (0, (5, 3)), "sdpa": "-"}

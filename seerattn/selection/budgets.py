@@ -1,7 +1,7 @@
 """`HeadBudgets`: which density every head gets where all of them together have a given one.
 
 Heads want different densities: one attends to a few places, another to everything. What each of them wants hardly
-depends on the text, so it is read off text once (`seerattn.eval.budgets`) and kept beside the gates.
+depends on the text, so it is read off text once (`seerattn.methods.gate.budgets`) and kept beside the gates.
 """
 
 from __future__ import annotations

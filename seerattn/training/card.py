@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from seerattn.eval.results import package_version
+from seerattn.results.environment import package_version
 
 # Folder of the weights that `seerattn finetune` writes.
 MODEL_NAME = "model"

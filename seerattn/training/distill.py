@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from seerattn.data.corpus import Corpus
+from seerattn.data.samples import Samples, collate
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.hf.config import check_gate_folder
 from seerattn.saving import staged
 from seerattn.training.checkpoints import delete_checkpoints
-from seerattn.training.data import Corpus, Samples, collate
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.memory import estimate_memory
 from seerattn.training.output import (
@@ -207,7 +208,7 @@ def distill(
     Args:
         model: a causal language model from transformers, on the device to train on.
         tokenizer: its tokenizer.
-        data: files, folders or names of datasets, see `seerattn.training.data.read_documents`, or tokenised text,
+        data: files, folders or names of datasets, see `seerattn.data.samples.read_documents`, or tokenised text,
             of which no document is shorter than two blocks.
         config: how to train.
         output: folder of the result, to be made; with ``resume`` that of an unfinished run.

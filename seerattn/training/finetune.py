@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from seerattn.data.corpus import Corpus
+from seerattn.data.samples import Samples, collate
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.hf.config import check_gate_folder
 from seerattn.hf.loading import read_model
 from seerattn.saving import staged
 from seerattn.training.card import MODEL_NAME
 from seerattn.training.checkpoints import delete_checkpoints
-from seerattn.training.data import Corpus, Samples, collate
 from seerattn.training.memory import estimate_finetuning
 from seerattn.training.output import (
     CHECKPOINTS_NAME,
@@ -223,7 +224,7 @@ def plan(
     Raises:
         ValueError: the model, the data, the gates and the config do not fit each other.
     """
-    from seerattn.hf.context import extend_context
+    from seerattn.hf.yarn import extend_context
 
     if config.dense and (gates is not None or gate is not None or layers is not None):
         raise ValueError("gates must not be given for a dense run, which has none; leave gates, gate and layers out")
@@ -290,7 +291,7 @@ def finetune(
     Args:
         model: a causal language model from transformers, on the device to train on. It is changed.
         tokenizer: its tokenizer.
-        data: files, folders or names of datasets, see `seerattn.training.data.read_documents`, or tokenised text,
+        data: files, folders or names of datasets, see `seerattn.data.samples.read_documents`, or tokenised text,
             of which no document is shorter than two blocks.
         config: how to train.
         output: folder of the result, to be made; with ``resume`` that of an unfinished run.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from seerattn.hf.head import LOGITS_ELEMENTS
+from seerattn.hf.chunked_loss import LOGITS_ELEMENTS
 
 if TYPE_CHECKING:
     from seerattn.gate import AttnGate

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from seerattn.hf.head import head_losses
+from seerattn.hf.chunked_loss import head_losses
 from seerattn.hf.identity import transformers_model
 from seerattn.hf.state import learning
 

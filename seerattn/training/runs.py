@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from seerattn.data.corpus import Corpus, tokenize
+from seerattn.data.samples import Samples
+from seerattn.data.text import read_documents
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.selection.policies import TopK
-from seerattn.training.data import Corpus, Samples, read_documents, tokenize
 from seerattn.training.losses import LossKind, RowWeight
 from seerattn.training.output import CHECKPOINTS_NAME, begun
 
@@ -35,7 +37,7 @@ class RunConfig:
         warmup_steps: None is 20, or 5 % of a short run.
         loss: of the gates: "kl", "mse" or "smooth_l1", see `gate_loss`.
         row_weight: "uniform" or "mass", see `gate_loss`.
-        recall_share: share of samples that are synthetic recall documents (`seerattn.eval.documents`). They teach
+        recall_share: share of samples that are synthetic recall documents (`seerattn.data.retrieval`). They teach
             the rows that look far back, which plain text rarely has.
         logging_steps: steps from one record to the next.
         save_steps: steps from one checkpoint to the next, a multiple of ``logging_steps``.
@@ -304,7 +306,7 @@ def working(output: Path, facts: dict[str, Any], arguments: TrainingArguments, *
 
 def gates_start(gates: str | Path | None) -> tuple[str, str] | None:
     """Folder of the gates that a run starts from, with the hash of their weights; None for fresh ones."""
-    from seerattn.eval.results import fingerprint
+    from seerattn.results.environment import fingerprint
 
     return None if gates is None else (str(gates), fingerprint(gates))
 
@@ -324,7 +326,7 @@ def _base_weights(model: PreTrainedModel | PeftModel) -> str | None:
     """Fingerprint of the weights that a model was loaded from; None for one that was made in memory."""
     from huggingface_hub import try_to_load_from_cache
 
-    from seerattn.eval.results import fingerprint
+    from seerattn.results.environment import fingerprint
 
     name = model.config.name_or_path
     if not name or Path(name).is_dir():

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from seerattn.eval.appending import Appended
 from seerattn.hf.distillation import GateLosses
+from seerattn.results.appending import Appended
 from seerattn.saving import staged, write_whole
 from seerattn.training.checkpoints import checkpoints, last_whole, step_of, write_manifest
 from seerattn.training.layer_loss import RECALL_DENSITIES, LayerLoss

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from seerattn.bench.attention_map import attention_with_map, plain_attention_with_map
 from seerattn.bench.check import (
     GATE_TOKENS,
     check_attention,
@@ -17,7 +18,6 @@ from seerattn.bench.check import (
 )
 from seerattn.bench.inputs import Shape, random_qkv
 from seerattn.bench.model import GATE_FORMS, gate_form, layer_context, random_gate, rotary_tables
-from seerattn.bench.pooled import attention_with_map, plain_attention_with_map
 from seerattn.gate_selector import GateSelector
 from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.selection.map_form import MASS, PUBLISHED, MapForm

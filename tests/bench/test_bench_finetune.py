@@ -19,9 +19,9 @@ from seerattn.bench.finetune import (
 from seerattn.bench.inputs import Shape, random_qkv
 from seerattn.bench.model import TINY, BenchModel
 from seerattn.bench.session import Session
-from seerattn.eval.results import ResultsFile
 from seerattn.hf import distillation, finetuning
 from seerattn.hf.state import layer_states
+from seerattn.results.file import ResultsFile
 
 CPU = torch.device("cpu")
 # Six heads do not divide the width of the checked model.

@@ -15,10 +15,10 @@ from seerattn.bench.distill import bench_distill
 from seerattn.bench.model import SIZES, TINY, BenchModel, first_layer_only, random_model
 from seerattn.bench.session import Session
 from seerattn.bench.ttft import AttentionClock, bench_ttft, prefill
-from seerattn.eval.results import ResultsFile
 from seerattn.gate import AttnGate
 from seerattn.hf.attach import set_policy
 from seerattn.ops import crossover
+from seerattn.results.file import ResultsFile
 from seerattn.selection.policies import KeepAll, TopK
 
 CPU = torch.device("cpu")

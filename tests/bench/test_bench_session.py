@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seerattn.bench.session import CheckFailed, Session, shown
-from seerattn.eval.results import ResultsFile, read_results
+from seerattn.results.file import ResultsFile, read_results
 
 CPU = torch.device("cpu")
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from seerattn.bench import pooled
+from seerattn.bench import attention_map as pooled
 from seerattn.cli import main
-from seerattn.eval.results import environment, read_results
+from seerattn.results.environment import environment
+from seerattn.results.file import read_results
 
 TINY = ("--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--device", "cpu")
 COMMANDS = {

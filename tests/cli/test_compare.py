@@ -7,10 +7,10 @@ import pytest
 import yaml
 from tiny_corpus import write_models_and_gates
 
-from seerattn.baselines.plan import Plan
 from seerattn.cli import main
 from seerattn.eval import compare
-from seerattn.eval.results import read_results
+from seerattn.methods.head_rules import Plan
+from seerattn.results.file import read_results
 
 SIZES = {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 32}
 RULE = {"pattern": "vertical_slash", "columns": 100, "offsets": 800}
@@ -231,7 +231,7 @@ BAD = {
 def test_compare_rejects_bad_recipes_in_a_sentence_before_it_loads_a_model(folder, tmp_path, capsys, name) -> None:
     recipe, message = BAD[name]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("seerattn.cli.compare.load_subject", None)
+        patch.setattr("seerattn.cli.compare.load_eval_model", None)
         assert run(folder, recipe, "--output", str(tmp_path / "r.jsonl")) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert message in error
@@ -254,7 +254,7 @@ def test_compare_rejects_options_that_name_nothing(folder, tmp_path, capsys, opt
 
 def test_the_quick_recipe_is_valid(capsys) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["compare", "recipes/compare_quick.yaml", "--dry-run", "--device", "cpu", "--limit", "1"])
+        main(["compare", "research/experiments/quick.yaml", "--dry-run", "--device", "cpu", "--limit", "1"])
     assert stop.value.code == 0
     assert "perplexity" in capsys.readouterr().out
 
@@ -273,7 +273,7 @@ def test_recipes_of_published_tables_are_valid_with_their_text(name: str, tmp_pa
         (made / plan).symlink_to(assets / "reference-plans" / plan)
     recipe = tmp_path / "own" / f"compare_{name}.yaml"
     recipe.parent.mkdir()
-    shutil.copy(f"recipes/compare_{name}.yaml", recipe)
+    shutil.copy(f"research/experiments/{name}.yaml", recipe)
     arguments = ["compare", str(recipe), "--dry-run", "--device", "cpu", "--limit", "1"]
     with pytest.raises(SystemExit) as stop:
         main(arguments)

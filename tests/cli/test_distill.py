@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 import seerattn
 from seerattn.cli import main
 from seerattn.cli.training import LOSSES
+from seerattn.data.packing import SamplePlan
 from seerattn.gate import AttnGateConfig
 from seerattn.gate.attn_gate import parameter_count
 from seerattn.training.distill import DistillConfig, plan
 from seerattn.training.losses import LossKind
-from seerattn.training.packing import SamplePlan
 
 CODE = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
 

@@ -5,7 +5,7 @@ import pytest
 from tiny_corpus import write_models_and_gates
 
 from seerattn.cli import main
-from seerattn.eval.results import read_results
+from seerattn.results.file import read_results
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_eval_refuses_a_file_that_is_not_its_own_before_it_loads_a_model(folder,
     output = tmp_path / "settings.json"
     output.write_text('{"lr": 1}')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("seerattn.cli.evaluate.load_subject", None)
+        patch.setattr("seerattn.cli.evaluate.load_eval_model", None)
         assert run(folder, command, *BASE, "--output", str(output)) == 2
     assert "output must be a new file or results" in capsys.readouterr().err
     assert output.read_text() == '{"lr": 1}'

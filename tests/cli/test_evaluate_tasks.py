@@ -6,8 +6,8 @@ import datasets
 import pytest
 
 from seerattn.cli import main
-from seerattn.eval import guard
-from seerattn.eval.results import read_results
+from seerattn.results import significance as guard
+from seerattn.results.file import read_results
 
 ASSETS = Path(__file__).parents[2] / "assets"
 BASE = ("--model", str(ASSETS / "reference-model"), "--device", "cpu", "--context", "700")

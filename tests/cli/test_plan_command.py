@@ -4,10 +4,10 @@ import pytest
 from tiny_corpus import tiny_tokenizer, write_documents
 from tiny_models import tiny_model
 
-from seerattn.baselines.plan import Plan
 from seerattn.cli import main
-from seerattn.eval import plans_minference
-from seerattn.eval.plans import describe_named
+from seerattn.methods.described import describe_named
+from seerattn.methods.head_rules import Plan
+from seerattn.methods.minference import search as plans_minference
 
 
 @pytest.fixture(scope="module")

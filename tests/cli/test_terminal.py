@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from seerattn import cli
 from seerattn.cli import main
 from seerattn.cli.terminal import print_table, say
-from seerattn.eval.results import Result, ResultsFile
+from seerattn.results.file import ResultsFile
+from seerattn.results.record import Result
 
 ROW = Result(
     what="perplexity", value=2.0, n=9, unit="tokens", model="m", selector="dense", context=64, text="t",

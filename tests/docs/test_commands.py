@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted(path for path in ROOT.glob("docs/**/*.md") 
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 # Up to where a shell would begin another command or a comment.
 _COMMAND = re.compile(r"(?:^|[\s;|&])seerattn((?: (?![;|&#])[^\n;|&#]*)?)", re.MULTILINE)
-_SCRIPT = re.compile(r"python ((?:examples|recipes|benchmarks|docs)/\S+\.py)([^\n;|&#]*)")
+_SCRIPT = re.compile(r"python ((?:examples|research|docs)/\S+\.py)([^\n;|&#]*)")
 
 
 @cache

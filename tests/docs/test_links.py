@@ -40,7 +40,7 @@ def test_links_that_leave_docs_go_to_the_repository(rewritten: Callable[[str, st
     assert (
         rewritten("[d](../DESIGN.md#the-flow)", "a.md") == "[d](https://example.org/repo/blob/main/DESIGN.md#the-flow)"
     )
-    assert rewritten("[d](../../recipes)", "howto/a.md") == "[d](https://example.org/repo/tree/main/recipes)"
+    assert rewritten("[d](../../research)", "howto/a.md") == "[d](https://example.org/repo/tree/main/research)"
 
 
 @pytest.mark.parametrize("link", ["results.md", "figures/maps.png", "#here", "https://a.org/b", "../no/such/file.md"])

@@ -7,7 +7,7 @@ from gate_forms import plain
 from tiny_corpus import tiny_tokenizer, topical_text
 from tiny_models import tiny_model
 
-from seerattn.eval.arms import Gates, Subject
+from seerattn.eval.arms import EvalModel, Gates
 from seerattn.gate import AttnGateConfig
 from seerattn.hf.attach import attach, detach
 
@@ -27,8 +27,8 @@ def gate_folders(tmp_path_factory) -> list[Gates]:
 
 
 @pytest.fixture(scope="session")
-def subject(gate_folders) -> Subject:
-    return Subject(tiny_model("llama"), tiny_tokenizer(), name="tiny", gates=gate_folders)
+def subject(gate_folders) -> EvalModel:
+    return EvalModel(tiny_model("llama"), tiny_tokenizer(), name="tiny", gates=gate_folders)
 
 
 @pytest.fixture(scope="session")

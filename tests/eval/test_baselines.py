@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seerattn.baselines.oracle import OracleSelector
-from seerattn.baselines.streaming import StreamingSelector
+from seerattn.methods.oracle import OracleSelector
+from seerattn.methods.streaming import StreamingSelector
 from seerattn.selection import AttentionContext, KeepAll, Threshold, TokenBudget, TopK
 from seerattn.selection.map_form import PUBLISHED, MapForm
 

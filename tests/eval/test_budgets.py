@@ -9,16 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from seerattn.baselines.oracle import OracleSelector
-from seerattn.eval.arms import Arm, Gates, Subject
-from seerattn.eval.budgets import BudgetCalibrator, budget_lengths, check_ladder, evaluate_budgets, share_densities
-from seerattn.eval.calibrate import split_windows
-from seerattn.eval.data import Window, cut_windows
+from seerattn.data.windows import Window, cut_windows
+from seerattn.eval.arms import Arm, EvalModel, Gates
 from seerattn.eval.recall import RecallMeter, run_dense
-from seerattn.eval.results import ResultsFile
 from seerattn.gate_selector import GateSelector
 from seerattn.hf.config import save_settings
+from seerattn.methods.gate.budgets import (
+    BudgetCalibrator,
+    budget_lengths,
+    check_ladder,
+    evaluate_budgets,
+    share_densities,
+)
+from seerattn.methods.gate.thresholds import split_windows
+from seerattn.methods.oracle import OracleSelector
 from seerattn.ops.attention_map import attention_map
+from seerattn.results.file import ResultsFile
 from seerattn.selection import AttentionContext, HeadBudgets, TopK
 from seerattn.selection.map_form import MASS, MapForm
 
@@ -207,7 +213,7 @@ def test_budgets_that_are_saved_are_those_that_were_checked_on_other_text(subjec
     folder = Gates("mine", tmp_path / "gates")
     shutil.copytree(next(iter(subject._gates)).path, folder.path)
     before = {p.name: p.read_bytes() for p in folder.path.iterdir()}
-    fresh = Subject(subject.model, subject.tokenizer, name="tiny", gates=[folder])
+    fresh = EvalModel(subject.model, subject.tokenizer, name="tiny", gates=[folder])
     cut = cut_windows(documents, context=400, count=1, bos_token_id=1)
     about = {"context": 400, "text": "t", "settings": {"data": "0a1b"}}
     rows = evaluate_budgets(fresh, folder, cut, ResultsFile(None), ladder=(0.3, 0.6, 0.8), **about)
@@ -227,7 +233,7 @@ def test_budgets_that_are_saved_are_those_that_were_checked_on_other_text(subjec
         for heads in ("calibrated", "equal")
         for what in ("budget_density", "budget_recall")
     ]
-    again = Subject(subject.model, subject.tokenizer, name="tiny", gates=[folder])
+    again = EvalModel(subject.model, subject.tokenizer, name="tiny", gates=[folder])
     assert again.budgets(folder) == saved == fresh.budgets(folder)
     target = next(iter(again.gates(folder).values())).config.target
     for density, recall in zip(rows[::2], rows[1::2]):
@@ -245,7 +251,7 @@ def test_budgets_above_the_density_of_the_saved_policy_are_not_made(subject, doc
     shutil.copytree(next(iter(subject._gates)).path, folder.path)
     save_settings(folder.path, policy=TopK(density=0.55).to_dict())
     before = (folder.path / "adapter_config.json").read_bytes()
-    fresh = Subject(subject.model, subject.tokenizer, name="tiny", gates=[folder])
+    fresh = EvalModel(subject.model, subject.tokenizer, name="tiny", gates=[folder])
     cut = cut_windows(documents, context=400, count=1, bos_token_id=1)
     about = {"context": 400, "text": "t", "settings": {"data": "0a1b"}}
     with pytest.raises(ValueError, match=r"ladder must begin at the density of the policy saved with the gates, 0\.55"):

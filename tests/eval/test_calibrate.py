@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seerattn.eval.arms import Arm, Gates, Subject
-from seerattn.eval.calibrate import Calibrator, evaluate_calibration, split_windows
-from seerattn.eval.data import cut_windows
+from seerattn.data.windows import cut_windows
+from seerattn.eval.arms import Arm, EvalModel, Gates
 from seerattn.eval.recall import RecallMeter, run_dense
-from seerattn.eval.results import ResultsFile
 from seerattn.hf.config import save_settings
+from seerattn.methods.gate.thresholds import Calibrator, evaluate_calibration, split_windows
+from seerattn.results.file import ResultsFile
 from seerattn.selection import Threshold
 from seerattn.selection.map_form import PUBLISHED, MapForm
 
@@ -125,7 +125,7 @@ def test_a_saved_calibration_is_checked_on_other_text_and_loads_with_the_gates(s
     folder = Gates("mine", tmp_path / "gates")
     shutil.copytree(next(iter(subject._gates)).path, folder.path)
     before = {p.name: p.read_bytes() for p in folder.path.iterdir()}
-    fresh = Subject(subject.model, subject.tokenizer, name="tiny", gates=[folder])
+    fresh = EvalModel(subject.model, subject.tokenizer, name="tiny", gates=[folder])
     cut = cut_windows(documents, context=CONTEXT, count=1, bos_token_id=1)
     density, recall = evaluate_calibration(
         fresh,
@@ -149,7 +149,7 @@ def test_a_saved_calibration_is_checked_on_other_text_and_loads_with_the_gates(s
     assert {name: (folder.path / name).read_bytes() for name in before} == before
     assert {p.name for p in folder.path.iterdir()} == {*before, "adapter_config.json"}
 
-    again = Subject(subject.model, subject.tokenizer, name="tiny", gates=[folder])
+    again = EvalModel(subject.model, subject.tokenizer, name="tiny", gates=[folder])
     assert again.policy(Arm("gate", None, folder)).to_dict() == policy
     _, checking = split_windows(cut)
     assert [w.document for w in checking] == [1, 3]

@@ -8,14 +8,14 @@ import torch
 from tiny_corpus import tiny_tokenizer, topical_text, write_documents
 from tiny_models import tiny_model
 
-from seerattn.baselines.family import Family
-from seerattn.baselines.streaming import streaming_family
 from seerattn.eval import compare, perplexity
-from seerattn.eval.appending import Appended, NotWritten
-from seerattn.eval.arms import Arm, Gates, Subject, TunedArm
+from seerattn.eval.arms import Arm, EvalModel, Gates, TunedArm
 from seerattn.eval.compare import Comparison, Outcome, gates_of, make_cells, make_jobs
 from seerattn.eval.recipe import ModelEntry, Recipe, SelectorEntry, TaskEntry
-from seerattn.eval.results import ResultsFile, read_results
+from seerattn.methods.family import Family
+from seerattn.methods.streaming import streaming_family
+from seerattn.results.appending import Appended, NotWritten
+from seerattn.results.file import ResultsFile, read_results
 from seerattn.selection import TopK
 
 MODEL = ModelEntry("tiny", "tiny")
@@ -44,10 +44,10 @@ def entries(gate_folders) -> dict[str, SelectorEntry]:
 
 
 @pytest.fixture(scope="module")
-def subject(gate_folders) -> Subject:
+def subject(gate_folders) -> EvalModel:
     # Named as `gates_of` names folders.
     folders = [Gates(folder.path.name, folder.path) for folder in gate_folders]
-    return Subject(tiny_model("llama"), tiny_tokenizer(), name="tiny", gates=folders)
+    return EvalModel(tiny_model("llama"), tiny_tokenizer(), name="tiny", gates=folders)
 
 
 def recipe_of(data: str, *selectors: SelectorEntry, **options) -> Recipe:
@@ -56,7 +56,7 @@ def recipe_of(data: str, *selectors: SelectorEntry, **options) -> Recipe:
     return Recipe((MODEL,), selectors, tasks, **values)
 
 
-def run(subject: Subject, recipe: Recipe, output: ResultsFile) -> list[Outcome]:
+def run(subject: EvalModel, recipe: Recipe, output: ResultsFile) -> list[Outcome]:
     jobs = make_jobs(recipe, subject.tokenizer)
     comparison = Comparison(subject, MODEL, recipe, jobs, output)
     outcomes = list(comparison.run())
@@ -162,7 +162,7 @@ def test_an_interrupted_comparison_measures_nothing_twice(subject, entries, data
         raise AssertionError("nothing is left to run")
 
     monkeypatch.setattr(type(subject.model.base_model), "forward", refuse)
-    monkeypatch.setattr(Subject, "held", lambda self: nullcontext())
+    monkeypatch.setattr(EvalModel, "held", lambda self: nullcontext())
     again = run(subject, recipe, ResultsFile(path))
     assert path.read_text() == after
     assert [[r.key for r in o.rows] for o in again] == [[r.key for r in o.rows] for o in outcomes]

@@ -6,7 +6,7 @@ import re
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from seerattn.eval.documents import (
+from seerattn.data.retrieval import (
     RecallDocument,
     key_value_document,
     multi_key_document,
@@ -132,7 +132,7 @@ def test_variable_tracking_asks_for_the_variables_that_following_the_text_finds(
 def test_pairs_are_as_many_as_asked_for_even_where_keys_collide(monkeypatch):
     encoder = _Characters()
     draws = iter(["bal"] * 4 + ["bal", "cor"] + [f"w{i}" for i in range(9)])
-    monkeypatch.setattr("seerattn.eval.documents._word", lambda rng: next(draws))
+    monkeypatch.setattr("seerattn.data.retrieval._word", lambda rng: next(draws))
     document = key_value_document(encoder, [40] * 3000, 900, random.Random(0), pairs=3)
     assert len(set(re.findall(_STATEMENT["value"].replace("a-z", "a-z0-9"), encoder.decode(document.input_ids)))) == 3
 

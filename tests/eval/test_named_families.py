@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from seerattn.baselines.plan import Plan
+from seerattn.data.windows import cut_windows
 from seerattn.eval import families
-from seerattn.eval.calibrate import Calibrator, threshold_level
-from seerattn.eval.data import cut_windows
 from seerattn.eval.recall import run_dense
 from seerattn.eval.tune import Curve, realised_density
+from seerattn.methods.gate.thresholds import Calibrator, threshold_level
+from seerattn.methods.head_rules import Plan
 from seerattn.selection import HeadBudgets
 from seerattn.selection.map_form import PUBLISHED, MapForm
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from seerattn.data.retrieval import RecallDocument
 from seerattn.eval import needle
 from seerattn.eval.arms import make_arms
-from seerattn.eval.documents import RecallDocument
 from seerattn.eval.needle import Needle, answers, evaluate_needle
-from seerattn.eval.results import ResultsFile
+from seerattn.results.file import ResultsFile
 
 
 class Characters:

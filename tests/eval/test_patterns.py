@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from seerattn.eval.maps import BlockMaps
 from seerattn.eval.patterns import CLEAR, SHAPES, find_pattern, find_patterns
+from seerattn.results.maps import BlockMaps
 
 N = 48
 

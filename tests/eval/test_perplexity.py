@@ -6,14 +6,15 @@ import torch
 from tiny_corpus import tiny_tokenizer
 from tiny_models import tiny_model, tokens
 
-from seerattn.eval import perplexity, statistics
-from seerattn.eval.appending import Appended
-from seerattn.eval.arms import DENSE, Arm, Gates, Subject, make_arms
-from seerattn.eval.data import cut_windows
-from seerattn.eval.results import ResultsFile, read_results
+from seerattn.data.windows import cut_windows
+from seerattn.eval import perplexity
+from seerattn.eval.arms import DENSE, Arm, EvalModel, Gates, make_arms
 from seerattn.gate import AttnGateConfig
 from seerattn.hf.attach import attach
 from seerattn.hf.state import layer_states
+from seerattn.results import statistics
+from seerattn.results.appending import Appended
+from seerattn.results.file import ResultsFile, read_results
 from seerattn.selection import TopK
 
 
@@ -99,7 +100,7 @@ def test_layers_without_a_gate_count_as_dense(documents, tmp_path) -> None:
     gated = attach(tiny_model("llama"), AttnGateConfig(), layers=[1])
     gated.save_pretrained(tmp_path)
     folder = Gates("half", tmp_path)
-    subject = Subject(tiny_model("llama"), tiny_tokenizer(), name="tiny", gates=[folder])
+    subject = EvalModel(tiny_model("llama"), tiny_tokenizer(), name="tiny", gates=[folder])
     arm = Arm("gate", TopK(density=0.5), folder)
     row = perplexity.evaluate_perplexity(
         subject, [arm], windows_of(documents), ResultsFile(None), text="t", settings={}

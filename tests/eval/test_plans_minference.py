@@ -10,11 +10,13 @@ import torch
 from tiny_corpus import tiny_tokenizer
 from tiny_models import tiny_model
 
-from seerattn.baselines.minference import Estimate, HeadRule, minference_family
-from seerattn.eval.arms import Subject
-from seerattn.eval.data import cut_windows, digest
-from seerattn.eval.plans import describe
-from seerattn.eval.plans_minference import (
+from seerattn.data.windows import cut_windows, digest
+from seerattn.eval.arms import EvalModel
+from seerattn.eval.recall import run_dense
+from seerattn.hf.capture import AttentionCall
+from seerattn.methods.described import describe
+from seerattn.methods.minference.patterns import Estimate, HeadRule, minference_family
+from seerattn.methods.minference.search import (
     PAPER_SPACE,
     REPOSITORY_LINES,
     SearchSettings,
@@ -24,10 +26,8 @@ from seerattn.eval.plans_minference import (
     recalled_mass,
     search_plan,
 )
-from seerattn.eval.plans_minference import _PaperSearch as PaperSearch
-from seerattn.eval.plans_minference import _RepositorySearch as RepositorySearch
-from seerattn.eval.recall import run_dense
-from seerattn.hf.spy import AttentionCall
+from seerattn.methods.minference.search import _PaperSearch as PaperSearch
+from seerattn.methods.minference.search import _RepositorySearch as RepositorySearch
 from seerattn.selection import AttentionContext
 
 SETTINGS = SearchSettings(
@@ -244,7 +244,7 @@ def test_recalled_mass_matches_fp64_masks_of_tokens(variant) -> None:
 def test_recalled_mass_in_strips_matches_one_piece(monkeypatch) -> None:
     call = random_call(500)
     whole = recalled_mass(call)
-    monkeypatch.setattr("seerattn.eval.plans_minference._STRIP_ELEMENTS", {"cpu": 4 * 500 * 77})
+    monkeypatch.setattr("seerattn.methods.minference.search._STRIP_ELEMENTS", {"cpu": 4 * 500 * 77})
     assert torch.allclose(whole, recalled_mass(call), rtol=1e-6)
 
 
@@ -289,7 +289,7 @@ def test_search_leaves_out_sliding_window_layers_and_leaves_the_model_as_it_was(
     ids = torch.tensor([windows[0].input_ids])
     with torch.no_grad():
         before = model(input_ids=ids).logits
-    plan = search_plan(Subject(model, tiny_tokenizer(), name="hybrid"), windows[:1], SETTINGS)
+    plan = search_plan(EvalModel(model, tiny_tokenizer(), name="hybrid"), windows[:1], SETTINGS)
     assert [len(heads) for heads in plan.rules] == [0, 4]
     assert minference_family(plan).at(1.0)(0) is None
     with torch.no_grad():

@@ -13,13 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import seerattn
-from seerattn.baselines.moa import bounded_plans, planned, selectors
-from seerattn.baselines.moa_profile import Profile, area_density
-from seerattn.baselines.plan import Plan
 from seerattn.cli import main
-from seerattn.eval.arms import Subject
-from seerattn.eval.documents import RecallDocument, training_document
-from seerattn.eval.plans_moa import (
+from seerattn.data.retrieval import RecallDocument, training_document
+from seerattn.eval.arms import EvalModel
+from seerattn.methods.head_rules import Plan
+from seerattn.methods.moa.profile import Profile, area_density
+from seerattn.methods.moa.search import (
     ProfileSettings,
     answer_greedily,
     answer_loss,
@@ -28,6 +27,7 @@ from seerattn.eval.plans_moa import (
     make_plan,
     sample_influence,
 )
+from seerattn.methods.moa.spans import bounded_plans, planned, selectors
 
 SETTINGS = ProfileSettings(
     lengths=(256, 512, 768), validation=320, samples=2, density=0.6, seed=0, data="text", dtype="float32"
@@ -107,8 +107,8 @@ def drawn(length: int) -> list[RecallDocument]:
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[Subject, Plan]:
-    subject = Subject(tiny_model("llama"), tiny_tokenizer(), name="tiny")
+def made() -> tuple[EvalModel, Plan]:
+    subject = EvalModel(tiny_model("llama"), tiny_tokenizer(), name="tiny")
     return subject, make_plan(subject, [haystack()], SETTINGS)
 
 
@@ -211,7 +211,7 @@ def test_moa_command_writes_a_plan_that_it_does_not_make_again(folder, tmp_path,
     assert f"loss: {plan.made['found']['loss']:g}" in shown and "area density" in shown
     assert plan.made["lengths"] == [256, 512] and plan.made["samples"] == 1 and planned(plan)(0) is not None
     before = output.read_bytes()
-    monkeypatch.setattr("seerattn.eval.plans_moa.make_plan", None)
+    monkeypatch.setattr("seerattn.methods.moa.search.make_plan", None)
     assert run(folder, *args) == 0
     assert output.read_bytes() == before
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from seerattn.baselines.plan import Plan
-from seerattn.baselines.xattention import antidiagonal_scores
 from seerattn.cli import main
-from seerattn.eval.arms import Subject
-from seerattn.eval.data import Window
-from seerattn.eval.plans_xattention import ThresholdSettings, profile_plan
-from seerattn.hf.spy import watch_attention
+from seerattn.data.windows import Window
+from seerattn.eval.arms import EvalModel
+from seerattn.hf.capture import watch_attention
+from seerattn.methods.head_rules import Plan
+from seerattn.methods.xattention.estimate import antidiagonal_scores
+from seerattn.methods.xattention.search import ThresholdSettings, profile_plan
 
 SETTINGS = ThresholdSettings(
     stride=8, block=32, coverage=0.8, context=333, windows=2, seed=0, data="none", dtype="float32"
@@ -33,7 +33,7 @@ def slow_threshold(scores: torch.Tensor, mass: torch.Tensor) -> float:
 
 def test_profile_is_the_largest_minimum_threshold_over_texts_by_layer_and_head() -> None:
     model = tiny_model("llama")
-    subject = Subject(model, None, name="tiny")
+    subject = EvalModel(model, None, name="tiny")
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 97, (333,), generator=generator).tolist() for _ in range(2)]
     plan = profile_plan(subject, [Window(i, ids) for i, ids in enumerate(texts)], SETTINGS)

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from seerattn.data.windows import Window, cut_windows
 from seerattn.eval import recall
 from seerattn.eval.arms import Arm, make_arms
-from seerattn.eval.data import Window, cut_windows
-from seerattn.eval.maps import BlockMaps
-from seerattn.eval.results import ResultsFile, read_results
 from seerattn.hf.state import layer_states
+from seerattn.results.file import ResultsFile, read_results
+from seerattn.results.maps import BlockMaps
 from seerattn.selection import TopK
 
 CONTEXT = 333

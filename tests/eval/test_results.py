@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from seerattn.eval.results import Result, ResultsFile, fingerprint, package_version, read_results
+from seerattn.results.environment import fingerprint, package_version
+from seerattn.results.file import ResultsFile, read_results
+from seerattn.results.record import Result
 
 BLANK = Result(
     what="perplexity", value=None, n=0, unit="tokens", model="m", selector="gate", context=64, text="t", gates="g"
@@ -238,7 +240,7 @@ def test_a_second_process_is_refused_until_the_first_one_is_gone_however_it_went
     ResultsFile(path).append(replace(BLANK, value=1.0))
     code = f"""
 import sys, pathlib
-from seerattn.eval.results import ResultsFile
+from seerattn.results.file import ResultsFile
 file = ResultsFile(pathlib.Path({str(path)!r}))
 print("ready", flush=True)
 sys.stdin.read()

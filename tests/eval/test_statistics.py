@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from seerattn.eval import statistics
+from seerattn.results import statistics
 
 LOSSES = [310.0, 640.5, 95.25, 1210.0, 402.0]
 BASELINE = [300.0, 641.0, 90.0, 1180.0, 390.5]

@@ -18,12 +18,13 @@ import wonderwords
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seerattn.eval import tasks
-from seerattn.eval.arms import DENSE, Arm, Subject
-from seerattn.eval.guard import guard
+from seerattn.eval.arms import DENSE, Arm, EvalModel
 from seerattn.eval.harness import MiddleCutModel, cut_middle
-from seerattn.eval.results import Result, ResultsFile
 from seerattn.eval.tasks import evaluate_tasks, load_tasks
 from seerattn.hf.probe import PROBE_TOKENS
+from seerattn.results.file import ResultsFile
+from seerattn.results.record import Result
+from seerattn.results.significance import guard
 from seerattn.selection.policies import KeepAll, TopK
 
 REFERENCE = str(Path(__file__).parents[2] / "assets" / "reference-model")
@@ -38,10 +39,10 @@ def passage(words: int, seed: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
+def subject() -> EvalModel:
     """The reference model in double precision, in which no two tokens are a rounding error apart."""
     model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float64)
-    return Subject(model, AutoTokenizer.from_pretrained(REFERENCE), name="reference")
+    return EvalModel(model, AutoTokenizer.from_pretrained(REFERENCE), name="reference")
 
 
 @pytest.fixture(scope="module", autouse=True)

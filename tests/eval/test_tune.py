@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from seerattn.baselines.family import Family
-from seerattn.baselines.streaming import streaming_family
-from seerattn.eval.data import cut_windows
+from seerattn.data.windows import cut_windows
 from seerattn.eval.tune import STEPS, Curve, realised_density
+from seerattn.methods.family import Family
+from seerattn.methods.streaming import streaming_family
 
 
 def family(sparsest: float, densest: float, scale: str = "linear") -> Family:

@@ -1,7 +1,7 @@
 import pytest
 from tiny_corpus import tiny_tokenizer, write_documents
 
-from seerattn.eval.data import Window, batches, cut_windows, digest, token_documents
+from seerattn.data.windows import Window, batches, cut_windows, digest, token_documents
 
 
 def test_windows_match_a_written_out_cut() -> None:

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from tiny_corpus import write_models_and_gates
 
-from seerattn.baselines.plan import Plan
-from seerattn.eval.maps import BlockMaps
-from seerattn.eval.results import Result, ResultsFile
+from seerattn.methods.head_rules import Plan
+from seerattn.results.file import ResultsFile
+from seerattn.results.maps import BlockMaps
+from seerattn.results.record import Result
 
 SIZES = {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 32}
 RECIPE = {

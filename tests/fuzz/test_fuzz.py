@@ -23,8 +23,8 @@ from mutations import VALUES, copy_folder, mutate_file, mutated_arguments
 from tiny_models import tiny_model, tokens
 
 from seerattn.cli import main
-from seerattn.eval.results import read_results
 from seerattn.hf.attach import attach, detach, set_policy
+from seerattn.results.file import read_results
 
 TRIES = int(os.environ.get("SEERATTN_FUZZ_TRIES", "90"))
 SEED = int(os.environ.get("SEERATTN_FUZZ_SEED", "0"))

@@ -11,11 +11,11 @@ from transformers import StaticCache
 
 import seerattn
 from seerattn import AttnGateConfig, BlockIndices, KeepAll, TokenBudget, TopK, TopP
-from seerattn.baselines.streaming import StreamingSelector
 from seerattn.hf import attention
 from seerattn.hf.attention import IMPLEMENTATIONS
 from seerattn.hf.meters import density_meters, record_time, time_meter
 from seerattn.hf.state import attachment_of
+from seerattn.methods.streaming import StreamingSelector
 
 GATE = AttnGateConfig(block_q=32, block_k=32, query_subblocks=1, key_subblocks=1)
 SPARSE = TopK(density=0.3, rule="row_share")

@@ -21,9 +21,9 @@ from transformers.masking_utils import sdpa_mask
 import seerattn
 from seerattn.gate import AttnGate as AttnGate
 from seerattn.gate import AttnGateConfig
+from seerattn.hf.chunked_loss import head_losses
 from seerattn.hf.distillation import GateLosses
 from seerattn.hf.finetuning import SparseTraining
-from seerattn.hf.head import head_losses
 from seerattn.hf.state import layer_states
 from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.selection import HeadBudgets

@@ -1,6 +1,6 @@
 """The integration on a real public model: SmolLM2-135M-Instruct, its weights dequantised from Q4_1.
 
-`make test-public` makes the model first (`recipes/public_models.py`).
+`make test-public` makes the model first (`research/public_models.py`).
 """
 
 import gzip
@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import seerattn
 from seerattn import AttnGateConfig, KeepAll, TopK
-from seerattn.baselines.streaming import StreamingSelector
 from seerattn.hf.state import layer_states
+from seerattn.methods.streaming import StreamingSelector
 from seerattn.training import DistillConfig, distill
 
 MODEL = Path("outputs/models/smollm2")

@@ -3,8 +3,8 @@
 import pytest
 from written_tables import records
 
-from seerattn.eval.results import Result
 from seerattn.report.select import latest
+from seerattn.results.record import Result
 
 
 @pytest.fixture(scope="session")

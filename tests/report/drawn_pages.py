@@ -2,7 +2,7 @@
 
     python tests/report/drawn_pages.py
 
-A page holds a table between two comments, which name the files of records in benchmarks/results, the first of which
+A page holds a table between two comments, which name the files of records in research/records, the first of which
 that is there counts, and the beginning of the table's title in what ``seerattn report`` writes of it:
 
     <!-- drawn from smollm2-gates or smollm2-targets: In short -->
@@ -17,14 +17,14 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from seerattn.eval.results import read_results
 from seerattn.report import write_report
 from seerattn.report.cost import BRIEF
 from seerattn.report.select import latest
 from seerattn.report.table import render_tables
+from seerattn.results.file import read_results
 
 ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "benchmarks" / "results"
+RECORDS = ROOT / "research" / "records"
 PAGES = ("README.md", "docs/results.md", "docs/targets.md")
 # A figure of a report, and the records that it is drawn from.
 FIGURES = {

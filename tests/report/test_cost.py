@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from seerattn.eval.results import Result
 from seerattn.report import style
 from seerattn.report.cost import cost_section, cost_tables, measured, over
 from seerattn.report.gap import closed
@@ -16,6 +15,7 @@ from seerattn.report.parts import Table
 from seerattn.report.select import PER_HEAD, latest
 from seerattn.report.table import render_tables
 from seerattn.report.teachers_figure import draw_teachers
+from seerattn.results.record import Result
 from seerattn.selection.map_form import PUBLISHED, MapForm
 
 DENSE = (3.0, 3.5)

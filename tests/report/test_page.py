@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from seerattn.eval.maps import BlockMaps
-from seerattn.eval.results import Result, ResultsFile
 from seerattn.report import style, write_report
+from seerattn.results.file import ResultsFile
+from seerattn.results.maps import BlockMaps
+from seerattn.results.record import Result
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "wbr"}
 EVIL = "<script>alert('x')</script> & $\\bad$"

@@ -7,13 +7,13 @@ import pytest
 from drawn_pages import FIGURES, PAGES, RECORDS, records_of, redrawn, titles
 from written_tables import ROOT, records, table, text_of
 
-from seerattn.eval.results import Result
 from seerattn.report.cost import answers_over, measured, over
 from seerattn.report.finetuned import finetuned_tables
 from seerattn.report.parts import Table
 from seerattn.report.select import latest
 from seerattn.report.summary import summary_tables
 from seerattn.report.table import render_tables
+from seerattn.results.record import Result
 
 TEXTS = ("books-test", "proofs-test")
 # Lines of the table beside other systems by what they begin with, longest first, and columns by their head.

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from seerattn import report
-from seerattn.eval.maps import BlockMaps
-from seerattn.eval.results import Result, ResultsFile
 from seerattn.report import style, write_report
 from seerattn.report.select import SHARE_ERROR
+from seerattn.results.file import ResultsFile
+from seerattn.results.maps import BlockMaps
+from seerattn.results.record import Result
 from seerattn.texts import visible
 
 DATA = {"data": "abc", "windows": 1, "min_tokens": 0, "dtype": "float32"}

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from seerattn.eval.results import Result, ResultsFile
 from seerattn.report import style, write_report
+from seerattn.results.file import ResultsFile
+from seerattn.results.record import Result
 
 HERE = {"device": "some GPU", "dtype": "bfloat16"}
 PER_HEAD = {"block_q": 64, "block_k": 64, "mask_heads": 32, "share": "head"}

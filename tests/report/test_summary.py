@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from seerattn.eval.results import Result
 from seerattn.report import style
 from seerattn.report.names import name_of
 from seerattn.report.summary import summary_tables
 from seerattn.report.summary_figure import draw_summary, representatives
+from seerattn.results.record import Result
 
 
 def result(what: str, arm: str, density: float | None, value: float, **more) -> Result:

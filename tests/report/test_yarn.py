@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seerattn.eval.results import Result, ResultsFile
 from seerattn.report import style, write_report
 from seerattn.report.curves import Curve, smoothed
+from seerattn.results.file import ResultsFile
+from seerattn.results.record import Result
 
 TOKENS = [1000, 3000]
 TRAINED = {"sparsity": None, "annealed": False, "target_share": None, "target_every": 1, "steps": 400}

@@ -17,8 +17,10 @@ import pytest
 import torch
 from tiny_corpus import tiny_tokenizer, topical_text
 
-from seerattn.training.data import Samples, collate, read_documents, tokenize
-from seerattn.training.packing import SamplePlan
+from seerattn.data.corpus import tokenize
+from seerattn.data.packing import SamplePlan
+from seerattn.data.samples import Samples, collate
+from seerattn.data.text import read_documents
 
 TOKENIZER = tiny_tokenizer()
 BOS = TOKENIZER.bos_token_id
@@ -115,7 +117,7 @@ def test_tokenize_shows_a_progress_bar_where_it_takes_long(monkeypatch, capsys: 
     arguments = {"min_tokens": 63, "enough_tokens": 10**9, "seed": 1}
     tokenize([topical_text(100, 0)], TOKENIZER, progress=True, **arguments)
     assert "Tokenising" not in capsys.readouterr().err
-    monkeypatch.setattr("seerattn.training.data._BAR_CHARACTERS", 100)
+    monkeypatch.setattr("seerattn.data.samples._BAR_CHARACTERS", 100)
     tokenize([topical_text(100, 0)], TOKENIZER, progress=False, **arguments)
     assert "Tokenising" not in capsys.readouterr().err
     tokenize([topical_text(100, 0)], TOKENIZER, progress=True, **arguments)

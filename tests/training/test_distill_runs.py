@@ -24,11 +24,12 @@ from safetensors.torch import load_file
 from tiny_corpus import run_card, tiny_tokenizer, write_documents, write_model
 
 import seerattn
+from seerattn.data.corpus import Corpus
+from seerattn.data.samples import collate
 from seerattn.gate import AttnGateConfig
 from seerattn.hf.config import save_settings
 from seerattn.hf.distillation import GateLosses
 from seerattn.selection import HeadBudgets, TopK
-from seerattn.training.data import Corpus, collate
 from seerattn.training.distill import DistillConfig, distill, fitting_lr, plan
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.trainer import DistillTrainer, restore_log

@@ -22,8 +22,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import seerattn
 from seerattn.gate import AttnGate, AttnGateConfig
-from seerattn.hf.context import extend_context
 from seerattn.hf.distillation import GateLosses
+from seerattn.hf.yarn import extend_context
 from seerattn.training.finetune import FinetuneConfig, Plan, finetune, plan
 from seerattn.training.finetune_trainer import FinetuneTrainer
 

@@ -14,10 +14,10 @@ from tiny_models import tiny_model, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer
 
+from seerattn.data.samples import collate
 from seerattn.gate import AttnGateConfig
+from seerattn.hf.chunked_loss import head_losses
 from seerattn.hf.finetuning import SparseTraining
-from seerattn.hf.head import head_losses
-from seerattn.training.data import collate
 from seerattn.training.distill import DistillConfig, distill
 from seerattn.training.finetune import FinetuneConfig, finetune
 from seerattn.training.finetune_trainer import FinetuneTrainer

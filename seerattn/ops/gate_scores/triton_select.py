@@ -67,7 +67,7 @@ class Launch:
 def choose_launch(form: GateForm, *, num_q_blocks: int, gate_width: int) -> Launch:
     """Picks a launch from the form of a gate and the size of a call.
 
-    More than 8 scores a block pair: one H200, bf16, 32/8 heads of 128, ms (`benchmarks/gpu/gate_launches.py`). 8 x 8
+    More than 8 scores a block pair: one H200, bf16, 32/8 heads of 128, ms (`research/kernels/gate_launches.py`). 8 x 8
     sub-blocks at 128k tokens: two programs a multiprocessor that score and four that pool 5.24; one and two 6.07; two
     of 4 warps with tiles of 128 x 64 6.43. Pooled by salience, of sums, the first two take 5.32 and 6.23, at 32k .56
     and .64, at 8k .128 and .140. With 9/3 heads of 64 at 8k, three programs of 64 x 128 take .054 (8 x 8) and .060

@@ -1,0 +1,39 @@
+"""Gates to give away, under the name of the model on the Hub that they belong to.
+
+    python research/ship_gates.py outputs/smollm2/gates/power-4-fine assets/smollm2-gates \\
+        --base HuggingFaceTB/SmolLM2-135M-Instruct
+
+Weights stay as they are. Rounded to 16 bits, gates of SmolLM2 chose other blocks in a few places of their lists
+(docs/LOG.md).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seerattn.hf.checkpoint import CONFIG, WEIGHTS
+from seerattn.hf.config import check_gate_folder
+from seerattn.saving import write_whole
+
+
+def main(
+    gates: Annotated[Path, typer.Argument(help="Folder of trained gates.")],
+    output: Annotated[Path, typer.Argument(help="New folder.")],
+    base: Annotated[str, typer.Option(help="Name of the model on the Hub.")],
+) -> None:
+    """Write gates for a model of the Hub to OUTPUT."""
+    config = check_gate_folder(gates) | {"base_model_name_or_path": base}
+    output.mkdir(parents=True)
+    shutil.copyfile(gates / WEIGHTS, output / WEIGHTS)
+    write_whole(output / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    check_gate_folder(output)
+    print(f"{output}: {(output / WEIGHTS).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    typer.run(main)

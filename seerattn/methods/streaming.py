@@ -1,0 +1,58 @@
+"""The streaming baseline: attention sinks and a window of the most recent tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seerattn.methods.family import Family, top_k_family
+from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
+from seerattn.selection.policies import Policy
+from seerattn.selection.selector import AttentionContext
+
+
+@dataclass(frozen=True)
+class StreamingSelector:
+    """First and most recent blocks, whatever they hold (StreamingLLM, arXiv 2309.17453, section 3.2).
+
+    A block scores minus its distance in tokens from the end of the query block, so the policies that choose for the
+    gate choose here as well and give it exactly the same budget; ``policy.sink_blocks`` are the attention sinks. A
+    fixed window of ``n`` tokens is ``Threshold(on="score", threshold=-n)``.
+
+    Attributes:
+        policy: how many blocks to keep.
+        block_q: query block size in tokens.
+        block_k: key block size in tokens.
+    """
+
+    policy: Policy
+    block_q: int = 64
+    block_k: int = 64
+
+    def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
+        """See `Selector.select`."""
+        batch, q_len, k_len = q.shape[0], q.shape[2], k.shape[2]
+        start = k_len - q_len
+        rows = num_query_blocks(start, q_len, self.block_q)
+        columns = -(-k_len // self.block_k)
+        ends = (start // self.block_q + 1 + torch.arange(rows, device=q.device)) * self.block_q
+        starts = torch.arange(columns, device=q.device) * self.block_k
+        distance = (ends[:, None] - starts).float()
+        causal = causal_block_mask(start, q_len, rows, columns, self.block_q, self.block_k)[0].to(q.device)
+        scores = (-distance).masked_fill(~causal, -torch.inf).expand(batch, k.shape[1], rows, columns)
+        return self.policy.select(
+            scores, q_start=start, q_len=q_len, block_q=self.block_q, block_k=self.block_k, layer=context.layer
+        )
+
+
+def streaming_family(*, block_q: int = 64, block_k: int = 64, sink_blocks: int = 1) -> Family:
+    """Sinks and recent blocks; the knob is the density of `TopK`."""
+    return top_k_family(
+        "streaming",
+        lambda policy: StreamingSelector(policy, block_q, block_k),
+        block_q=block_q,
+        block_k=block_k,
+        sink_blocks=sink_blocks,
+    )
