@@ -35,7 +35,7 @@ def main() -> None:
     # Records average over the steps since the last one; a checkpoint must end with one.
     every = min(10, args.steps)
     config = DistillConfig(
-        context=args.context, steps=args.steps, recall_share=0.2, logging_steps=every, save_steps=10 * every
+        context=args.context, steps=args.steps, retrieval_share=0.2, logging_steps=every, save_steps=10 * every
     )
     distill(model, tokenizer, args.data, config, output=args.output)
 

@@ -22,12 +22,12 @@ SEEDS = ("", "-seed1", "-seed2")
 BASE = "8x8"
 HEAD = """# Which form of gate finds what matters
 
-{variants} variants on the reference model, trained by
-`research/reference_gates.py` on the same {steps} steps of {batch} sequences of {context} tokens ({stretch} queries of each), 30 % of them recall documents; AdamW, peak 3e-3, a
-cosine to zero unless the variant says otherwise. Evaluated on {books} validation books ({context} tokens of each) and
-{documents} documents a retrieval task, on one {device}. A variant differs from the plain form
-(`8x8`: 8 x 8 sub-blocks of 8 tokens) or the published one (`paper`) in what its name says. Cells are empty where the
-evaluation had no time left.
+{variants} variants on the reference model, trained by `research/reference_gates.py`
+on the same {steps} steps of {batch} sequences of {context} tokens ({stretch} queries of each), 30 % of them
+retrieval documents; AdamW, peak 3e-3, a cosine to zero unless the variant says otherwise. Evaluated on {books}
+validation books ({context} tokens of each) and {documents} documents a retrieval task, on one {device}. A variant
+differs from the plain form (`8x8`: 8 x 8 sub-blocks of 8 tokens) or the published one (`paper`) in what its name
+says. Cells are empty where the evaluation had no time left.
 
 - *gap*: share of the perplexity between streaming (0 %) and the oracle (100 %), both with blocks of the same size.
 - *- {base}*: perplexity at density .1 minus that of `{base}`, with its paired standard error over books.

@@ -47,7 +47,7 @@ def distil() -> None:
         run(
             "1. Distil gates on two books (about 3 minutes on 2 cores)",
             f"distill --model {MODEL} --data assets/books/distill --context 4096 --steps 36 --batch-size 4 "
-            f"--recall-share 0.25 --logging-steps 6 --save-steps 12 --output {FRESH}{resume}",
+            f"--retrieval-share 0.25 --logging-steps 6 --save-steps 12 --output {FRESH}{resume}",
         )
     records = [json.loads(line) for line in (FRESH / "training.jsonl").read_text().splitlines()]
     first, last = records[0], records[-1]

@@ -87,7 +87,7 @@ class Options:
     micro_batch: int = 2
     lr: float | None = None
     target_share: float = 0.25
-    recall_share: float = 0.2
+    retrieval_share: float = 0.2
     train_tokens: int = 24_000_000
     oracles: tuple[str, ...] = tuple(ORACLES)
     densities: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05)
@@ -130,7 +130,7 @@ def carry_out(options: Options, name: str) -> None:
             target_share=options.target_share,
             batch_size=options.batch,
             micro_batch_size=options.micro_batch,
-            recall_share=options.recall_share,
+            retrieval_share=options.retrieval_share,
             logging_steps=logging,
             save_steps=max(1, 100 // logging) * logging,
             density=0.2,

@@ -102,9 +102,9 @@ def epoch_windows(documents: list[np.ndarray], context: int, bos: int, rng: rand
 
 
 def training_rows(
-    documents: list[np.ndarray], tokenizer: PreTrainedTokenizerFast, context: int, recall_share: float, seed: str
+    documents: list[np.ndarray], tokenizer: PreTrainedTokenizerFast, context: int, retrieval_share: float, seed: str
 ) -> Iterator[np.ndarray]:
-    """Endless rows of `context` + 1 tokens, BOS first; a share of them are recall documents."""
+    """Endless rows of `context` + 1 tokens, BOS first; a share of them are retrieval documents."""
     rng = random.Random(seed)
     bos = tokenizer.bos_token_id
     haystacks = [document for document in documents if len(document) > context]
@@ -112,7 +112,7 @@ def training_rows(
         raise ValueError(f"data must hold a training document of more than {context} tokens; use a shorter context")
     while True:
         for window in epoch_windows(documents, context, bos, rng):
-            while rng.random() < recall_share:
+            while rng.random() < retrieval_share:
                 haystack = rng.choice(haystacks)[:-1]
                 document = training_document(tokenizer, haystack, context + 1, rng, bos_token_id=bos)
                 yield np.array(document.input_ids, dtype=np.uint16)

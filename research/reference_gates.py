@@ -268,7 +268,7 @@ def main(
     context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 8192,
     stretch: Annotated[int, typer.Option(help="Queries of a sequence that a step trains on.")] = 2048,
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = 4,
-    recall_share: Annotated[float, typer.Option(help="Share of sequences that are recall documents.")] = 0.3,
+    retrieval_share: Annotated[float, typer.Option(help="Share of sequences that are retrieval documents.")] = 0.3,
     documents: Annotated[int, typer.Option(help="Evaluation documents of each retrieval task.")] = 50,
     books: Annotated[int, typer.Option(help="Evaluation books.")] = 24,
     densities: Annotated[str, typer.Option(help="Densities of the evaluation.")] = "0.1,0.2",
@@ -303,7 +303,7 @@ def main(
         context=context,
         stretch=stretch,
         batch=batch,
-        recall_share=recall_share,
+        retrieval_share=retrieval_share,
         seed=seed,
     )
     output.mkdir(parents=True, exist_ok=True)
@@ -345,7 +345,7 @@ def train_gates(
     context: int,
     stretch: int,
     batch: int,
-    recall_share: float,
+    retrieval_share: float,
     seed: int,
 ) -> dict[str, Training]:
     """Trains every variant on the same steps."""
@@ -361,7 +361,7 @@ def train_gates(
 
     def sample() -> list[int]:
         ids = rng.choice(haystacks)
-        if rng.random() < recall_share:
+        if rng.random() < retrieval_share:
             return training_document(tokenizer, ids, context, rng, bos_token_id=bos).input_ids
         start = rng.randrange(len(ids) - context)
         return [bos, *ids[start : start + context - 1]]

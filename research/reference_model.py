@@ -7,8 +7,8 @@ DATA holds `books/` and `proofs/` with shards `train*.jsonl*` and `validation*.j
 JSON object with a `text` a line). The script trains a byte-level BPE tokenizer (single digits), tokenises all training
 documents, and trains a Llama with grouped-query attention in two phases: short windows first, then windows of the full
 context. Every step sees the same number of tokens. Windows are consecutive tokens of one document, cut elsewhere in
-each epoch; a small share are synthetic recall documents (`seerattn.data.retrieval`), without which a model this small
-hardly learns to look back. Hidden matrices are trained by Muon, embeddings and norms by AdamW, at a rate that warms
+each epoch; a small share are synthetic retrieval documents (`seerattn.data.retrieval`), without which a model this
+small hardly learns to look back. Hidden matrices are trained by Muon, embeddings and norms by AdamW, at a rate that warms
 up, stays, and falls linearly to zero over the last 40 %.
 
 The run ends by itself after `--seconds` of training (compilation and validations not counted) or after exactly
@@ -44,7 +44,7 @@ from reference_data import batches_ahead, read_texts, tokenise, train_tokenizer,
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from seerattn.data.retrieval import RecallDocument, key_value_document, passkey_document
+from seerattn.data.retrieval import RetrievalDocument, key_value_document, passkey_document
 
 SIZE_LIMIT = 24_000_000  # bytes of all shipped files
 Attention = Literal["auto", "flash", "cudnn"]
@@ -64,7 +64,7 @@ class Recipe:
     short_context: int = 2048
     context: int = 8192
     tokens_per_step: int = 131_072
-    recall_share: float = 0.08
+    retrieval_share: float = 0.08
     vocab_size: int = 7168
     hidden_size: int = 384
     layers: int = 6
@@ -196,10 +196,10 @@ def fastest_attention(recipe: Recipe, context: int, device: torch.device, log: L
 
 @dataclass(frozen=True)
 class Validation:
-    """Windows of validation books `[N, context + 1]`, and recall documents of one length hidden in them."""
+    """Windows of validation books `[N, context + 1]`, and retrieval documents of one length hidden in them."""
 
     windows: torch.Tensor
-    documents: list[RecallDocument]
+    documents: list[RetrievalDocument]
 
     @classmethod
     def build(cls, books: list[np.ndarray], tokenizer: PreTrainedTokenizerFast, context: int) -> "Validation":
@@ -300,7 +300,7 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
     prepared = time.perf_counter()
     phases = []
     for context, end in ((recipe.short_context, recipe.short_share), (recipe.context, 1.0)):
-        rows = training_rows(documents, tokenizer, context, recipe.recall_share, f"{recipe.seed}-{context}")
+        rows = training_rows(documents, tokenizer, context, recipe.retrieval_share, f"{recipe.seed}-{context}")
         phases.append(Phase(context, end, batches_ahead(rows, recipe.tokens_per_step // context, device)))
     model = build_model(recipe, tokenizer).to(device)
     optimisers = build_optimisers(model, recipe)
@@ -395,7 +395,7 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
         "summary",
         steps=step,
         tokens=sum(tokens.values()),
-        epochs=round(sum(tokens.values()) * (1 - recipe.recall_share) / corpus["tokens"], 2),
+        epochs=round(sum(tokens.values()) * (1 - recipe.retrieval_share) / corpus["tokens"], 2),
         seconds=round(elapsed, 1),
         tokens_by_context=tokens,
         tokens_per_second={c: round(tokens[c] / seconds[c]) for c in tokens if seconds[c]},
@@ -445,7 +445,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Seconds of training.")] = Recipe.seconds,
     steps: Annotated[int | None, typer.Option(help="Exact number of steps, instead of --seconds.")] = None,
     short_share: Annotated[float, typer.Option(help="Share of the budget spent at 2048 tokens.")] = Recipe.short_share,
-    recall_share: Annotated[float, typer.Option(help="Share of recall documents.")] = Recipe.recall_share,
+    retrieval_share: Annotated[float, typer.Option(help="Share of retrieval documents.")] = Recipe.retrieval_share,
     muon_lr: Annotated[float, typer.Option(help="Peak rate of the hidden matrices.")] = Recipe.muon_lr,
     adamw_lr: Annotated[float, typer.Option(help="Peak rate of embeddings and norms.")] = Recipe.adamw_lr,
     attention: Annotated[str, typer.Option(help="SDPA backend: auto (time both), flash or cudnn.")] = Recipe.attention,
@@ -464,7 +464,7 @@ def main(
             Recipe(
                 data=data,
                 output=output,
-                recall_share=recall_share,
+                retrieval_share=retrieval_share,
                 muon_lr=muon_lr,
                 adamw_lr=adamw_lr,
                 attention=attention,

@@ -79,7 +79,7 @@ class Options:
     lr: float = 3e-4
     gate_lr: float = 1e-3
     target_share: float = 0.1
-    recall_share: float = 0.1
+    retrieval_share: float = 0.1
     sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
     train_tokens: int = 30_000_000
     contexts: tuple[int, ...] = (8192, 16384, 32768)
@@ -229,7 +229,7 @@ def train(options: Options, run: Run, device: torch.device) -> None:
         "steps": options.steps,
         "batch_size": options.batch,
         "micro_batch_size": options.micro_batch,
-        "recall_share": options.recall_share,
+        "retrieval_share": options.retrieval_share,
         "logging_steps": options.logging_steps,
         "save_steps": options.save_steps,
         "seed": options.seed,
@@ -335,7 +335,7 @@ def main(
     target_share: Annotated[float, typer.Option(help="Share of the query-block rows with a target.")] = (
         Options.target_share
     ),
-    recall_share: Annotated[float, typer.Option(help="Share of recall documents.")] = Options.recall_share,
+    retrieval_share: Annotated[float, typer.Option(help="Share of retrieval documents.")] = Options.retrieval_share,
     train_tokens: Annotated[int, typer.Option(help="Tokens of text to train on, seen repeatedly.")] = (
         Options.train_tokens
     ),
@@ -363,7 +363,7 @@ def main(
         lr=lr,
         gate_lr=gate_lr,
         target_share=target_share,
-        recall_share=recall_share,
+        retrieval_share=retrieval_share,
         train_tokens=train_tokens,
         documents=documents,
         needles=needles,

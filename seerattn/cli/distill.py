@@ -73,9 +73,9 @@ def distill(
         float,
         typer.Option(help="Share of early query rows to leave out; officially 0.25.", rich_help_panel=_ABOUT),
     ] = 0.0,
-    recall_share: Annotated[
+    retrieval_share: Annotated[
         float,
-        typer.Option(help="Share of samples that are synthetic recall documents.", rich_help_panel=_ABOUT),
+        typer.Option(help="Share of samples that are synthetic retrieval documents.", rich_help_panel=_ABOUT),
     ] = 0.0,
     target_share: Annotated[
         float,
@@ -106,7 +106,7 @@ def distill(
         loss=loss,
         row_weight=row_weight,
         drop_rows=drop_rows,
-        recall_share=recall_share,
+        retrieval_share=retrieval_share,
         target_share=target_share,
         density=density,
         logging_steps=logging_steps,

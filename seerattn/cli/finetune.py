@@ -78,9 +78,9 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Run layers twice in place of keeping activations.", rich_help_panel=TRAINING)
     ] = True,
-    recall_share: Annotated[
+    retrieval_share: Annotated[
         float,
-        typer.Option(help="Share of samples that are synthetic recall documents.", rich_help_panel=TRAINING),
+        typer.Option(help="Share of samples that are synthetic retrieval documents.", rich_help_panel=TRAINING),
     ] = 0.0,
     seed: SeedOption = 0,
     logging_steps: LoggingStepsOption = 10,
@@ -128,7 +128,7 @@ def finetune(
         warmup_steps=warmup_steps,
         gradient_checkpointing=gradient_checkpointing,
         autocast=dtype == "auto",
-        recall_share=recall_share,
+        retrieval_share=retrieval_share,
         logging_steps=logging_steps,
         save_steps=save_steps,
         keep_checkpoints=keep_checkpoints,

@@ -18,7 +18,7 @@ class Segment(NamedTuple):
     length: int
 
 
-Sample = list[Segment] | None  # None is a synthetic recall document
+Sample = list[Segment] | None  # None is a synthetic retrieval document
 
 
 class SamplePlan(Sequence[Sample]):
@@ -35,7 +35,7 @@ class SamplePlan(Sequence[Sample]):
         context: tokens of a sample, a multiple of ``block``.
         head: tokens put before every segment: 1 for a model with a beginning-of-sequence token, else 0.
         block: tokens of a block.
-        recall_share: share of the samples that are synthetic.
+        retrieval_share: share of the samples that are synthetic.
         seed: draws offsets, orders, and which samples are synthetic.
     """
 
@@ -47,11 +47,11 @@ class SamplePlan(Sequence[Sample]):
         context: int,
         head: int,
         block: int,
-        recall_share: float,
+        retrieval_share: float,
         seed: int,
     ) -> None:
         self._lengths, self._count, self._context, self._head, self._block = lengths, count, context, head, block
-        self.recall_share, self._seed = recall_share, seed
+        self.retrieval_share, self._seed = retrieval_share, seed
         self._synthetic = bytearray()  # of the samples up to the furthest that was looked at
         self._begins = array("q", [0])  # of the passes, counted in samples of text
         self._held: tuple[int, list[list[Segment]]] | None = None
@@ -81,11 +81,11 @@ class SamplePlan(Sequence[Sample]):
         return random.Random(f"sample {self._seed} {index}")
 
     def is_synthetic(self, index: int) -> bool:
-        """Whether a sample is a recall document."""
-        if self.recall_share in (0, 1):
-            return bool(self.recall_share)
+        """Whether a sample is a retrieval document."""
+        if self.retrieval_share in (0, 1):
+            return bool(self.retrieval_share)
         for i in range(len(self._synthetic), index + 1):
-            self._synthetic.append(self.rng(i).random() < self.recall_share)
+            self._synthetic.append(self.rng(i).random() < self.retrieval_share)
         return bool(self._synthetic[index])
 
     def _synthetic_before(self, index: int) -> int:
@@ -97,8 +97,8 @@ class SamplePlan(Sequence[Sample]):
         # The first pass has such samples, or none has.
         packed = (ordinal for ordinal, sample in enumerate(self._pass(0)) if len(sample) > 1)
         first = next(packed, None)
-        if first is None or self.recall_share in (0, 1):
-            return first is not None and not self.recall_share and first < self._count
+        if first is None or self.retrieval_share in (0, 1):
+            return first is not None and not self.retrieval_share and first < self._count
         texts = 0
         for index in range(self._count):
             texts += not self.is_synthetic(index)

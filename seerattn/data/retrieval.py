@@ -1,4 +1,4 @@
-"""Synthetic recall documents: facts hidden in real text, and questions that only long context answers.
+"""Synthetic retrieval documents: facts hidden in real text, and questions that only long context answers.
 
 Three kinds of fact share one set of templates: a pass key (five digits), key-value pairs (a made-up two-word key, five
 digits) and names (who held a made-up office). `training_document` mixes them densely. For evaluation,
@@ -47,7 +47,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class RecallDocument:
+class RetrievalDocument:
     """Token ids with the places of the answers that long context decides.
 
     Attributes:
@@ -163,7 +163,7 @@ def _assemble(
     kind: Kind,
     facts: list[_Fact],
     inserts: list[_Insert],
-) -> RecallDocument:
+) -> RetrievalDocument:
     """Lay `inserts` into a random window of the haystack, so that exactly `length` tokens result."""
     head = [] if bos_token_id is None else [bos_token_id]
     inserts = sorted(inserts, key=lambda insert: insert.place)
@@ -204,7 +204,7 @@ def _assemble(
             fact_depths[insert.fact] = place / max(filler, 1)
         input_ids += text
     input_ids += window[used:]
-    return RecallDocument(input_ids, answers, depths, kind)
+    return RetrievalDocument(input_ids, answers, depths, kind)
 
 
 def _fitting(facts: list[_Fact], length: int) -> list[_Fact]:
@@ -221,7 +221,7 @@ def passkey_document(
     rng: random.Random,
     *,
     bos_token_id: int | None = None,
-) -> RecallDocument:
+) -> RetrievalDocument:
     """One pass key after the share `depth` of the text, asked for at the end.
 
     Args:
@@ -250,7 +250,7 @@ def key_value_document(
     *,
     pairs: int = 8,
     bos_token_id: int | None = None,
-) -> RecallDocument:
+) -> RetrievalDocument:
     """Key-value pairs at random depths, and a question about one of them at the end.
 
     Args:
@@ -283,7 +283,7 @@ def multi_key_document(
     *,
     pairs: int = 32,
     bos_token_id: int | None = None,
-) -> RecallDocument:
+) -> RetrievalDocument:
     """Key-value pairs like those of `key_value_document`, so many that the distractors outweigh the one asked for.
 
     RULER's multi-key retrieval (arXiv 2404.06654, section 3).
@@ -312,7 +312,7 @@ def variable_tracking_document(
     chains: int = 2,
     hops: int = 4,
     bos_token_id: int | None = None,
-) -> RecallDocument:
+) -> RetrievalDocument:
     """Chains of assignments in order through the text, and a question for the variables of one of them at the end.
 
     RULER's variable tracking (arXiv 2404.06654, section 3): the first variable of a chain is set to a value, each next
@@ -354,7 +354,7 @@ def training_document(
     rng: random.Random,
     *,
     bos_token_id: int | None = None,
-) -> RecallDocument:
+) -> RetrievalDocument:
     """A document with a dense recall signal: up to twelve facts, each asked for at a later place, at the end, or both.
 
     Args:

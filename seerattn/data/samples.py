@@ -35,11 +35,11 @@ class Samples(Dataset):
         count: number of samples.
         context: tokens of a sample, a multiple of ``block``.
         block: tokens of a block, the larger one if queries and keys differ.
-        recall_share: share of samples that are synthetic recall documents laid into the text.
+        retrieval_share: share of samples that are synthetic retrieval documents laid into the text.
         seed: draws everything.
 
     Raises:
-        ValueError: recall documents are asked for and the text or the context is too short for them.
+        ValueError: retrieval documents are asked for and the text or the context is too short for them.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Samples(Dataset):
         count: int,
         context: int,
         block: int,
-        recall_share: float,
+        retrieval_share: float,
         seed: int,
     ) -> None:
         self.corpus, self.tokenizer, self.context = corpus, tokenizer, context
@@ -62,15 +62,15 @@ class Samples(Dataset):
             context=context,
             head=0 if self.bos_token_id is None else 1,
             block=block,
-            recall_share=recall_share,
+            retrieval_share=retrieval_share,
             seed=seed,
         )
         self.haystacks = [i for i, length in enumerate(lengths) if length >= context]
-        if recall_share:
+        if retrieval_share:
             if not self.haystacks:
                 raise ValueError(
-                    f"recall_share needs a document of at least {context} tokens to hide facts in, got "
-                    f"{max(lengths)} at most; use longer documents, a shorter context or recall_share 0"
+                    f"retrieval_share needs a document of at least {context} tokens to hide facts in, got "
+                    f"{max(lengths)} at most; use longer documents, a shorter context or retrieval_share 0"
                 )
             self._recall_document(random.Random(seed))
 

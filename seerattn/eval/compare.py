@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from seerattn.data.retrieval import RecallDocument
+from seerattn.data.retrieval import RetrievalDocument
 from seerattn.data.windows import Window, cut_windows, digest, token_documents
 from seerattn.eval.arms import DENSE, Arm, Budget, EvalModel, Gates, TunedArm
 from seerattn.eval.families import gate_family, make_family
@@ -61,7 +61,7 @@ class Job:
     inputs: list[list[int]]
     settings: dict[str, Any]
     windows: list[Window] = field(default_factory=list)
-    needles: dict[Needle, list[RecallDocument]] = field(default_factory=dict)
+    needles: dict[Needle, list[RetrievalDocument]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.task.task} on {self.task.text} at {self.context}"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from seerattn.data.retrieval import (
     Encoder,
-    RecallDocument,
+    RetrievalDocument,
     key_value_document,
     multi_key_document,
     passkey_document,
@@ -85,7 +85,7 @@ class Needle:
 
     def documents(
         self, encoder: Encoder, haystacks: Sequence[Sequence[int]], bos_token_id: int | None
-    ) -> list[RecallDocument]:
+    ) -> list[RetrievalDocument]:
         """The documents of the cell, the same in every run.
 
         Args:
@@ -109,7 +109,7 @@ class Needle:
 
     def _document(
         self, encoder: Encoder, text: Sequence[int], rng: random.Random, bos_token_id: int | None
-    ) -> RecallDocument:
+    ) -> RetrievalDocument:
         if self.task == "passkey":
             return passkey_document(encoder, text, self.length, self.depth, rng, bos_token_id=bos_token_id)
         make = {
@@ -135,7 +135,7 @@ class Needle:
 @torch.inference_mode()
 def answers(
     model: PreTrainedModel,
-    documents: Sequence[RecallDocument],
+    documents: Sequence[RetrievalDocument],
     *,
     batch: int = 1,
     advance: Callable[[int], None] | None = None,
@@ -177,7 +177,7 @@ def evaluate_needle(
     text: str,
     settings: dict | None = None,
     batch: int = 1,
-    prepared: Mapping[Needle, Sequence[RecallDocument]] | None = None,
+    prepared: Mapping[Needle, Sequence[RetrievalDocument]] | None = None,
     progress: Callable[[str, int], Callable[[int], None]] | None = None,
 ) -> list[Result]:
     """Measures the retrieval of every arm in every cell; all arms are asked the same questions.

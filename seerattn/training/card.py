@@ -51,8 +51,8 @@ seerattn.set_policy(model, seerattn.TopK(density=0.1))  # or keep {config["densi
 ## Training
 
 Distilled from the model's own attention maps on {layers}: {config["steps"]} steps of {config["batch_size"]} samples of
-{config["context"]} tokens ({last["tokens"]:,} tokens), peak learning rate {config["lr"]}, recall documents in
-{config["recall_share"]:.0%} of the samples, seed {config["seed"]}. Data: {documents} (token hash
+{config["context"]} tokens ({last["tokens"]:,} tokens), peak learning rate {config["lr"]}, retrieval documents in
+{config["retrieval_share"]:.0%} of the samples, seed {config["seed"]}. Data: {documents} (token hash
 {facts["data_hash"]}). Everything that decided the run is in `run.json`, its records are in `training.jsonl`.
 
 On the training samples, averaged over layers and heads:

@@ -37,7 +37,7 @@ class RunConfig:
         warmup_steps: None is 20, or 5 % of a short run.
         loss: of the gates: "kl", "mse" or "smooth_l1", see `gate_loss`.
         row_weight: "uniform" or "mass", see `gate_loss`.
-        recall_share: share of samples that are synthetic recall documents (`seerattn.data.retrieval`). They teach
+        retrieval_share: share of samples that are synthetic retrieval documents (`seerattn.data.retrieval`). They teach
             the rows that look far back, which plain text rarely has.
         logging_steps: steps from one record to the next.
         save_steps: steps from one checkpoint to the next, a multiple of ``logging_steps``.
@@ -56,7 +56,7 @@ class RunConfig:
     warmup_steps: int | None = None
     loss: LossKind = "kl"
     row_weight: RowWeight = "uniform"
-    recall_share: float = 0.0
+    retrieval_share: float = 0.0
     logging_steps: int = 10
     save_steps: int = 100
     keep_checkpoints: int = 2
@@ -80,8 +80,8 @@ class RunConfig:
         for name, kinds in (("loss", get_args(LossKind)), ("row_weight", get_args(RowWeight))):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name} must be one of {list(kinds)}, got {getattr(self, name)!r}")
-        if not 0 <= self.recall_share <= 1:
-            raise ValueError(f"recall_share must be in [0, 1], got {self.recall_share}")
+        if not 0 <= self.retrieval_share <= 1:
+            raise ValueError(f"retrieval_share must be in [0, 1], got {self.retrieval_share}")
         if not 0 < self.target_share <= 1:
             raise ValueError(f"target_share must be in (0, 1], got {self.target_share}")
         if self.save_steps % self.logging_steps:
@@ -249,7 +249,7 @@ def make_samples(
         count=count,
         context=config.context,
         block=block,
-        recall_share=config.recall_share,
+        retrieval_share=config.retrieval_share,
         seed=config.seed,
     )
 
@@ -258,10 +258,10 @@ def describe_samples(samples: Samples) -> dict[str, str]:
     """Documents and samples, for people."""
     corpus, plan = samples.corpus, samples.plan
     # Not counted one by one: a run may be of millions.
-    passes = len(samples) * (1 - plan.recall_share) * samples.context / len(corpus.tokens)
+    passes = len(samples) * (1 - plan.retrieval_share) * samples.context / len(corpus.tokens)
     return {
         "documents": f"{len(corpus.lengths)} with {len(corpus.tokens):,} tokens, {corpus.dropped} too short",
-        "samples": f"{len(samples)} of {samples.context} tokens, {plan.recall_share:.0%} recall documents; "
+        "samples": f"{len(samples)} of {samples.context} tokens, {plan.retrieval_share:.0%} retrieval documents; "
         f"{plan.short} documents are packed; the text {passes:,.1f} times over",
     }
 

@@ -108,8 +108,8 @@ def test_switches_reach_the_saved_gates(name: str, folder: Path, tmp_path: Path)
 
 def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
     text = (
-        "--loss smooth_l1 --row-weight mass --drop-rows 0.25 --recall-share 1 --density 0.3 --lr 0.002 --batch-size 2 "
-        "--seed 7 --micro-batch-size 2 --warmup-steps 0 --logging-steps 3 --save-steps 6 --keep-checkpoints 1 "
+        "--loss smooth_l1 --row-weight mass --drop-rows 0.25 --retrieval-share 1 --density 0.3 --lr 0.002 "
+        "--batch-size 2 --seed 7 --micro-batch-size 2 --warmup-steps 0 --logging-steps 3 --save-steps 6 --keep-checkpoints 1 "
         "--dtype bfloat16 --target-share 0.5"
     )
     assert call(folder, *text.split(), "--block-size", 32, output=tmp_path / "out", context=256, steps=2) == 0
@@ -124,7 +124,7 @@ def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
         "loss": "smooth_l1",
         "row_weight": "mass",
         "drop_rows": 0.25,
-        "recall_share": 1.0,
+        "retrieval_share": 1.0,
         "target_share": 0.5,
         "density": 0.3,
         "logging_steps": 3,
@@ -204,7 +204,7 @@ ERRORS = {
     "layers": ({}, ["--layers", "0,x"], "layers must be numbers and ranges"),
     "missing layers": ({}, ["--layers", "0-5"], "layers must be"),
     "batch": ({"batch-size": 3}, ["--micro-batch-size", "2"], "batch_size must be a multiple of"),
-    "recall documents": ({}, ["--recall-share", "0.5"], "length must be at least 256"),
+    "retrieval documents": ({}, ["--retrieval-share", "0.5"], "length must be at least 256"),
     "steps": ({"steps": 0}, [], "steps must be at least 1"),
     "device": ({}, ["--device", "toaster"], "device must be"),
     "device without numbers": (
@@ -266,10 +266,10 @@ def test_dry_run_of_a_million_steps_looks_at_no_sample(
 ) -> None:
     monkeypatch.setattr(SamplePlan, "__getitem__", lambda *_: pytest.fail("a sample was looked at"))
     monkeypatch.setattr(SamplePlan, "is_synthetic", lambda *_: pytest.fail("a sample was looked at"))
-    options = {"output": tmp_path / "out", "steps": 10**6, "batch_size": 16, "context": 512, "recall_share": 0.25}
+    options = {"output": tmp_path / "out", "steps": 10**6, "batch_size": 16, "context": 512, "retrieval_share": 0.25}
     assert call(folder, "--dry-run", **options) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "16000000 of 512 tokens, 25% recall documents; 1 documents are packed" in shown
+    assert "16000000 of 512 tokens, 25% retrieval documents; 1 documents are packed" in shown
     assert f"the text {0.75 * 16e6 * 512 / 900:,.1f} times over" in shown
 
 

@@ -56,7 +56,7 @@ def test_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
     text = (
         "--sparsity 0.6 --anneal 0.5 --context-factor 2 --target-share 0.3 --target-every 2 "
         "--loss mse --row-weight mass --lr 0.002 --gate-lr 0.003 --batch-size 2 --micro-batch-size 2 "
-        "--warmup-steps 0 --no-gradient-checkpointing --recall-share 0 --seed 7 --logging-steps 3 --save-steps 6 "
+        "--warmup-steps 0 --no-gradient-checkpointing --retrieval-share 0 --seed 7 --logging-steps 3 --save-steps 6 "
         "--keep-checkpoints 1 --dtype bfloat16 --block-size 32 --query-subblocks 2 --layers 1"
     )
     assert call(folder, *text.split(), output=tmp_path / "out", context=256, steps=2) == 0
@@ -82,7 +82,7 @@ def test_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
         "warmup_steps": 0,
         "gradient_checkpointing": False,
         "autocast": False,
-        "recall_share": 0.0,
+        "retrieval_share": 0.0,
         "logging_steps": 3,
         "save_steps": 6,
         "keep_checkpoints": 1,

@@ -1,4 +1,4 @@
-"""Recall documents: exact lengths and spans, facts before questions, under tokenizers that split digits differently."""
+"""Retrieval documents: exact lengths and spans, facts before questions, however a tokenizer splits digits."""
 
 import random
 import re
@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from seerattn.data.retrieval import (
-    RecallDocument,
+    RetrievalDocument,
     key_value_document,
     multi_key_document,
     passkey_document,
@@ -65,7 +65,7 @@ _STATEMENT = {
 }
 
 
-def _fact_start(encoder, document: RecallDocument, index: int) -> int:
+def _fact_start(encoder, document: RetrievalDocument, index: int) -> int:
     """Token index where the statement begins that answer `index` needs, found in the decoded text alone; -1 if none."""
     begin, end = document.answers[index]
     text, answer = encoder.decode(document.input_ids[1:begin]), encoder.decode(document.input_ids[begin:end])
@@ -171,7 +171,7 @@ def test_training_documents_ask_far_and_near():
 
 
 def test_documents_are_the_same_for_the_same_seed_and_differ_otherwise(encoder, haystack):
-    def build(seed: int) -> list[RecallDocument]:
+    def build(seed: int) -> list[RetrievalDocument]:
         rng = random.Random(seed)
         return [
             passkey_document(encoder, haystack, 900, 0.5, rng),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from seerattn.data.retrieval import RecallDocument
+from seerattn.data.retrieval import RetrievalDocument
 from seerattn.eval import needle
 from seerattn.eval.arms import make_arms
 from seerattn.eval.needle import Needle, answers, evaluate_needle
@@ -23,8 +23,8 @@ class Characters:
 HAYSTACKS = [[3 + (7 * i) % 94 for i in range(3000)], [3 + (11 * i) % 94 for i in range(2000)], [5] * 10]
 
 
-def document(ids: list[int], answer: int, depth: float = 0.5) -> RecallDocument:
-    return RecallDocument(ids, [(len(ids) - answer, len(ids))], [depth], "passkey")
+def document(ids: list[int], answer: int, depth: float = 0.5) -> RetrievalDocument:
+    return RetrievalDocument(ids, [(len(ids) - answer, len(ids))], [depth], "passkey")
 
 
 def test_answers_match_a_greedy_reading_and_fp64_log_probabilities() -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import seerattn
 from seerattn.cli import main
-from seerattn.data.retrieval import RecallDocument, training_document
+from seerattn.data.retrieval import RetrievalDocument, training_document
 from seerattn.eval.arms import EvalModel
 from seerattn.methods.head_rules import Plan
 from seerattn.methods.moa.profile import Profile, area_density
@@ -38,11 +38,11 @@ def haystack(length: int = 900, seed: int = 0) -> list[int]:
     return tiny_tokenizer()(topical_text(length, seed), add_special_tokens=False)["input_ids"]
 
 
-def document(length: int, seed: int = 0) -> RecallDocument:
+def document(length: int, seed: int = 0) -> RetrievalDocument:
     return training_document(tiny_tokenizer(), haystack(), length, random.Random(seed), bos_token_id=1)
 
 
-def explicit_influence(model: PreTrainedModel, sample: RecallDocument) -> dict[int, Tensor]:
+def explicit_influence(model: PreTrainedModel, sample: RetrievalDocument) -> dict[int, Tensor]:
     """By distance ``[H, N]`` from maps and gradients of the eager model, one block after the other."""
     ids = torch.tensor([sample.input_ids])
     model.set_attn_implementation("eager")
@@ -100,7 +100,7 @@ def test_answers_are_the_models_own_first_choices() -> None:
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def drawn(length: int) -> list[RecallDocument]:
+def drawn(length: int) -> list[RetrievalDocument]:
     """The documents of a length, without the model's answers."""
     rngs = [random.Random(f"{SETTINGS.seed} moa {length} {number}") for number in range(SETTINGS.samples)]
     return [training_document(tiny_tokenizer(), rng.choice([haystack()]), length, rng, bos_token_id=1) for rng in rngs]

@@ -32,7 +32,7 @@ WORDS = [f"w{i}" for i in range(300)]
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random model of two layers with gates of its own, and documents of 3000 tokens, one of them shorter."""
     folder = tmp_path_factory.mktemp("inputs")
-    # Characters, so that the sentences of recall documents have tokens as well.
+    # Characters, so that the sentences of retrieval documents have tokens as well.
     characters = ["<bos>", "<unk>", *map(chr, range(10, 127))]
     vocabulary = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
     vocabulary.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -27,11 +27,13 @@ BOS = TOKENIZER.bos_token_id
 
 
 def make_samples(
-    *lengths: int, count: int = 12, context: int = 256, recall_share: float = 0.0, seed: int = 0
+    *lengths: int, count: int = 12, context: int = 256, retrieval_share: float = 0.0, seed: int = 0
 ) -> Samples:
     texts = [topical_text(length, i) for i, length in enumerate(lengths)]
     corpus = tokenize(texts, TOKENIZER, min_tokens=63, enough_tokens=10**9, seed=seed)
-    return Samples(corpus, TOKENIZER, count=count, context=context, block=32, recall_share=recall_share, seed=seed)
+    return Samples(
+        corpus, TOKENIZER, count=count, context=context, block=32, retrieval_share=retrieval_share, seed=seed
+    )
 
 
 def test_read_documents_matches_what_was_written_in_every_format(tmp_path: Path) -> None:
@@ -125,8 +127,8 @@ def test_tokenize_shows_a_progress_bar_where_it_takes_long(monkeypatch, capsys: 
     assert "Tokenising" in shown and "100%" in shown
 
 
-def make_plan(lengths: list[int], *, count: int, recall_share: float = 0.0, seed: int = 0) -> SamplePlan:
-    return SamplePlan(lengths, count=count, context=256, head=1, block=32, recall_share=recall_share, seed=seed)
+def make_plan(lengths: list[int], *, count: int, retrieval_share: float = 0.0, seed: int = 0) -> SamplePlan:
+    return SamplePlan(lengths, count=count, context=256, head=1, block=32, retrieval_share=retrieval_share, seed=seed)
 
 
 def test_plan_covers_every_document_once_a_pass_in_whole_blocks() -> None:
@@ -149,9 +151,9 @@ def test_plan_covers_every_document_once_a_pass_in_whole_blocks() -> None:
     ("lengths", "options", "digest"),
     [
         ((1000, 255, 254, 200, 100, 70, 63), {"count": 60, "seed": 3}, "2ba411fc6fe4ca85"),
-        ((700, 400, 90), {"count": 50, "recall_share": 0.5, "seed": 5}, "b75f73eed649a1a8"),
+        ((700, 400, 90), {"count": 50, "retrieval_share": 0.5, "seed": 5}, "b75f73eed649a1a8"),
         ((100, 64, 150), {"count": 40}, "7628e9ccf273f59d"),
-        ((900,), {"count": 30, "recall_share": 1.0}, "0b38ebf2d22bfac1"),
+        ((900,), {"count": 30, "retrieval_share": 1.0}, "0b38ebf2d22bfac1"),
     ],
 )
 def test_samples_are_those_of_runs_that_were_begun_earlier(
@@ -179,14 +181,14 @@ def test_plan_of_any_length_costs_what_is_looked_at(monkeypatch: pytest.MonkeyPa
     assert passes == list(range(max(passes) + 1)) + list(range(max(passes) + 1)) and max(passes) <= 10
 
 
-@pytest.mark.parametrize("recall_share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("retrieval_share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("lengths", [[1000, 600], [1000, 100, 90], [100, 64, 150]])
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_plan_knows_whether_a_sample_is_packed(lengths: list[int], count: int, recall_share: float) -> None:
+def test_plan_knows_whether_a_sample_is_packed(lengths: list[int], count: int, retrieval_share: float) -> None:
     for seed in range(5):
-        plan = make_plan(lengths, count=count, recall_share=recall_share, seed=seed)
+        plan = make_plan(lengths, count=count, retrieval_share=retrieval_share, seed=seed)
         counted = any(sample is not None and len(sample) > 1 for sample in plan)
-        assert make_plan(lengths, count=count, recall_share=recall_share, seed=seed).has_packed() == counted
+        assert make_plan(lengths, count=count, retrieval_share=retrieval_share, seed=seed).has_packed() == counted
 
 
 def test_samples_match_the_documents_and_their_positions() -> None:
@@ -207,10 +209,10 @@ def test_samples_match_the_documents_and_their_positions() -> None:
 
 
 def test_samples_are_a_function_of_seed_and_index() -> None:
-    one, two = (make_samples(700, 400, 90, recall_share=0.5, seed=5, count=16) for _ in range(2))
+    one, two = (make_samples(700, 400, 90, retrieval_share=0.5, seed=5, count=16) for _ in range(2))
     backwards = [two[index]["input_ids"] for index in reversed(range(16))][::-1]
     assert all(torch.equal(one[index]["input_ids"], backwards[index]) for index in range(16))
-    other = make_samples(700, 400, 90, recall_share=0.5, seed=6, count=16)
+    other = make_samples(700, 400, 90, retrieval_share=0.5, seed=6, count=16)
     assert not all(torch.equal(one[index]["input_ids"], other[index]["input_ids"]) for index in range(16))
     recall = sum(segments is None for segments in one.plan)
     assert 3 <= recall <= 13
@@ -219,10 +221,10 @@ def test_samples_are_a_function_of_seed_and_index() -> None:
 
 
 def test_samples_reject_recall_documents_without_a_long_enough_text() -> None:
-    with pytest.raises(ValueError, match="recall_share needs a document of at least 256 tokens"):
-        make_samples(200, 100, recall_share=0.5)
+    with pytest.raises(ValueError, match="retrieval_share needs a document of at least 256 tokens"):
+        make_samples(200, 100, retrieval_share=0.5)
     with pytest.raises(ValueError, match="length must be at least 256"):
-        make_samples(700, recall_share=0.5, context=128)
+        make_samples(700, retrieval_share=0.5, context=128)
 
 
 def test_collate_numbers_documents_only_where_rows_are_packed() -> None:

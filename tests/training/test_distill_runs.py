@@ -42,7 +42,7 @@ RUN = DistillConfig(
     target_share=1.0,
     logging_steps=2,
     save_steps=4,
-    recall_share=0.25,
+    retrieval_share=0.25,
     lr=3e-3,
     keep_checkpoints=1,
 )
@@ -254,7 +254,7 @@ def test_tokenised_text_rejects_documents_of_less_than_two_blocks(folder: Path) 
     for lengths, shortest in (([300, 62], 62), ([], 0)):
         corpus = Corpus(np.zeros(sum(lengths), dtype=np.int32), np.cumsum([0, *lengths], dtype=np.int64), 0)
         with pytest.raises(ValueError, match=f"at least two blocks, 63 tokens, got one of {shortest}"):
-            plan(seerattn_model(folder), tiny_tokenizer(), corpus, replace(RUN, recall_share=0.0), gate=FORM)
+            plan(seerattn_model(folder), tiny_tokenizer(), corpus, replace(RUN, retrieval_share=0.0), gate=FORM)
 
 
 def test_run_that_is_killed_twice_and_resumed_matches_an_uninterrupted_one(
@@ -345,7 +345,7 @@ def test_two_processes_match_one_at_the_same_global_batch(folder: Path, tmp_path
         "--logging-steps": 2,
         "--save-steps": 4,
         "--lr": 3e-3,
-        "--recall-share": 0.25,
+        "--retrieval-share": 0.25,
         "--output": tmp_path / "two",
     }
     # One sub-block a side: between two that score alike, the order of a sum decides which is the maximum and gets the
@@ -358,7 +358,7 @@ def test_two_processes_match_one_at_the_same_global_batch(folder: Path, tmp_path
     done = subprocess.run([*launch, "distill", *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     config = DistillConfig(
-        context=256, steps=6, batch_size=4, logging_steps=2, save_steps=4, lr=3e-3, recall_share=0.25
+        context=256, steps=6, batch_size=4, logging_steps=2, save_steps=4, lr=3e-3, retrieval_share=0.25
     )
     train(folder, tmp_path / "one", config, gate=smooth)
     for two, one in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
@@ -418,7 +418,7 @@ def test_log_is_what_the_checkpoint_has_of_it_or_its_whole_lines_up_to_a_step(tm
         ({"loss": "hinge"}, "loss must be one of"),
         ({"row_weight": "none"}, "row_weight must be one of"),
         ({"drop_rows": 1.0}, "drop_rows must be in"),
-        ({"recall_share": 1.5}, "recall_share must be in"),
+        ({"retrieval_share": 1.5}, "retrieval_share must be in"),
         ({"save_steps": 15}, "save_steps must be a multiple of logging_steps = 10"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
     ],

@@ -39,7 +39,7 @@ RUN = FinetuneConfig(
     anneal=0.5,
     target_share=0.5,
     target_every=2,
-    recall_share=0.25,
+    retrieval_share=0.25,
     lr=1e-3,
     gate_lr=3e-3,
 )
@@ -90,7 +90,7 @@ def assert_same_result(output: Path, expected: Path) -> None:
 
 
 def test_saved_model_and_gates_give_the_logits_of_the_trained_model(folder: Path, tmp_path: Path) -> None:
-    config = replace(RUN, context_factor=2.0, context=1536, steps=2, recall_share=0.0, anneal=0.0)
+    config = replace(RUN, context_factor=2.0, context=1536, steps=2, retrieval_share=0.0, anneal=0.0)
     model = model_of(folder)
     options = {"gate": FORM, "output": tmp_path / "out"}
     trained = finetune(model, tiny_tokenizer(), [folder / "long.jsonl"], config, **options)

@@ -28,7 +28,7 @@ SHARED: dict[str, Any] = {
     "batch_size": 4,
     "logging_steps": 1,
     "save_steps": 3,
-    "recall_share": 0.25,
+    "retrieval_share": 0.25,
     "lr": 1e-3,
 }
 # What a record says of the schedule, and of the clock.

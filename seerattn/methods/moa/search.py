@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seerattn.data.retrieval import RecallDocument, training_document
+from seerattn.data.retrieval import RetrievalDocument, training_document
 from seerattn.eval.arms import EvalModel
 from seerattn.hf.capture import AttentionCall, watch_attention
 from seerattn.hf.probe import probe
@@ -162,7 +162,7 @@ def make_plan(
 
 
 @torch.no_grad()
-def answer_greedily(model: PreTrainedModel, document: RecallDocument) -> RecallDocument:
+def answer_greedily(model: PreTrainedModel, document: RetrievalDocument) -> RetrievalDocument:
     """The document with the model's own answers in place of the true ones, token by token in order.
 
     The paper's profile uses them so that the loss is that of what the model knows, not of what it does not.
@@ -179,7 +179,7 @@ def answer_greedily(model: PreTrainedModel, document: RecallDocument) -> RecallD
     return replace(document, input_ids=ids[0].tolist())
 
 
-def answer_loss(model: PreTrainedModel, document: RecallDocument) -> Tensor:
+def answer_loss(model: PreTrainedModel, document: RetrievalDocument) -> Tensor:
     """Mean cross-entropy of the tokens of all answers, fp32 (fp64 for such models)."""
     ids = torch.tensor([document.input_ids], device=model.device)
     places = torch.tensor([place for begin, end in document.answers for place in range(begin, end)], device=ids.device)
@@ -187,7 +187,7 @@ def answer_loss(model: PreTrainedModel, document: RecallDocument) -> Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[0, places])
 
 
-def sample_influence(model: PreTrainedModel, document: RecallDocument) -> dict[int, Tensor]:
+def sample_influence(model: PreTrainedModel, document: RetrievalDocument) -> dict[int, Tensor]:
     """Influence of each layer on the loss of the answers, float64 ``[H, N]`` by distance on the host.
 
     Layers run again in the backward pass, one at a time, so memory holds the input of every layer and the attention
@@ -245,7 +245,7 @@ def _restore(layer: nn.Module, forward: Callable | None) -> None:
 
 def _documents(
     subject: EvalModel, haystacks: Sequence[Sequence[int]], length: int, settings: ProfileSettings
-) -> list[RecallDocument]:
+) -> list[RetrievalDocument]:
     long_enough = [text for text in haystacks if len(text) >= length]
     if not long_enough:
         longest = max(map(len, haystacks), default=0)
@@ -260,7 +260,7 @@ def _documents(
 
 @torch.no_grad()
 def _mean_loss(
-    model: PreTrainedModel, documents: Sequence[RecallDocument], advance: Callable[[int], None] | None
+    model: PreTrainedModel, documents: Sequence[RetrievalDocument], advance: Callable[[int], None] | None
 ) -> float:
     total = 0.0
     for document in documents:
