@@ -15,7 +15,8 @@ Python builds the class, YAML gives its values by name (`read_options`), and a c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -38,10 +39,12 @@ class Option:
         high: the largest number.
         above: a number that it must be above.
         below: a number that it must be below.
-        choices: the texts that it may be; those of a Literal need not be told again.
+        choices: the values that it may be; those of a Literal need not be told again.
         panel: the group of `--help` that it stands in; "" is the plain one.
         flag: whether it is a flag of its own on the command line; others are given as ``--set name=value``.
         repeat: whether several values are given by repeating the flag, as of paths, and not with commas between.
+        forms: where the option is itself a dataclass of options: what makes one, by name. Besides itself it may be
+            the name of a form, values by name, or words of both kinds such as ``["paper", "rope=false"]``.
     """
 
     help: str
@@ -49,10 +52,11 @@ class Option:
     high: float = math.inf
     above: float = -math.inf
     below: float = math.inf
-    choices: tuple[str, ...] = ()
+    choices: tuple[Any, ...] = ()
     panel: str = ""
     flag: bool = True
     repeat: bool = False
+    forms: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def option(default: Any = MISSING, *, help: str, **rest: Any) -> Any:
@@ -78,11 +82,12 @@ def check_options(instance: Any) -> None:
         ValueError: names the option, what it must be, and what came.
     """
     for name, (_, hint, about) in options_of(type(instance)).items():
-        value = _converted(getattr(instance, name), hint)
-        if value is not getattr(instance, name):
-            object.__setattr__(instance, name, value)
+        given = getattr(instance, name)
+        value = _formed(name, given, hint, about) if about.forms else _converted(given, hint)
         if not _fits(value, hint) or not all(_allowed(one, about) for one in _each(value)):
-            raise ValueError(f"{name} must be {_described(hint, about)}, got {short(getattr(instance, name))}")
+            raise ValueError(f"{name} must be {_described(hint, about)}, got {short(given)}")
+        if value is not given:
+            object.__setattr__(instance, name, value)
 
 
 def read_options(kind: type[T], values: Mapping[str, Any], *, where: str = "options", **rest: Any) -> T:
@@ -124,7 +129,7 @@ def parse_options(kind: type, words: Sequence[str], *, where: str = "options") -
 
 
 def parse_value(name: str, text: str, hint: Any) -> Any:
-    """A value out of the text of a command line, by the type that it must be of; several have commas between.
+    """A value out of the text of a command line, by the type that it must be of; several have commas or spaces between.
 
     Raises:
         ValueError: the text is no such value.
@@ -134,7 +139,7 @@ def parse_value(name: str, text: str, hint: Any) -> Any:
         return None
     for one in inner:
         if get_origin(one) is tuple:
-            words = [word.strip() for word in text.split(",") if word.strip()]
+            words = text.replace(",", " ").split()
             return tuple(parse_value(name, word, get_args(one)[0]) for word in words)
         if one is bool and text.lower() in ("true", "yes", "1", "false", "no", "0"):
             return text.lower() in ("true", "yes", "1")
@@ -146,6 +151,36 @@ def parse_value(name: str, text: str, hint: Any) -> Any:
         if one in (str, Path) or get_origin(one) is Literal:
             return Path(text) if one is Path else text
     raise ValueError(f"{name} must be {_described(hint, Option(help=''))}, got {short(text)}")
+
+
+def choices_of(hint: Any, about: Option) -> tuple[Any, ...]:
+    """The values that an option may be, or each of several; none where they are not counted."""
+    if about.choices or get_origin(hint) is Literal:
+        return about.choices or get_args(hint)
+    kinds = get_args(hint) if _is_union(hint) or get_origin(hint) is tuple else ()
+    return next((found for kind in kinds if (found := choices_of(kind, about))), ())
+
+
+def nested(hint: Any) -> type | None:
+    """The dataclass of options that an option is itself, if it is one."""
+    return next((kind for kind in (hint, *get_args(hint)) if has_options(kind)), None)
+
+
+def _formed(name: str, given: Any, hint: Any, about: Option) -> Any:
+    """A dataclass out of what YAML or a command line says of it; what is one already, or none, stays."""
+    kind = nested(hint)
+    if given is None or isinstance(given, kind):
+        return given
+    if isinstance(given, Mapping):
+        return read_options(kind, given, where=name)
+    words = [given] if isinstance(given, str) else given
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{name} must be {', '.join(about.forms)} or values by name, got {short(given)}")
+    forms = [word for word in words if "=" not in word]
+    if len(forms) > 1 or not set(forms) <= set(about.forms):
+        raise ValueError(f"{name} must be one of {', '.join(about.forms)}, or NAME=VALUE, got {short(forms[-1])}")
+    values = parse_options(kind, [word for word in words if "=" in word], where=name)
+    return about.forms[forms[0]](**values) if forms else kind(**values)
 
 
 def _is_union(hint: Any) -> bool:
@@ -167,7 +202,7 @@ def _converted(value: Any, hint: Any) -> Any:
     if isinstance(value, str) and Path in kinds and str not in kinds:
         return Path(value)
     whole = isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool) and int not in kinds:
+    if float in kinds and int not in kinds and isinstance(value, int) and _fits(value, float):
         return float(value)
     return int(value) if whole else value
 
@@ -182,14 +217,17 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float) and isinstance(value, bool):
         return False
     if hint is float:
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        # A whole number may have more digits than any float.
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    if hint is int:
+        return isinstance(value, int) and abs(value) <= sys.maxsize
     if get_origin(hint) is dict:
         return isinstance(value, dict)
     return hint is Any or isinstance(value, hint)
 
 
 def _allowed(value: Any, about: Option) -> bool:
-    if isinstance(value, str) and about.choices:
+    if about.choices and value is not None:
         return value in about.choices
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return True
@@ -201,7 +239,7 @@ def _described(hint: Any, about: Option) -> str:
     kinds = [one for one in get_args(hint) if one is not NoneType] if _is_union(hint) else [hint]
     names = [_named(kind, about) for kind in kinds]
     bounds = [
-        f"{word} {value:g}"
+        f"{word} {value}"
         for word, value in (
             ("at least", about.low),
             ("above", about.above),
@@ -217,9 +255,8 @@ def _described(hint: Any, about: Option) -> str:
 def _named(kind: Any, about: Option) -> str:
     if get_origin(kind) is tuple:
         return f"one or several, each {_named(get_args(kind)[0], about)}"
-    texts = about.choices or (get_args(kind) if get_origin(kind) is Literal else ())
-    if texts:
-        return f"one of {', '.join(texts)}"
+    if choices_of(kind, about):
+        return f"one of {', '.join(map(str, choices_of(kind, about)))}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
     return names.get(kind, getattr(kind, "__name__", str(kind)))
 

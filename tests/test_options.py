@@ -1,5 +1,6 @@
 """Options: one declaration read by Python, YAML and the command line, refused in one sentence by all three."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +14,19 @@ from seerattn.options import check_options, option, parse_options, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
+class Form:
+    size: int = option(4, help="Size.", choices=(4, 8))
+    kinds: tuple[Literal["x", "y"], ...] = option(("x",), help="Kinds.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def large(**values) -> Form:
+    return Form(**{"size": 8} | values)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     steps: int = option(help="Steps.", low=1)
     lr: float | None = option(None, help="Rate.", above=0)
@@ -22,24 +36,36 @@ class Options:
     data: tuple[str, ...] = option((), help="Data.", repeat=True)
     seed: int = option(3, help="Seed.", low=0, flag=False)
     place: Path | None = option(None, help="Place.")
+    form: Form | None = option(None, help="Form.", forms={"small": Form, "large": large})
+    dry: bool = option(False, help="Dry.")
 
     def __post_init__(self) -> None:
         check_options(self)
 
 
+FOUND = []
+
+
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Calls a command of the options and returns them with its own argument, or the sentence that refused them."""
-    app, found = typer.Typer(pretty_exceptions_enable=False), []
+def app():
+    """A command of the options and an argument of its own."""
+    app = typer.Typer(pretty_exceptions_enable=False)
 
     @app.command()
     @from_options
     def command(options: Options, model: Annotated[str, typer.Option()]) -> None:
-        found.append((options, model))
+        FOUND.append((options, model))
+
+    return app
+
+
+@pytest.fixture
+def run(app):
+    """Calls the command and returns what it was given, or the sentence that refused it."""
 
     def call(*args: str):
         outcome = CliRunner().invoke(app, ["--model", "m", *args])
-        return found.pop() if outcome.exit_code == 0 else str(outcome.exception)
+        return FOUND.pop() if outcome.exit_code == 0 else str(outcome.exception)
 
     return call
 
@@ -97,7 +123,59 @@ def test_a_file_that_holds_no_options_is_refused(run, tmp_path, text) -> None:
     assert run("--config", str(tmp_path / "none.yaml"), "--steps", "1").startswith("config must be a YAML file")
 
 
+@pytest.mark.parametrize(
+    ("flags", "given", "wanted"),
+    [
+        ("--form large", "large", Form(size=8)),
+        ("--form small", "small", Form()),
+        ("--form size=8 --form kinds=x,y", {"size": 8, "kinds": ["x", "y"]}, Form(size=8, kinds=("x", "y"))),
+        ("--form large --form kinds=y", ["large", "kinds=y"], Form(size=8, kinds=("y",))),
+        ("--form size=4 --form large", ["size=4", "large"], Form()),
+    ],
+)
+def test_an_option_that_is_a_dataclass_is_a_form_with_values_changed(run, tmp_path, flags, given, wanted) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"steps": 1, "form": given}))
+    asked = Options(steps=1, form=wanted)
+    assert run("--steps", "1", *flags.split())[0] == run("--config", str(file))[0] == asked
+    assert Options(steps=1, form=given) == asked and Options(steps=1).form is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "name"),
+    [
+        ("--form huge", "huge", "form"),
+        ("--form small --form large", ["small", "large"], "form"),
+        ("--form size=5", {"size": 5}, "size"),
+        ("--form kinds=z", {"kinds": ["z"]}, "kinds"),
+        ("--form width=5", {"width": 5}, "form"),
+        (None, 3, "form"),
+        (None, [3], "form"),
+        (None, [], None),
+    ],
+)
+def test_what_is_no_form_is_refused_by_name(run, flags, given, name) -> None:
+    if name is None:
+        assert Options(steps=1, form=given).form == Form()
+        return
+    if flags is not None:
+        assert run("--steps", "1", *flags.split()).startswith(f"{name} must be")
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        Options(steps=1, form=given)
+
+
+def test_help_tells_every_option_with_its_default_and_choices(app) -> None:
+    shown = " ".join(CliRunner().invoke(app, ["--help"], env={"COLUMNS": "1000"}).output.split())
+    for flag in ("--steps", "--lr", "--densities", "--kind", "--deep", "--no-deep", "--data", "--form", "--dry"):
+        assert f" {flag} " in shown
+    assert "--no-dry" not in shown and "--seed" not in shown
+    for told in ("seed (3): Seed.", "size (4): Size. Of 4, 8.", "kinds (x): Kinds. Of x, y.", "small or large"):
+        assert told in shown
+
+
 def test_values_of_the_wrong_type_are_refused() -> None:
-    for values in ({"steps": True}, {"steps": "5"}, {"steps": 1, "deep": 1}, {"steps": 1, "data": [1]}):
+    wrong = [{"deep": 1}, {"data": [1]}, {"lr": 10**400}, {"lr": float("inf")}, {"form": 1}]
+    wrong = [{"steps": 1} | values for values in wrong]
+    for values in ({"steps": True}, {"steps": "5"}, {"steps": 10**30}, *wrong):
         with pytest.raises(ValueError):
             Options(**values)

@@ -5,7 +5,7 @@ With `Layer(backward=True)` a call of an attention is its forward and its backwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -16,17 +16,21 @@ from torch import Tensor
 
 from seerattn.bench.backward import check_dense_gradients, check_sparse_gradients, forward_and_backward
 from seerattn.bench.check import GATE_TOKENS, check_attention, check_dense, check_selection
-from seerattn.bench.dense import dense_attention, flex_attention
+from seerattn.bench.dense import BASELINES, default_backends, default_baselines, dense_attention, flex_attention
 from seerattn.bench.inputs import Shape, random_blocks, random_qkv
 from seerattn.bench.model import gate_form, layer_context, random_gate, rotary_tables
-from seerattn.bench.session import Session
+from seerattn.bench.options import PUBLISHED_DENSITIES, SPARSE, LayerBench, contexts, densities, gates
+from seerattn.bench.session import Session, of_gates
 from seerattn.bench.timing import Timing, device_time, pipeline_time
 from seerattn.gate.config import AttnGateConfig
 from seerattn.gate_selector import GateSelector
 from seerattn.ops.block_sparse_attention import block_sparse_attention
+from seerattn.ops.resolve import preferred
+from seerattn.options import option
 from seerattn.results.record import Result
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.policies import TopK
+from seerattn.texts import short
 
 Share = Literal["head", "group"]
 
@@ -104,7 +108,7 @@ class Layer:
         )
 
     def dense(self, name: str) -> Result | None:
-        """Time of dense attention ("attention_ms" or "attention_training_ms", selector "dense")."""
+        """Time of dense attention ("attention_ms" or "attention_training_ms", method "dense")."""
 
         def run() -> dict[str, Any]:
             require_dense(self.session, self.shape, name, backward=self.backward)
@@ -118,7 +122,7 @@ class Layer:
         return self.session.measured(self._blank(self._what, name, {}, realised_density=1.0), run, label=label)
 
     def sparse(self, kind: Sparse, density: float) -> Result | None:
-        """Time of sparse attention with random blocks (quantities as `dense`, selector "random")."""
+        """Time of sparse attention with random blocks (quantities as `dense`, method "random")."""
         session, shape = self.session, self.shape
         sizes = kind.sizes(shape)
 
@@ -135,7 +139,7 @@ class Layer:
             return timing.fields() | {"realised_density": float(blocks.density().mean())}
 
         cell = kind.cell(shape) | {"rows_alike": kind.rows_alike}
-        values = {"selector": "random", "density": density, "seed": 0}
+        values = {"method": "random", "kind": "static", "name": "random", "density": density, "seed": 0}
         blank = self._blank(self._what, kind.impl, cell, **values)
         return session.measured(blank, run, label=f"{self.tokens:>7,} tokens, {kind}, density {density:g}")
 
@@ -157,7 +161,7 @@ class Layer:
 
         cell = Sparse(impl, block_q, block_k, share_of(c)).cell(shape)
         cell |= {"query_subblocks": c.query_subblocks, "key_subblocks": c.key_subblocks}
-        values = {"selector": "gate", "gates": form, "policy": policy.to_dict(), "density": density, "seed": 0}
+        values = of_gates(form) | {"settings": policy.to_dict(), "density": density, "seed": 0}
         label = f"{self.tokens:>7,} tokens, gate {form} {block_q}x{block_k} {impl}, density {density:g}"
         return session.measured(self._blank("selection_ms", impl, cell, **values), run, label=label)
 
@@ -201,44 +205,85 @@ def require_selection(session: Session, shape: Shape, form: str, block_q: int, b
     session.check(f"selection of the gate {form} {block_q}x{block_k} {impl}", run)
 
 
-def bench_attention(
-    session: Session,
-    shape: Shape,
-    *,
-    lengths: Sequence[int],
-    sparsities: Sequence[float],
-    baselines: Sequence[str],
-    kinds: Sequence[Sparse],
-    forms: Sequence[str],
-    gate_impls: Sequence[str],
-    backward: bool = False,
-) -> list[Result]:
-    """Dense attention, sparse attention, and gate with selection, at every length and sparsity.
+@dataclass(frozen=True, kw_only=True)
+class AttentionBench(LayerBench):
+    """Dense attention, sparse attention, and gate with selection, at every length and density.
 
-    Args:
-        session: what runs the measurements.
-        shape: the heads of the layer.
-        lengths: tokens.
-        sparsities: shares of the causal block area that are not computed.
-        baselines: dense attentions, names of `seerattn.bench.dense`.
-        kinds: sparse attentions.
-        forms: names of gates; each is measured in the block sizes of the sparse attentions that can use its lists.
-        gate_impls: implementations of gate and selection.
-        backward: time forward and backward of every attention together.
-
-    Returns:
-        The results that there are, in the order of the file.
+    Attributes:
+        densities: shares of the causal block area that are computed.
+        baselines: dense attentions; none are those that run on the device.
+        impls: of sparse attention; none are those that the device may have.
+        gates: names of gates; each is measured in the block sizes of the sparse attentions that can use its lists.
+        backward: time forward and backward of every attention together, and no gate.
+        blocks: sizes in tokens, QUERIESxKEYS.
+        shares: whether lists are for every query head or for every KV group.
+        rows_alike: see `random_blocks`.
+        gate_impls: implementations of gate and selection; none is the fastest one.
     """
-    rows: list[Result | None] = []
-    densities = [round(1 - sparsity, 6) for sparsity in sparsities]
-    for tokens in sorted(lengths):
-        layer = Layer(session, shape, tokens, backward=backward)
-        rows += [layer.dense(name) for name in baselines]
-        rows += [layer.sparse(kind, density) for kind in kinds for density in densities]
-        for form in forms:
-            share = share_of(gate_form(form))
-            blocks = dict.fromkeys((kind.block_q, kind.block_k) for kind in kinds if kind.share == share)
-            for sizes, impl in product(blocks, gate_impls):
-                rows += [layer.selection(form, density, *sizes, impl) for density in densities]
-        session.release()
-    return [row for row in rows if row is not None]
+
+    contexts: tuple[int, ...] = contexts(8192, 32768, 131072)
+    densities: tuple[float, ...] = densities(*PUBLISHED_DENSITIES)
+    baselines: tuple[str, ...] = option((), help="Dense attention; default: all that run here.", choices=BASELINES)
+    impls: tuple[str, ...] = option(
+        (), help="Sparse attention; default: all that this device may have.", choices=(*SPARSE, "flex")
+    )
+    gates: tuple[str, ...] = gates("paper", "paper-group")
+    backward: bool = option(False, help="Time forward and backward together, as in training.")
+    blocks: tuple[str, ...] = option(("64x64", "128x128"), help="Sizes, QUERIESxKEYS in tokens.", flag=False)
+    shares: tuple[Share, ...] = option(
+        ("head", "group"), help="Lists for every query head or for every KV group.", flag=False
+    )
+    rows_alike: tuple[int, ...] = option(
+        (1,), help="Neighbouring query blocks that draw the same key blocks.", low=1, flag=False
+    )
+    gate_impls: tuple[str, ...] = option(
+        (), help="Gate and selection; default: the fastest here.", choices=("triton", "reference"), flag=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for text in self.blocks:
+            _block_sizes(text)
+
+    def run(self, session: Session, subject: Shape) -> list[Result]:
+        """See `Bench`."""
+        rows: list[Result | None] = []
+        device, kinds = session.device, self.kinds(session.device)
+        # Gradients of whole models are taken through the backends that those can be given.
+        baselines = self.baselines or (default_backends if self.backward else default_baselines)(device)
+        gate_impls = self.gate_impls or [preferred("gate_scores", "auto", device)]
+        for tokens in self.lengths:
+            layer = Layer(session, subject, tokens, backward=self.backward)
+            rows += [layer.dense(name) for name in baselines]
+            rows += [layer.sparse(kind, density) for kind in kinds for density in self.densities]
+            # Training takes the gradients of a gate elsewhere.
+            for form in () if self.backward else self.gates:
+                share = share_of(gate_form(form))
+                blocks = dict.fromkeys((kind.block_q, kind.block_k) for kind in kinds if kind.share == share)
+                for sizes, impl in product(blocks, gate_impls):
+                    rows += [layer.selection(form, density, *sizes, impl) for density in self.densities]
+            session.release()
+        return [row for row in rows if row is not None]
+
+    def kinds(self, device: torch.device) -> list[Sparse]:
+        """The ways of computing sparse attention."""
+        impls: tuple[str, ...] = ("reference",)
+        if device.type == "cuda":
+            impls = ("gluon", "triton") if self.backward else ("gluon", "triton", "flash4", "flex")
+        return [
+            Sparse(impl, block_q, block_k, share, alike)
+            for impl in self.impls or impls
+            for block_q, block_k in map(_block_sizes, self.blocks)
+            for share in self.shares
+            for alike in self.rows_alike
+            # FlexAttention's kernel has tiles of 128 and a mask for every query head.
+            if impl != "flex" or (block_q % 128 == block_k % 128 == 0 and share == "head")
+        ]
+
+
+def _block_sizes(text: str) -> tuple[int, int]:
+    try:
+        block_q, block_k = map(int, text.split("x"))
+    except ValueError as error:
+        raise ValueError(f"blocks must be QUERIESxKEYS such as 64x64, got {short(text)}") from error
+    return block_q, block_k

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattn.bench.check import BLOCK, check_dense, check_pooled
-from seerattn.bench.dense import BASELINES, dense_attention
+from seerattn.bench.check import BLOCK, check_attention_map, check_dense
+from seerattn.bench.dense import BACKENDS, BASELINES, default_baselines, dense_attention
 from seerattn.bench.inputs import Shape, random_qkv
+from seerattn.bench.options import LayerBench, contexts
 from seerattn.bench.session import Session
 from seerattn.bench.timing import device_time, extra_memory
 from seerattn.ops.attention_map import attention_map
+from seerattn.ops.resolve import IMPLS, preferred
+from seerattn.options import option
 from seerattn.results.record import Result
 from seerattn.selection.map_form import PUBLISHED, MapForm
 
@@ -53,31 +57,45 @@ def _plain_map(p: Tensor, form: MapForm) -> Tensor:
     return tiles / tiles.sum(-1, keepdim=True)
 
 
-def bench_pooled(
-    session: Session,
-    shape: Shape,
-    *,
-    lengths: Sequence[int],
-    variants: Sequence[str],
-    forms: Sequence[MapForm] = (PUBLISHED,),
-) -> list[Result]:
-    """Time ("pooled_ms") and memory beyond inputs and results ("extra_memory_mib") in blocks of 64 x 64.
+@dataclass(frozen=True, kw_only=True)
+class MapBench(LayerBench):
+    """Time ("attention_map_ms") and memory beyond inputs and results ("extra_memory_mib") in blocks of 64 x 64.
 
-    Args:
-        session: what runs the measurements.
-        shape: the heads of the layer.
-        lengths: tokens.
-        variants: implementations of `attention_map`, "pytorch" for the plain version, or names of dense attentions,
-            which make no map.
-        forms: of the map.
+    Attributes:
+        variants: implementations of `attention_map`, "pytorch" for the plain version, or dense attentions, which make
+            no map; none are those that can be compared on the device.
+        targets: forms of the map, see `MapForm.parse`.
     """
-    rows: list[Result | None] = []
-    for tokens in sorted(lengths):
-        for name in variants:
-            for form in [None] if name in BASELINES else forms:
-                rows += _measure(session, shape, tokens, name, form)
-                session.release()
-    return [row for row in rows if row is not None]
+
+    contexts: tuple[int, ...] = contexts(8192, 32768, 65536, 131072)
+    variants: tuple[str, ...] = option(
+        (),
+        help="What to time, dense attention without a map too; default: what there is here.",
+        choices=(*IMPLS["attention_map"], PLAIN, *BASELINES),
+    )
+    targets: tuple[str, ...] = option(
+        (str(PUBLISHED),),
+        help="Maps, keys:power of each: max or sum over keys, 1 to inf over rows, such as max:inf,sum:2.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for text in self.targets:
+            MapForm.parse(text)
+
+    def run(self, session: Session, subject: Shape) -> list[Result]:
+        """See `Bench`."""
+        device = session.device
+        dense = [name for name in default_baselines(device) if name in BACKENDS]
+        variants = self.variants or [preferred("attention_map", "auto", device), PLAIN, *dense]
+        forms = dict.fromkeys(map(MapForm.parse, self.targets))
+        rows: list[Result | None] = []
+        for tokens in self.lengths:
+            for name in variants:
+                for form in [None] if name in BASELINES else forms:
+                    rows += _measure(session, subject, tokens, name, form)
+                    session.release()
+        return [row for row in rows if row is not None]
 
 
 def _measure(session: Session, shape: Shape, tokens: int, name: str, form: MapForm | None) -> list[Result | None]:
@@ -88,7 +106,7 @@ def _measure(session: Session, shape: Shape, tokens: int, name: str, form: MapFo
     # The published one goes without saying, as in results from before there were others.
     cell |= {} if form in (None, PUBLISHED) else {"form": str(form)}
     values = {"model": str(shape), "context": tokens, "impl": name, "cell": cell, "realised_density": 1.0}
-    names = ["pooled_ms", *(["extra_memory_mib"] if device.type == "cuda" else [])]
+    names = ["attention_map_ms", *(["extra_memory_mib"] if device.type == "cuda" else [])]
     blanks = [session.blank(what, **values) for what in names]
     label = f"{tokens:>7,} tokens, {name} ({'dense, no map' if dense else form})"
 
@@ -100,11 +118,14 @@ def _measure(session: Session, shape: Shape, tokens: int, name: str, form: MapFo
         return lambda: attention_with_map(q, k, v, form, name)
 
     def run() -> dict[str, dict[str, Any]]:
-        oracle, what = (check_dense, "dense") if dense else (partial(check_pooled, form=form), f"map {form} of")
+        oracle, what = (check_dense, "dense") if dense else (partial(check_attention_map, form=form), f"map {form} of")
         session.check(f"{what} {name}", lambda: oracle(lambda *x: call(*x)(), shape, device))
         one = call(*random_qkv(shape, tokens, device))
         # Memory first: a variant that has too little of it need not be timed.
         memory = extra_memory(one, device) / 2**20 if device.type == "cuda" else 0.0
-        return {"pooled_ms": device_time(one, device).fields(), "extra_memory_mib": {"value": round(memory, 3), "n": 1}}
+        return {
+            "attention_map_ms": device_time(one, device).fields(),
+            "extra_memory_mib": {"value": round(memory, 3), "n": 1},
+        }
 
     return session.measured_together(blanks, run, label=label)

@@ -69,7 +69,7 @@ def check_dense(
     return _compare(attend(q, k, v), q, k, v, torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril())
 
 
-def check_pooled(
+def check_attention_map(
     attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     shape: Shape,
     device: torch.device,

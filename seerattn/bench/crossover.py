@@ -3,69 +3,89 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seerattn.bench.attention import Layer, Sparse, share_of
+from seerattn.bench.dense import default_backends
 from seerattn.bench.inputs import Shape
-from seerattn.bench.model import gate_form
+from seerattn.bench.model import GATE_FORMS, gate_form
+from seerattn.bench.options import SPARSE, LayerBench, backends, contexts, densities
 from seerattn.bench.session import Session
+from seerattn.ops.crossover import table_path
+from seerattn.options import option
 from seerattn.outputs import check_output
 from seerattn.saving import write_whole
 from seerattn.texts import fits, parse_json, short
 
 
-def bench_crossover(
-    session: Session,
-    shape: Shape,
-    *,
-    lengths: Sequence[int],
-    densities: Sequence[float],
-    baselines: Sequence[str],
-    form: str,
-    impl: str,
-) -> dict[str, Any]:
-    """Measures dense attention, gate with selection, and sparse attention at every length.
+@dataclass(frozen=True, kw_only=True)
+class CrossoverBench(LayerBench):
+    """Dense attention, gate with selection, and sparse attention at every length.
 
     Calls are timed among others like them, host included: short prompts are bound by it.
 
-    Args:
-        session: what runs the measurements.
-        shape: the heads of the layer.
-        lengths: tokens.
+    Attributes:
         densities: shares of the causal block area. Where a length has too few blocks for one, the diagonal alone is
             computed.
+        table: where to write the table; None is the user's cache folder, where every attached model finds it.
         baselines: dense attentions; the fastest counts.
-        form: name of the gate.
+        gates: name of the gate.
         impl: of `block_sparse_attention`.
-
-    Returns:
-        The table: "device", "heads", "kv_heads", "head_dim", and "rows" with "tokens", "dense_ms", "overhead_ms"
-        (gate and selection) and "sparse_ms" by density. Lengths that could not be measured in full are missing.
     """
-    config = gate_form(form)
-    kind = Sparse(impl, config.block_q, config.block_k, share_of(config))
-    rows = []
-    for tokens in sorted(lengths):
-        layer = Layer(session, shape, tokens, pipeline=True)
-        dense = [row for row in map(layer.dense, baselines) if row is not None and row.value is not None]
-        # Top-k takes the same time at every density.
-        overhead = layer.selection(form, 0.1, config.block_q, config.block_k, "auto")
-        sparse = {density: layer.sparse(kind, density) for density in densities}
-        session.release()
-        measured = [overhead, *sparse.values()]
-        if dense and all(row is not None and row.value is not None for row in measured):
-            rows.append(
-                {
-                    "tokens": tokens,
-                    "dense_ms": min(row.value for row in dense),
-                    "overhead_ms": overhead.value,
-                    "sparse_ms": {str(float(density)): row.value for density, row in sparse.items()},
-                }
+
+    contexts: tuple[int, ...] = contexts(128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+    densities: tuple[float, ...] = densities(0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+    table: Path | None = option(None, help="Where to write the table; default: the user's cache folder.")
+    baselines: tuple[str, ...] = backends()
+    gates: str = option("default", help="Form of the gate, with random weights.", choices=(*GATE_FORMS,), flag=False)
+    impl: str = option("auto", help="Sparse attention, never dense.", choices=("auto", *SPARSE), flag=False)
+
+    def place(self, session: Session) -> Path:
+        """Where the table goes.
+
+        Raises:
+            ValueError: the place holds something else than a table, or the device needs none.
+        """
+        if self.table is None and session.device.type != "cuda":
+            raise ValueError(
+                'table must be given on a CPU, where impl="auto" decides by a formula and looks for no table'
             )
-    sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-    return {"device": session.device_name, **sizes, "rows": rows}
+        path = self.table or table_path(session.device_name)
+        check_table(path)
+        return path
+
+    def run(self, session: Session, subject: Shape) -> dict[str, Any]:
+        """Measures it.
+
+        Returns:
+            The table: "device", "heads", "kv_heads", "head_dim", and "rows" with "tokens", "dense_ms", "overhead_ms"
+            (gate and selection) and "sparse_ms" by density. Lengths that could not be measured in full are missing.
+        """
+        config = gate_form(self.gates)
+        kind = Sparse(self.impl, config.block_q, config.block_k, share_of(config))
+        baselines = self.baselines or default_backends(session.device)
+        rows = []
+        for tokens in self.lengths:
+            layer = Layer(session, subject, tokens, pipeline=True)
+            dense = [row for row in map(layer.dense, baselines) if row is not None and row.value is not None]
+            # Top-k takes the same time at every density.
+            overhead = layer.selection(self.gates, 0.1, config.block_q, config.block_k, "auto")
+            sparse = {density: layer.sparse(kind, density) for density in self.densities}
+            session.release()
+            measured = [overhead, *sparse.values()]
+            if dense and all(row is not None and row.value is not None for row in measured):
+                rows.append(
+                    {
+                        "tokens": tokens,
+                        "dense_ms": min(row.value for row in dense),
+                        "overhead_ms": overhead.value,
+                        "sparse_ms": {str(float(density)): row.value for density, row in sparse.items()},
+                    }
+                )
+        sizes = {"heads": subject.heads, "kv_heads": subject.kv_heads, "head_dim": subject.head_dim}
+        return {"device": session.device_name, **sizes, "rows": rows}
 
 
 def save_table(table: dict[str, Any], path: Path) -> None:

@@ -30,6 +30,11 @@ def default_baselines(device: torch.device) -> list[str]:
     return ["flash", "cudnn", *(["flash4"] if _has_flash4() else []), "flex"]
 
 
+def default_backends(device: torch.device) -> list[str]:
+    """The SDPA backends to compare whole models with on a device."""
+    return ["flash", "cudnn"] if device.type == "cuda" else ["sdpa"]
+
+
 def _has_flash4() -> bool:
     # FlashAttention-2 installs under the same name, without the part below it.
     names = ("flash_attn", "flash_attn.cute")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -11,89 +12,75 @@ from peft import PeftModel
 
 from seerattn.bench.attention import require_dense
 from seerattn.bench.attention_map import attention_with_map
-from seerattn.bench.check import check_pooled
-from seerattn.bench.dense import sdpa_backend
-from seerattn.bench.model import BenchModel, Size, gate_form
-from seerattn.bench.session import Session
-from seerattn.bench.timing import long_runs, peak_gib, reset_peak
+from seerattn.bench.check import check_attention_map
+from seerattn.bench.dense import default_backends, sdpa_backend
+from seerattn.bench.model import Size, gate_form
+from seerattn.bench.model_runs import ModelRuns, random_batch
+from seerattn.bench.options import ModelBench, contexts
+from seerattn.bench.session import Session, of_gates
+from seerattn.bench.timing import long_runs, reset_peak
 from seerattn.hf.distillation import GateLosses
 from seerattn.ops.resolve import preferred
 from seerattn.results.record import Result
 from seerattn.training.layer_loss import LayerLoss
 
-QUANTITIES = ("tokens_per_second", "peak_memory_gib")
 # The published recipe: steps, samples of a step, tokens of a sample (arXiv 2410.13276, section 5).
 RECIPE = (500, 16, 65536)
 
 
-def bench_distill(
-    session: Session,
-    size: Size,
-    *,
-    lengths: Sequence[int],
-    baselines: Sequence[str],
-    form: str,
-    repeats: int = 3,
-) -> list[Result]:
+@dataclass(frozen=True, kw_only=True)
+class DistillBench(ModelBench):
     """Tokens a second and peak memory of training steps and of plain forwards, at every length.
 
     A step is what `seerattn.training` does for a micro-batch of one sample: forward with `GateLosses`, backward,
     clipping and AdamW. (With accumulation the last two come once for several micro-batches.) Where the length is that
     of the published recipe, "distill_hours" follows: what the whole recipe takes on this device. Where fewer
     layers than the whole model's are measured it is scaled to all of them; ``cell["layers"]`` says how many were run.
-
-    Args:
-        session: what runs the measurements.
-        size: of the model.
-        lengths: tokens of a sample.
-        baselines: SDPA backends of the plain forward.
-        form: name of the gates.
-        repeats: timed runs of a cell, 2 at least; long ones are repeated twice.
-
-    Returns:
-        The results that there are.
     """
-    bench = _Steps(session, size, BenchModel(size, session.device), max(2, repeats))
-    rows: list[Result | None] = []
-    for name in baselines:
-        rows += [row for tokens in sorted(lengths) for row in bench.forward(tokens, name)]
-    for tokens in sorted(lengths):
-        rows += bench.distill(tokens, form)
-    return [row for row in rows if row is not None]
+
+    contexts: tuple[int, ...] = contexts(8192, 32768, 65536, low=128)
+
+    def run(self, session: Session, subject: Size) -> list[Result]:
+        """See `Bench`."""
+        bench = _Steps(session, subject, self.repeats)
+        rows: list[Result | None] = []
+        for name in self.baselines or default_backends(session.device):
+            rows += [row for tokens in self.lengths for row in bench.forward(tokens, name)]
+        for form in self.gates:
+            rows += [row for tokens in self.lengths for row in bench.distill(tokens, form)]
+        return [row for row in rows if row is not None]
 
 
-class _Steps:
+class _Steps(ModelRuns):
     """Forwards and training steps of one model."""
 
-    def __init__(self, session: Session, size: Size, model: BenchModel, repeats: int) -> None:
-        self.session, self.size, self.model, self.repeats = session, size, model, repeats
+    quantities = ("tokens_per_second", "peak_memory_gib")
 
     def forward(self, tokens: int, name: str) -> list[Result | None]:
         """The unpatched model without a graph."""
 
         def run() -> dict[str, dict[str, Any]]:
-            with sdpa_backend(name, self.session.device), torch.no_grad():
-                require_dense(self.session, self.size.shape, name)
-                model, inputs = self.model.plain(), self._inputs(tokens)
+            with sdpa_backend(name, self.device), torch.no_grad():
+                require_dense(self.session, self.shape, name)
+                model, inputs = self.model.plain(), random_batch(self.size, tokens, self.device)
                 return self._run(lambda: model(**inputs, logits_to_keep=1, use_cache=False), tokens)
 
         label = f"plain forward, dense {name}"
-        return self._measure(tokens, name, "forward", run, label=label, values={"realised_density": 1.0})
+        return self.measure(tokens, name, run, label, cell={"work": "forward"}, realised_density=1.0)
 
     def distill(self, tokens: int, form: str) -> list[Result | None]:
         """The model with fresh gates, training them; and the hours of the recipe."""
-        device, shape = self.session.device, self.size.shape
-        impl = preferred("attention_map", "auto", device)
-        c = gate_form(form)
-        sizes = {"block_q": c.block_q, "block_k": c.block_k}
+        impl, c = preferred("attention_map", "auto", self.device), gate_form(form)
 
         def run() -> dict[str, dict[str, Any]]:
-            self.session.check(f"pooled {impl}", lambda: check_pooled(attention_with_map, shape, device))
-            return self._run(_training_step(self.model.gated(form), self._inputs(tokens)), tokens)
+            check = lambda: check_attention_map(attention_with_map, self.shape, self.device)  # noqa: E731
+            self.session.check(f"map of {impl}", check)
+            batch = random_batch(self.size, tokens, self.device)
+            return self._run(_training_step(self.model.gated(form), batch), tokens)
 
-        values = {"selector": "gate", "gates": form, "realised_density": 1.0, "seed": 0}
-        label = f"distillation of gates {form}"
-        rows = self._measure(tokens, impl, "distill", run, label=label, values=values, cell=sizes)
+        label, cell = f"distillation of gates {form}", {"work": "distill", "block_q": c.block_q, "block_k": c.block_k}
+        values = of_gates(form) | {"realised_density": 1.0, "seed": 0}
+        rows = self.measure(tokens, impl, run, label, cell=cell, **values)
         return [*rows, self._hours(rows[0], label)]
 
     def _hours(self, speed: Result | None, label: str) -> Result | None:
@@ -105,7 +92,7 @@ class _Steps:
             seconds = steps * samples * tokens / speed.value * self.size.whole / self.size.layers
             return {"value": round(seconds / 3600, 2), "n": speed.n, "realised_density": 1.0}
 
-        values = {"selector": speed.selector, "gates": speed.gates, "seed": speed.seed}
+        values = of_gates(speed.name) | {"seed": speed.seed}
         cell = {name: value for name, value in speed.cell.items() if name not in ("impl", "device")}
         blank = self.session.blank(
             "distill_hours", model=speed.model, context=tokens, impl=speed.cell["impl"], cell=cell, **values
@@ -115,41 +102,12 @@ class _Steps:
             blank, run, label=f"{label}, hours of {steps} steps x {samples} x {tokens}{scaled}"
         )
 
-    def _inputs(self, tokens: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(tokens)
-        input_ids = torch.randint(3, self.size.vocab, (1, tokens), generator=generator)
-        positions = torch.arange(tokens)[None]
-        return {"input_ids": input_ids.to(self.session.device), "position_ids": positions.to(self.session.device)}
-
-    def _measure(
-        self,
-        tokens: int,
-        impl: str,
-        work: str,
-        run: Callable[[], dict[str, dict[str, Any]]],
-        *,
-        label: str,
-        values: dict[str, Any],
-        cell: dict[str, Any] | None = None,
-    ) -> list[Result | None]:
-        session = self.session
-        cell = {"dtype": self.size.shape.dtype_name, "layers": self.size.layers, "work": work} | (cell or {})
-        blanks = [
-            session.blank(what, model=self.size.name, context=tokens, impl=impl, cell=cell, **values)
-            for what in QUANTITIES
-            if what != "peak_memory_gib" or session.device.type == "cuda"
-        ]
-        return session.measured_together(blanks, run, label=f"{tokens:>7,} tokens, {label}")
-
     def _run(self, step: Callable[[], object], tokens: int) -> dict[str, dict[str, Any]]:
-        device = self.session.device
         self.session.release()
         step()
-        reset_peak(device)
-        seconds, _ = long_runs(step, device, repeats=self.repeats)
-        fields = {"n": len(seconds), "samples": {"seconds": [round(s, 5) for s in seconds]}}
-        found = {"tokens_per_second": tokens / median(seconds)} | peak_gib(device)
-        return {what: fields | {"value": round(value, 3)} for what, value in found.items()}
+        reset_peak(self.device)
+        seconds, _ = long_runs(step, self.device, repeats=self.repeats)
+        return self.fields({"tokens_per_second": tokens / median(seconds)}, {"seconds": seconds})
 
 
 def _training_step(model: PeftModel, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:

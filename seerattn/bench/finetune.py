@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from statistics import median
 from typing import Any
@@ -19,42 +20,34 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from seerattn.bench.attention import Sparse, require_dense, require_selection, require_sparse, share_of
 from seerattn.bench.backward import forward_and_backward
-from seerattn.bench.check import BLOCK, TOKENS, check_pooled
-from seerattn.bench.dense import dense_attention, sdpa_backend
+from seerattn.bench.check import BLOCK, TOKENS, check_attention_map
+from seerattn.bench.dense import default_backends, dense_attention, sdpa_backend
 from seerattn.bench.inputs import Shape, random_qkv
-from seerattn.bench.model import BenchModel, Size, gate_form, rotary_tables
-from seerattn.bench.session import Session
-from seerattn.bench.timing import device_time, long_runs, peak_gib, reset_peak
+from seerattn.bench.model import SIZES, BenchModel, Size, gate_form, rotary_tables
+from seerattn.bench.model_runs import ModelRuns, random_batch
+from seerattn.bench.options import ModelBench, contexts, densities, impl
+from seerattn.bench.session import Session, of_gates
+from seerattn.bench.timing import device_time, long_runs, reset_peak
 from seerattn.hf.attention import seer_attention
 from seerattn.hf.call import LayerCall
 from seerattn.hf.finetuning import SparseTraining
 from seerattn.hf.mask import make_mask
 from seerattn.hf.state import layer_states, learning
 from seerattn.ops.attention_map import attention_map
+from seerattn.ops.resolve import preferred
+from seerattn.options import option
 from seerattn.results.record import Result
 from seerattn.selection.block_indices import num_query_blocks
 from seerattn.selection.policies import TopK
 from seerattn.training.layer_loss import LayerLoss
 from seerattn.training.objective import Objective, is_gate
 
-LAYER = "finetune_layer_ms"
-STEP = ("finetune_step_ms", "tokens_per_second", "peak_memory_gib")
 # As near to 1 as keeps every block, yet by the sparse path: at 1 the model's own dense attention runs.
 ALL_BLOCKS = 1 - 1e-9
 
 
-def bench_finetune(
-    session: Session,
-    size: Size,
-    *,
-    lengths: Sequence[int],
-    sparsities: Sequence[float],
-    target_shares: Sequence[float],
-    baselines: Sequence[str],
-    forms: Sequence[str],
-    impl: str,
-    repeats: int = 3,
-) -> list[Result]:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneBench(ModelBench):
     """One layer's attention and whole steps, dense and with `SparseTraining`, at every length.
 
     "finetune_layer_ms" is forward and backward of attention alone; with gates that is selection, block-sparse
@@ -62,39 +55,38 @@ def bench_finetune(
     "finetune_step_ms", "tokens_per_second" and "peak_memory_gib" are of the forward and backward of the whole model
     with gradient checkpointing and the language-model loss in pieces, for one sample and without an optimizer.
 
-    Args:
-        session: what runs the measurements.
-        size: of the model.
-        lengths: tokens of a sample.
-        sparsities: shares of the causal block area that are not computed; 0 is dense attention while gates learn.
+    Attributes:
+        densities: shares of the causal block area that are computed; 1 is dense attention while gates learn.
         target_shares: shares of the query blocks whose targets are computed.
-        baselines: SDPA backends.
-        forms: names of gates.
-        impl: of the sparse attention.
-        repeats: timed steps of a cell, 2 at least; long ones are repeated twice.
-
-    Returns:
-        The results that there are.
+        impl: of the sparse attention; None is the fastest one.
     """
-    bench = _Finetuning(session, size, impl, max(2, repeats))
-    lengths = sorted(lengths)
-    rows: list[Result | None] = []
-    for name, tokens in product(baselines, lengths):
-        rows += [bench.dense_layer(tokens, name), *bench.dense_step(tokens, name)]
-    # Gates are attached once for all lengths.
-    for form, tokens, sparsity, share in product(forms, lengths, sorted(sparsities, reverse=True), target_shares):
-        density = round(1 - sparsity, 6)
-        rows += [bench.sparse_layer(tokens, form, density, share), *bench.sparse_step(tokens, form, density, share)]
-    return [row for row in rows if row is not None]
+
+    contexts: tuple[int, ...] = contexts(32768, low=128)
+    model: str = option("llama-3.2-1b", help="Shape, with random weights.", choices=(*SIZES,))
+    densities: tuple[float, ...] = densities(0.1, 0.5)
+    target_shares: tuple[float, ...] = option(
+        (0.1, 1.0), help="Shares of the query blocks that gates learn from.", above=0, high=1, flag=False
+    )
+    impl: str | None = impl()
+
+    def run(self, session: Session, subject: Size) -> list[Result]:
+        """See `Bench`."""
+        impl = self.impl or preferred("block_sparse_attention", "auto", session.device)
+        bench = _Finetuning(session, subject, self.repeats, impl)
+        rows: list[Result | None] = []
+        for name, tokens in product(self.baselines or default_backends(session.device)[::-1], self.lengths):
+            rows += [bench.dense_layer(tokens, name), *bench.dense_step(tokens, name)]
+        # Gates are attached once for all lengths.
+        sparse = product(self.gates, self.lengths, sorted(self.densities), self.target_shares)
+        for form, tokens, density, share in sparse:
+            rows += [bench.sparse_layer(tokens, form, density, share), *bench.sparse_step(tokens, form, density, share)]
+        return [row for row in rows if row is not None]
 
 
-class _Finetuning:
+class _Finetuning(ModelRuns):
     """Layers and steps of one model."""
 
-    def __init__(self, session: Session, size: Size, impl: str, repeats: int) -> None:
-        self.session, self.size, self.impl, self.repeats = session, size, impl, repeats
-        self.shape, self.device = size.shape, session.device
-        self.model = BenchModel(size, session.device, impl)
+    quantities = ("finetune_step_ms", "tokens_per_second", "peak_memory_gib")
 
     def dense_layer(self, tokens: int, name: str) -> Result | None:
         """Dense attention, as `seerattn bench attention --backward` times it."""
@@ -105,9 +97,7 @@ class _Finetuning:
             attend = forward_and_backward(lambda *x: dense_attention(name, *x)(), *qkv)
             return device_time(attend, self.device).fields()
 
-        values = {"realised_density": 1.0}
-        blank = self._blank(LAYER, str(self.shape), tokens, name, {"work": "fine-tuning layer"}, values)
-        return self.session.measured(blank, run, label=f"{tokens:>7,} tokens, layer, dense {name}")
+        return self._layer(tokens, name, run, f"dense {name}", {}, realised_density=1.0)
 
     def dense_step(self, tokens: int, name: str) -> list[Result | None]:
         """The unpatched model with one SDPA backend."""
@@ -118,7 +108,7 @@ class _Finetuning:
             with sdpa_backend(name, self.device):
                 return self._time_steps(self.model.plain(), tokens, lambda: None)
 
-        return self._steps(tokens, name, run, f"dense {name}", {}, {"realised_density": 1.0})
+        return self._step(tokens, name, run, f"dense {name}", {}, realised_density=1.0)
 
     def sparse_layer(self, tokens: int, form: str, density: float, share: float) -> Result | None:
         """The attention of a layer of the model with gates, called as the model calls it."""
@@ -132,9 +122,8 @@ class _Finetuning:
             timing = device_time(lambda: layer(sparse_training(density, share)), self.device)
             return timing.fields() | {"realised_density": realised}
 
-        cell, values, label = self._sparse(form, density, share, "layer")
-        blank = self._blank(LAYER, str(self.shape), tokens, self.impl, cell, values)
-        return self.session.measured(blank, run, label=f"{tokens:>7,} tokens, layer, {label}")
+        cell, values, label = self._sparse(form, density, share)
+        return self._layer(tokens, self.impl, run, label, cell, **values)
 
     def sparse_step(self, tokens: int, form: str, density: float, share: float) -> list[Result | None]:
         """The model with fresh gates."""
@@ -143,8 +132,8 @@ class _Finetuning:
             self._require(form)
             return self._time_steps(self.model.gated(form), tokens, lambda: sparse_training(density, share))
 
-        cell, values, label = self._sparse(form, density, share, "step")
-        return self._steps(tokens, self.impl, run, label, cell, values)
+        cell, values, label = self._sparse(form, density, share)
+        return self._step(tokens, self.impl, run, label, cell, **values)
 
     def _require(self, form: str) -> None:
         """Checks every part of sparse training and a whole step, once a session."""
@@ -152,38 +141,37 @@ class _Finetuning:
         kind = Sparse(self.impl, c.block_q, c.block_k, share_of(c))
         require_sparse(session, shape, kind, backward=True)
         require_selection(session, shape, form, c.block_q, c.block_k, "auto")
-        session.check("targets of query blocks", lambda: check_pooled(_attention_and_targets, shape, device))
+        session.check("targets of query blocks", lambda: check_attention_map(_attention_and_targets, shape, device))
         title = f"training step of gates {form} with all blocks, {self.impl}"
         session.check(title, lambda: check_step(shape, device, form=form, impl=self.impl))
 
-    def _sparse(self, form: str, density: float, share: float, work: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    def _sparse(self, form: str, density: float, share: float) -> tuple[dict[str, Any], dict[str, Any], str]:
         """Cell, values and label of a measurement with gates."""
         c, policy = gate_form(form), TopK(density=density)
         cell = Sparse(self.impl, c.block_q, c.block_k, share_of(c)).cell(self.shape)
-        cell |= {"work": f"fine-tuning {work}", "target_share": share}
-        values = {"selector": "gate", "gates": form, "policy": policy.to_dict(), "density": density, "seed": 0}
-        return cell, values, f"gates {form}, sparsity {1 - density:.3g}, targets of {share:.0%} of the query blocks"
+        cell["target_share"] = share
+        values = of_gates(form) | {"settings": policy.to_dict(), "density": density, "seed": 0}
+        return cell, values, f"gates {form}, density {density:g}, targets of {share:.0%} of the query blocks"
 
-    def _steps(
+    def _layer(
+        self, tokens: int, impl: str, run: Callable[[], dict[str, Any]], label: str, cell: dict[str, Any], **values: Any
+    ) -> Result | None:
+        cell = {"dtype": self.shape.dtype_name, "work": "fine-tuning layer"} | cell
+        sizes = {"model": str(self.shape), "context": tokens, "impl": impl}
+        blank = self.session.blank("finetune_layer_ms", **sizes, cell=cell, **values)
+        return self.session.measured(blank, run, label=f"{tokens:>7,} tokens, layer, {label}")
+
+    def _step(
         self,
         tokens: int,
         impl: str,
         run: Callable[[], dict[str, dict[str, Any]]],
         label: str,
         cell: dict[str, Any],
-        values: dict[str, Any],
+        **values: Any,
     ) -> list[Result | None]:
-        cell = {"work": "fine-tuning step", "layers": self.size.layers} | cell
-        whats = [what for what in STEP if what != "peak_memory_gib" or self.device.type == "cuda"]
-        blanks = [self._blank(what, self.size.name, tokens, impl, cell, values) for what in whats]
-        label = f"{tokens:>7,} tokens, step of {self.size.layers} layers, {label}"
-        return self.session.measured_together(blanks, run, label=label)
-
-    def _blank(
-        self, what: str, model: str, tokens: int, impl: str, cell: dict[str, Any], values: dict[str, Any]
-    ) -> Result:
-        cell = {"dtype": self.shape.dtype_name} | cell
-        return self.session.blank(what, model=model, context=tokens, impl=impl, cell=cell, **values)
+        label = f"step of {self.size.layers} layers, {label}"
+        return self.measure(tokens, impl, run, label, cell={"work": "fine-tuning step"} | cell, **values)
 
     def _time_steps(
         self, model: PreTrainedModel | PeftModel, tokens: int, training: Callable[[], SparseTraining | None]
@@ -201,10 +189,8 @@ class _Finetuning:
         realised = _realised(step())
         reset_peak(self.device)
         seconds, _ = long_runs(step, self.device, repeats=self.repeats)
-        fields = {"n": len(seconds), "samples": {"seconds": [round(s, 5) for s in seconds]}}
-        fields |= {"realised_density": realised}
         found = {"finetune_step_ms": 1e3 * median(seconds), "tokens_per_second": tokens / median(seconds)}
-        return {what: fields | {"value": round(value, 3)} for what, value in (found | peak_gib(self.device)).items()}
+        return self.fields(found, {"seconds": seconds}, realised_density=realised)
 
 
 def sparse_training(density: float, target_share: float) -> SparseTraining:
@@ -217,12 +203,6 @@ def trainable(model: PreTrainedModel | PeftModel) -> Objective:
     objective = Objective(model.requires_grad_(True)).train()
     objective.set_checkpointing(True)
     return objective
-
-
-def random_batch(size: Size, tokens: int, device: torch.device) -> dict[str, Tensor]:
-    """One sample of random tokens."""
-    input_ids = torch.randint(3, size.vocab, (1, tokens), generator=torch.Generator().manual_seed(tokens))
-    return {"input_ids": input_ids.to(device), "position_ids": torch.arange(tokens, device=device)[None]}
 
 
 def losses(objective: Objective, batch: dict[str, Tensor], training: SparseTraining | None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, forced_block_mask
+from seerattn.texts import short
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,19 @@ class Shape:
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim) < 1 or self.heads % self.kv_heads:
-            raise ValueError(f"heads must be a multiple of kv-heads, got {self.heads} and {self.kv_heads}")
+            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+
+    @classmethod
+    def parse(cls, text: str, dtype: torch.dtype) -> Shape:
+        """Reads "32x8x128", query heads x key/value heads x channels of a head.
+
+        Raises:
+            ValueError: it is something else, or no layer has it.
+        """
+        numbers = text.split("x")
+        if len(numbers) != 3 or not all(number.isdecimal() and len(number) < 10 for number in numbers):
+            raise ValueError(f"shape must be HEADSxKV_HEADSxHEAD_DIM such as 32x8x128, got {short(text)}")
+        return cls(*map(int, numbers), dtype)
 
     def __str__(self) -> str:
         return f"{self.heads}/{self.kv_heads} heads of {self.head_dim}"

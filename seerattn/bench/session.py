@@ -58,7 +58,7 @@ class Session:
 
     def blank(self, what: str, *, model: str, context: int, impl: str, cell: dict[str, Any], **values: Any) -> Result:
         """A result without a value: what it will be found by."""
-        values = {"selector": "dense", "text": "random", "unit": "runs"} | values
+        values = {"method": "dense", "kind": "dense", "name": "dense", "text": "random", "unit": "runs"} | values
         cell = {"impl": impl, "device": self.device_name} | cell
         return Result(what=what, value=None, n=0, model=model, context=context, cell=cell, **values)
 
@@ -151,7 +151,7 @@ UNITS = {
     "attention_ms": "ms",
     "attention_training_ms": "ms with backward",
     "selection_ms": "ms",
-    "pooled_ms": "ms",
+    "attention_map_ms": "ms",
     "extra_memory_mib": "MiB beyond the results",
     "ttft_s": "s",
     "finetune_layer_ms": "ms with backward",
@@ -161,6 +161,11 @@ UNITS = {
     "tokens_per_second": "tokens/s",
     "distill_hours": "hours",
 }
+
+
+def of_gates(form: str) -> dict[str, str]:
+    """What results say of gates with random weights."""
+    return {"method": "gate", "kind": "learned", "name": form}
 
 
 def shown(row: Result) -> str:

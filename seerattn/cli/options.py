@@ -19,11 +19,21 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from seerattn.options import has_options, options_of, parse_options, parse_value, read_options
+from seerattn.options import (
+    choices_of,
+    has_options,
+    nested,
+    options_of,
+    parse_options,
+    parse_value,
+    read_options,
+)
 from seerattn.texts import short, visible
+from seerattn.yaml_files import read_yaml
 
 _METAVARS = {int: "NUMBER", float: "NUMBER", Path: "PATH"}
 _CONFIG = "YAML file of options by name; flags go before it."
+_SET = "A rarer option, may be repeated."
 
 
 def from_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -35,15 +45,18 @@ def from_options(command: Callable[..., None]) -> Callable[..., None]:
     flags = [
         _parameter(name, *known) for kind in kinds.values() for name, known in options_of(kind).items() if known[2].flag
     ]
-    rest = [name for kind in kinds.values() for name, known in options_of(kind).items() if not known[2].flag]
+    rest = {n: known for kind in kinds.values() for n, known in options_of(kind).items() if not known[2].flag}
     if rest:
-        flags.append(_keyword("set_", list[str] | None, f"NAME=VALUE of {', '.join(rest)}; may be repeated.", "--set"))
-    flags.append(_keyword("config_", Path | None, _CONFIG, "--config"))
+        told = " ".join(_told(name, *known) for name, known in rest.items())
+        flags.append(_keyword("set_", list[str] | None, f"{_SET} {told}", "--set", metavar="NAME=VALUE"))
+    flags.append(_keyword("config_", Path | None, _CONFIG, "--config", metavar="PATH"))
 
     @functools.wraps(command)
     def wrapped(**arguments: Any) -> None:
         file, words = arguments.pop("config_"), arguments.pop("set_", None) or []
-        values = {} if file is None else read_yaml(file)
+        # An experiment knows which of its values are places beside the file.
+        read = next((kind.read_file for kind in kinds.values() if hasattr(kind, "read_file")), read_yaml)
+        values = {} if file is None else read(file)
         known = {name for kind in kinds.values() for name in options_of(kind)}
         unknown = [name for name in values if name not in known]
         if unknown:
@@ -73,43 +86,33 @@ def from_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds, names with underscores.
-
-    Raises:
-        ValueError: the file is none, or holds something else.
-    """
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"config must be a YAML file, got {path}, which is none")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    # PyYAML raises the last ones of values that do not fit their tags, and of dates that there are not.
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"config must be YAML, got {path}: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ValueError(f"config must be a mapping of options by name, got {short(values)} in {path}")
-    return {name.replace("-", "_"): value for name, value in values.items()}
-
-
 def _parameter(name: str, field: Any, hint: Any, about: Any) -> inspect.Parameter:
     """The flag of one option. Its own default is None, so that one that is given is told from one that is not."""
     kinds = [one for one in get_args(hint) if one is not NoneType] or [hint]
     kinds = kinds if get_origin(hint) not in (Literal, tuple) else [hint]
     rest: dict[str, Any] = {"rich_help_panel": about.panel or None}
+    help = about.help if get_origin(hint) is Literal else _helped(hint, about)
+    names: tuple[str, ...] = ()
     if bool in kinds:
         kind: Any = bool | None
+        # What is off needs no flag that turns it off.
+        names = () if field.default else (f"--{name.replace('_', '-')}",)
     elif get_origin(hint) is Literal:
         kind = hint | None
+    elif about.forms:
+        kind = list[str] | None
+        rest["metavar"] = "FORM or NAME=VALUE"
+        told = " ".join(_told(name, *known) for name, known in options_of(nested(hint)).items())
+        help += f" May be repeated. FORM is {' or '.join(about.forms)}. {told}"
     elif about.repeat:
         kind = list[str] | None
+        rest["metavar"] = "TEXT"
     else:
         kind = str | None
         rest["metavar"] = _METAVARS.get(kinds[0], "TEXT" if get_origin(kinds[0]) is not tuple else "VALUE,...")
     if field.default is MISSING:
-        return _keyword(name, kind, f"{about.help} Must be given.", **rest)
-    return _keyword(name, kind, about.help, show_default=_shown(field.default), **rest)
+        return _keyword(name, kind, f"{help} Must be given.", *names, **rest)
+    return _keyword(name, kind, help, *names, show_default=_shown(field.default), **rest)
 
 
 def _keyword(name: str, kind: Any, help: str, *flags: str, show_default: Any = False, **rest: Any) -> inspect.Parameter:
@@ -121,9 +124,21 @@ def _shown(default: Any) -> str | bool:
     if default is None or default == "":
         return False
     if isinstance(default, bool):
-        return "yes" if default else "no"
+        return "yes" if default else False
     values = default if isinstance(default, tuple) else (default,)
     return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values) or False
+
+
+def _told(name: str, field: Any, hint: Any, about: Any) -> str:
+    """An option that is no flag of its own, for the help of the flag that takes it."""
+    default = f" ({_shown(field.default)})" if field.default is not MISSING and _shown(field.default) else ""
+    return f"{name}{default}: {_helped(hint, about)}"
+
+
+def _helped(hint: Any, about: Any) -> str:
+    """What an option is for, and which values it may be."""
+    choices = ", ".join(map(str, choices_of(hint, about)))
+    return about.help + (f" Of {choices}." if choices else "")
 
 
 def _name_of(word: str) -> str:

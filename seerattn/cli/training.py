@@ -1,57 +1,119 @@
-"""What the commands that train share."""
+"""What the commands that train share: all of it but how they train."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import typer
+from rich.table import Table
+
+from seerattn.cli.terminal import say, screen
+from seerattn.gate import AttnGateConfig
+from seerattn.options import check_options, option
+from seerattn.texts import visible
+from seerattn.training.config import TRAINING, RunConfig
+from seerattn.training.output import check_output
+from seerattn.training.processes import is_main, is_sharded
+from seerattn.training.run import TrainingRun
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from seerattn.eval.arms import EvalModel
-
-TRAINING = "Training"  # the panel of --help
-LOSSES = "kl, mse, smooth_l1, overlap or ranking"
-
-DataOption = Annotated[
-    list[str], typer.Option(help=".jsonl or .txt file (also .gz, .bz2, .xz), folder, or dataset; can be repeated.")
-]
-ContextOption = Annotated[int, typer.Option(help="Tokens of a sample.")]
-StepsOption = Annotated[int, typer.Option(help="Optimizer steps.")]
-BatchSizeOption = Annotated[int, typer.Option(help="Samples of a step, over all processes.", rich_help_panel=TRAINING)]
-MicroBatchSizeOption = Annotated[
-    int, typer.Option(help="Samples that one process runs at once.", rich_help_panel=TRAINING)
-]
-WarmupStepsOption = Annotated[
-    int | None, typer.Option(help="Steps of warm-up; default 20, or 5 % of a short run.", rich_help_panel=TRAINING)
-]
-LoggingStepsOption = Annotated[int, typer.Option(help="Steps between records.", rich_help_panel=TRAINING)]
-SaveStepsOption = Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel=TRAINING)]
-KeepCheckpointsOption = Annotated[int, typer.Option(help="Checkpoints to keep.", rich_help_panel=TRAINING)]
-ReportToOption = Annotated[str, typer.Option(help="Tracker, such as wandb or tensorboard.", rich_help_panel=TRAINING)]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one.", rich_help_panel=TRAINING)
-]
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in the output folder.", rich_help_panel=TRAINING)
-]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=TRAINING)
-]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of gates and data.", rich_help_panel=TRAINING)]
+_GATES = "Gates"  # the panel of --help
 
 
-def local_device(name: str | None) -> torch.device:
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is trained, on what, from which gates on, and where.
+
+    Attributes:
+        model: a folder or the name of a model on the Hub.
+        data: see `seerattn.data.text.read_documents`.
+        output: folder of the result.
+        gates: folder of gates to start from, which have their form.
+        gate: form of fresh gates.
+        layers: with a fresh gate, such as "0-3,7"; None is all.
+        device: see `choose_device`; under torchrun the GPU of this process.
+        dtype: of the weights, see `choose_dtype`.
+        trust_remote_code: whether code that comes with the model may run.
+        resume: continue the run in the output folder.
+        dry_run: show the plan and write nothing.
+    """
+
+    model: str = option(help="Model: a folder or Hub id.")
+    data: tuple[str, ...] = option(
+        help=".jsonl or .txt file (also .gz, .bz2, .xz), folder, or dataset; can be repeated.", repeat=True
+    )
+    output: Path = option(help="New folder for the result.")
+    gates: Path | None = option(None, help="Trained gates to start from; default: fresh ones.", panel=_GATES)
+    gate: AttnGateConfig | None = option(
+        None,
+        help="Form of fresh gates.",
+        forms={"default": AttnGateConfig, "paper": AttnGateConfig.paper},
+        panel=_GATES,
+    )
+    layers: str | None = option(None, help="Layers with a fresh gate, such as 0-3,7; default all.", panel=_GATES)
+    device: str | None = option(None, help="cpu, cuda, ...; default: cuda if there is one.", panel=TRAINING)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", help="Of the weights; auto: what fits the device and the command.", panel=TRAINING
+    )
+    trust_remote_code: bool = option(False, help="Run code that comes with the model.", panel=TRAINING)
+    resume: bool = option(False, help="Continue the run in the output folder.", panel=TRAINING)
+    dry_run: bool = option(False, help="Show the plan and write nothing.", panel=TRAINING)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def train(kind: type[TrainingRun], config: RunConfig, setup: Setup) -> None:
+    """Plans a run, shows the plan, and carries it out.
+
+    Raises:
+        ValueError: what is asked for does not fit together; nothing was written.
+    """
+    layers = _layers(setup.layers)
+    check_output(setup.output, resume=setup.resume)
+    device = _local_device(setup.device)
+    model, tokenizer = _load(setup, device)
+    start = {"gates": setup.gates, "gate": setup.gate, "layers": layers}
+    run = kind.plan(model, tokenizer, setup.data, config, **start, device=device)
+    if is_main():
+        show_plan(run.describe())
+    if setup.dry_run:
+        return
+    run.run(setup.output, resume=setup.resume)
+    if is_main():
+        say(f"what was trained is in {setup.output}")
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """Indices out of a list such as "0-3,7".
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"layers must be numbers and ranges such as 0-3,7, got {text!r}")
+        layers += range(int(first), int(last or first) + 1)
+    return sorted(set(layers))
+
+
+def _local_device(name: str | None) -> torch.device:
     """The device of that name, under torchrun the GPU of this process.
 
     Raises:
         ValueError: there is no such device here.
     """
-    from seerattn.eval.arms import choose_device
+    from seerattn.hf.eval_model import choose_device
 
     # Each process asks for its own GPU alone: a context of every process on the first one would fill it.
     on_gpu = choose_device().type == "cuda" if name is None else name == "cuda"
@@ -60,50 +122,31 @@ def local_device(name: str | None) -> torch.device:
     return choose_device(name)
 
 
-def load_base(
-    name: str,
-    *,
-    device: torch.device,
-    dtype: str,
-    context: int = 0,
-    dry_run: bool,
-    trust_remote_code: bool = False,
-) -> EvalModel:
+def _load(setup: Setup, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model to be trained and its tokenizer, for a dry run without its weights.
 
     Under FSDP of accelerate weights go to the memory of the host, to be sharded from there when training begins; with
     ``fsdp_cpu_ram_efficient_loading`` the first process alone reads them.
 
-    Args:
-        name: a folder or the name of a model on the Hub.
-        device: where it will train.
-        dtype: of the weights, see `seerattn.eval.arms.choose_dtype`.
-        context: longest context that will be asked for.
-        dry_run: whether nothing will be trained.
-        trust_remote_code: whether code that comes with the model may run.
-
     Raises:
-        ValueError: no such model, a context longer than the model's, or FSDP that cannot be used.
+        ValueError: no such model, or FSDP that cannot be used.
     """
     import torch
     from transformers.integrations import is_fsdp_enabled
 
-    from seerattn.eval.arms import choose_dtype, load_eval_model
-    from seerattn.training.runs import is_main, is_sharded
+    from seerattn.hf.eval_model import choose_dtype
+    from seerattn.hf.loading import read_config, read_model, read_tokenizer
 
-    place = device
-    if dry_run:
+    place, trust = device, {"trust_remote_code": setup.trust_remote_code}
+    if setup.dry_run:
         place = torch.device("meta")
     elif is_sharded():
         _begin_fsdp(device)
         place = torch.device("cpu" if is_main() or not is_fsdp_enabled() else "meta")
-    return load_eval_model(
-        name,
-        device=place,
-        dtype=choose_dtype(dtype, device),
-        context=context,
-        trust_remote_code=trust_remote_code,
-    )
+    config = read_config(setup.model, **trust)
+    tokenizer = read_tokenizer(setup.model, **trust)
+    dtype = getattr(torch, choose_dtype(setup.dtype, device))
+    return read_model(setup.model, dtype=dtype, device=place, config=config, **trust), tokenizer
 
 
 def _begin_fsdp(device: torch.device) -> None:
@@ -131,11 +174,6 @@ def _begin_fsdp(device: torch.device) -> None:
 
 def show_plan(described: dict[str, str]) -> None:
     """Shows what will be done."""
-    from rich.table import Table
-
-    from seerattn.cli.terminal import screen
-    from seerattn.texts import visible
-
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     for name, value in described.items():

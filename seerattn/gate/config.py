@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from reprlib import repr as short
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
-from seerattn.selection.map_form import PUBLISHED, Keys, MapForm
+from seerattn.options import check_options, option, read_options
+from seerattn.selection.map_form import MAX_POWER, PUBLISHED, Keys, MapForm
+from seerattn.texts import short
 
 Pooling = Literal["avg", "max", "min", "salient"]
 Share = Literal["query_head", "kv_group"]
 Init = Literal["identity", "normal"]
 
 BLOCK_SIZES = (32, 64, 128)
-POOLINGS: tuple[str, ...] = get_args(Pooling)
 # Nothing that is of use comes near these, and a slip of the keyboard must not fill the memory.
 MAX_GATE_DIM = 1024
 MAX_DISTANCES = 1 << 16
@@ -65,23 +65,27 @@ class AttnGateConfig:
             target and out of the gate's softmax while training, so that the gate need not learn them.
     """
 
-    block_q: int = 64
-    block_k: int = 64
-    q_pooling: tuple[Pooling, ...] = ("salient",)
-    k_pooling: tuple[Pooling, ...] = ("salient", "max", "min")
-    q_linear: bool = True
-    gate_dim: int | None = None
-    rope: bool = True
-    qk_norm: bool = False
-    target_keys: Keys = "sum"
-    target_power: float | None = 4.0
-    query_subblocks: int = 4
-    key_subblocks: int = 8
-    normalize_subblocks: bool = True
-    distance_bias: int = 0
-    share: Share = "query_head"
-    init: Init = "identity"
-    exclude_forced: bool = True
+    block_q: int = option(64, help="Tokens of a query block.", choices=BLOCK_SIZES)
+    block_k: int = option(64, help="Tokens of a key block.", choices=BLOCK_SIZES)
+    q_pooling: tuple[Pooling, ...] = option(("salient",), help="How queries become one vector.")
+    k_pooling: tuple[Pooling, ...] = option(("salient", "max", "min"), help="How keys become one vector.")
+    q_linear: bool = option(True, help="A linear after the query pooling.")
+    gate_dim: int | None = option(None, help="Width of the gate, even; default the head dim.", low=2, high=MAX_GATE_DIM)
+    rope: bool = option(True, help="Rotate gate queries and keys.")
+    qk_norm: bool = option(False, help="RMSNorm on both sides.")
+    target_keys: Keys = option("sum", help="What a query row gives to a key block, of its probabilities there.")
+    target_power: float | None = option(
+        4.0, help="Power mean of that over query rows to learn; none is the largest.", low=1, high=MAX_POWER
+    )
+    query_subblocks: int = option(4, help="Pieces that a query block is pooled in.", low=1)
+    key_subblocks: int = option(8, help="Pieces that a key block is pooled in.", low=1)
+    normalize_subblocks: bool = option(True, help="Softmax within each query piece before they are reduced.")
+    distance_bias: int = option(
+        0, help="Learned bias by block distance, up to so many blocks.", low=0, high=MAX_DISTANCES
+    )
+    share: Share = option("query_head", help="Whose one gate is.")
+    init: Init = option("identity", help="Weights to start from.")
+    exclude_forced: bool = option(True, help="Train without the blocks that selection keeps anyway.")
 
     @classmethod
     def paper(cls, **overrides) -> AttnGateConfig:
@@ -103,41 +107,22 @@ class AttnGateConfig:
         return replace(form, **overrides)
 
     def __post_init__(self) -> None:
+        if self.target_power == math.inf:
+            object.__setattr__(self, "target_power", None)  # JSON has no infinity
+        check_options(self)
         for name in ("q_pooling", "k_pooling"):
             kinds = getattr(self, name)
-            listed = isinstance(kinds, (list, tuple)) and all(isinstance(kind, str) for kind in kinds)
-            if not listed or not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(POOLINGS):
-                raise ValueError(f"{name} must be a non-empty subset of {list(POOLINGS)}, got {short(kinds)}")
-            object.__setattr__(self, name, tuple(kinds))
-        for name, pieces in (("block_q", "query_subblocks"), ("block_k", "key_subblocks")):
-            block, count = getattr(self, name), getattr(self, pieces)
-            if not _is_int(block) or block not in BLOCK_SIZES:
-                raise ValueError(f"{name} must be one of {list(BLOCK_SIZES)}, got {short(block)}")
-            if not _is_int(count) or count < 1 or block % count:
-                raise ValueError(f"sub-blocks must divide {name} = {block}, got {short(count)}")
-        for name in ("q_linear", "rope", "qk_norm", "normalize_subblocks", "exclude_forced"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {short(getattr(self, name))}")
-        for name, choices in (("share", get_args(Share)), ("init", get_args(Init))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {list(choices)}, got {short(getattr(self, name))}")
-        width = self.gate_dim
-        if width is not None and not (_is_int(width) and 2 <= width <= MAX_GATE_DIM and width % 2 == 0):
-            raise ValueError(f"gate_dim must be an even number of 2 to {MAX_GATE_DIM} or None, got {short(width)}")
-        try:
-            target = self.target
-        except ValueError as error:  # it begins with the name of the field there
-            raise ValueError(f"target_{error}") from None
-        # JSON has no infinity.
-        object.__setattr__(self, "target_power", None if target.power == math.inf else target.power)
+            if not kinds or len(set(kinds)) < len(kinds):
+                raise ValueError(f"{name} must be one pooling or several different ones, got {short(kinds)}")
+        for block, pieces in (("block_q", "query_subblocks"), ("block_k", "key_subblocks")):
+            if getattr(self, block) % getattr(self, pieces):
+                raise ValueError(f"{pieces} must divide {block} = {getattr(self, block)}, got {getattr(self, pieces)}")
+        if self.gate_dim is not None and self.gate_dim % 2:
+            raise ValueError(f"gate_dim must be even, got {self.gate_dim}")
         if not self.q_linear and (len(self.q_pooling) > 1 or self.share == "kv_group"):
             raise ValueError(
-                "q_linear=False needs a single query pooling and share='query_head', "
-                f"got {list(self.q_pooling)} and {self.share!r}; set q_linear=True"
-            )
-        if not (_is_int(self.distance_bias) and 0 <= self.distance_bias <= MAX_DISTANCES):
-            raise ValueError(
-                f"distance_bias must be 0 or a number of blocks up to {MAX_DISTANCES}, got {short(self.distance_bias)}"
+                "q_linear must be true for several query poolings or share='kv_group', "
+                f"got false with {list(self.q_pooling)} and {self.share!r}"
             )
 
     @property
@@ -168,11 +153,4 @@ class AttnGateConfig:
         """
         if not isinstance(values, dict):
             raise ValueError(f"gate config must be a dictionary of fields of AttnGateConfig, got {short(values)}")
-        unknown = [key for key in values if key not in {f.name for f in fields(cls)}]
-        if unknown:
-            raise ValueError(f"gate config must only hold fields of AttnGateConfig, got unknown {short(unknown)}")
-        return cls(**PUBLISHED_TARGET | values)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        return read_options(cls, PUBLISHED_TARGET | values, where="gate config")

@@ -18,7 +18,7 @@ def model_card(facts: dict[str, Any], parameters: int, records: list[dict[str, A
     """Markdown with the metadata that PEFT and the Hub read.
 
     Args:
-        facts: what decided the run, see `distill.Plan.facts`.
+        facts: what decided the run, see `TrainingRun.facts`.
         parameters: of all gates together.
         records: of the run, the first before any training.
     """
@@ -29,7 +29,7 @@ def model_card(facts: dict[str, Any], parameters: int, records: list[dict[str, A
         before, after, best = (f"{x:.4f}" for x in (records[0][key], last[key], last[f"oracle_{key}"]))
         rows.append(f"| target recall at density {key.partition('@')[2]} | {before} | {after} | {best} |")
     layers = "all full-attention layers" if facts["layers"] is None else f"layers {facts['layers']}"
-    layers += f", starting from the gates in {facts['gates'][0]}" if "gates" in facts else ""
+    layers += "" if facts["gates"] is None else f", starting from the gates in {facts['gates'][0]}"
     documents = _documents(facts)
     table = "\n".join(rows)
     return f"""{_metadata(facts["model"])}
@@ -69,7 +69,7 @@ def finetuned_card(facts: dict[str, Any], model: str, records: list[dict[str, An
     """Markdown of gates that were trained together with their model.
 
     Args:
-        facts: what decided the run, see `finetune.Plan.facts`.
+        facts: what decided the run, see `TrainingRun.facts`.
         model: where the fine-tuned weights are.
         records: of the run.
     """

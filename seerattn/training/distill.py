@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from seerattn.data.corpus import Corpus
-from seerattn.data.samples import Samples, collate
-from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.gate import AttnGateConfig
 from seerattn.hf.config import check_gate_folder
+from seerattn.options import option
 from seerattn.saving import staged
-from seerattn.training.checkpoints import delete_checkpoints
-from seerattn.training.layer_loss import LayerLoss
+from seerattn.training.config import TRAINING, RunConfig
 from seerattn.training.memory import estimate_memory
-from seerattn.training.output import (
-    CHECKPOINTS_NAME,
-    LOG_NAME,
-    check_output,
-    check_replaced,
-    records,
-)
-from seerattn.training.runs import (
-    RunConfig,
-    as_bytes,
-    attach_gates,
-    check_positive,
-    describe_samples,
-    gate_form,
-    gates_start,
-    make_samples,
-    shared_facts,
-    training_arguments,
-    working,
-)
+from seerattn.training.output import check_output, records
+from seerattn.training.run import TrainingRun
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-WEIGHTS_NAME = "adapter_model.safetensors"
+    from seerattn.training.trainer import DistillTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +35,7 @@ class DistillConfig(RunConfig):
     65536 tokens at a learning rate of 1e-3, and leaves out a quarter of the rows.
 
     Attributes:
-        lr: peak learning rate of AdamW; None is that of `fitting_lr`.
+        lr: peak learning rate of AdamW; None is that of `fitting_lr`, 5e-3 for narrow heads.
         batch_size: see `RunConfig`; gates learn more of many small steps than of few large ones.
         target_share: see `RunConfig`; a quarter of the query blocks teaches as much as all of them.
         drop_rows: share of the first query-block rows of every document that the loss leaves out; officially 0.25.
@@ -62,129 +43,78 @@ class DistillConfig(RunConfig):
             depend on it, and `set_policy` changes it at any time.
     """
 
-    lr: float | None = None
-    batch_size: int = 2
-    target_share: float = 0.25
-    drop_rows: float = 0.0
-    density: float = 0.2
+    lr: float | None = option(
+        None, help="Peak learning rate; default: one that fits the head dim.", above=0, panel=TRAINING
+    )
+    batch_size: int = option(2, help="Samples of a step, over all processes.", low=1, panel=TRAINING)
+    target_share: float = option(
+        0.25, help="Share of the query blocks to learn from, others every step.", above=0, high=1, flag=False
+    )
+    drop_rows: float = option(
+        0.0, help="Share of early query rows to leave out; officially 0.25.", low=0, below=1, flag=False
+    )
+    density: float = option(
+        0.2, help="Density that the gates run at when they are loaded.", above=0, high=1, flag=False
+    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lr is not None:
-            check_positive("lr", self.lr)
-        if not 0 <= self.drop_rows < 1:
-            raise ValueError(f"drop_rows must be in [0, 1), got {self.drop_rows}")
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density must be in (0, 1], got {self.density}")
-
-
-def fitting_lr(head_dim: int) -> float:
-    """Peak learning rate for gates of heads so wide.
-
-    A step of AdamW moves every weight by the rate. A score sums ``head_dim`` moves of the one linear times ``head_dim``
-    features of the other side, over the root of the width, so that the rate falls with ``head_dim ** 1.5``. At 5e-3
-    gates of SmolLM2, whose heads have 64 channels, learned fastest. Those of Gemma 3, with 256, fell apart
-    (docs/LOG.md).
-    """
-    return 5e-3 * min(1.0, (64 / head_dim) ** 1.5)
+    narrow_rate: ClassVar[float] = 5e-3
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run that was checked and is ready; nothing has been written.
+@dataclass(frozen=True, kw_only=True)
+class DistillRun(TrainingRun):
+    """A distillation that is ready: the model is a `PeftModel` whose gates alone are trained."""
 
-    Attributes:
-        model: the base model with gates.
-        samples: the data.
-        config: how the gates are trained.
-        start: folder of the gates to start from, with the hash of their weights; None are fresh ones.
-        device: where it will train; a model without weights, or one to be sharded, is elsewhere before.
-    """
-
-    model: PeftModel
-    samples: Samples
     config: DistillConfig
-    start: tuple[str, str] | None
-    device: torch.device
 
-    @property
-    def gates(self) -> list[AttnGate]:
-        """The gates, in the order of the layers."""
-        return [module for module in self.model.modules() if isinstance(module, AttnGate)]
+    result: ClassVar[str] = "adapter_model.safetensors"
+    schedule: ClassVar[str] = "cosine"
 
-    @property
-    def parameters(self) -> int:
-        """Trainable parameters."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+    def run(self, output: Path, *, resume: bool = False) -> PeftModel:
+        """See `TrainingRun`."""
+        use_cache = self.model.config.use_cache
+        try:
+            return super().run(output, resume=resume)
+        finally:
+            self.model.config.use_cache = use_cache  # the Trainer turns it off
 
-    def facts(self) -> dict[str, Any]:
-        """What decides the run, in plain JSON types."""
-        adapter = self.model.active_peft_config
-        facts = {
-            "model": adapter.base_model_name_or_path,
-            "base_model": adapter.base_model,
-            "gate": adapter.gate,
-            "layers": adapter.layers,
-            **shared_facts(self.model, self.samples, self.config),
-        }
-        return facts if self.start is None else facts | {"gates": list(self.start)}
+    def _details(self) -> dict[str, str]:
+        return {"rows": f"the first {self.config.drop_rows:.0%} of every document left out"}
 
-    def describe(self) -> dict[str, str]:
-        """What will be done, for people."""
+    def _rates(self) -> str:
+        return f"{self.config.lr:.3g}"
+
+    def _memory(self) -> dict[str, dict[str, int]]:
         config = self.config
-        memory = estimate_memory(
-            self.model,
-            self.gates,
-            micro_batch_size=config.micro_batch_size,
-            context=config.context,
-            target_share=config.target_share,
-        )
-        return {
-            "model": self.facts()["model"] or type(self.model.get_base_model()).__name__,
-            "gates": f"{self.parameters:,} parameters in {len(self.gates)} layers, "
-            + (f"from {self.start[0]}" if self.start else "fresh"),
-            "form": ", ".join(f"{name} {value}" for name, value in self.gates[0].config.to_dict().items()),
-            **describe_samples(self.samples),
-            "steps": config.describe_steps(),
-            "loss": f"{config.loss}, rows {config.row_weight}, first {config.drop_rows:.0%} left out",
-            "targets": "of all query blocks"
-            if config.target_share == 1
-            else f"of {config.target_share:.0%} of the query blocks, others every step",
-            "learning rate": f"{config.lr:.3g}, cosine, {config.warmup} steps of warm-up",
-            "memory (estimate)": f"{as_bytes(sum(memory.values()))} on each process: "
-            + ", ".join(f"{name} {as_bytes(size)}" for name, size in memory.items()),
-        }
+        sizes = {"micro_batch_size": config.micro_batch_size, "context": config.context}
+        return {"memory": estimate_memory(self.model, self.gates, **sizes, target_share=config.target_share)}
 
+    def _trainer(self, **options: Any) -> DistillTrainer:
+        from seerattn.training.trainer import DistillTrainer
 
-def plan(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Sequence[str | Path] | Corpus,
-    config: DistillConfig,
-    *,
-    gates: str | Path | None = None,
-    gate: AttnGateConfig | None = None,
-    layers: Sequence[int] | None = None,
-    device: torch.device | None = None,
-) -> Plan:
-    """Checks everything, reads the data, and attaches gates. See `distill` for the arguments.
+        return DistillTrainer(model=self.model, **options)
 
-    ``device`` is where it will train, by default where the model is. A model on the meta device can be planned for.
+    def _arguments(self, output: Path, **options: Any) -> TrainingArguments:
+        return super()._arguments(output, ddp_find_unused_parameters=False)
 
-    Raises:
-        ValueError: the model, the data, the gates and the config do not fit each other.
-    """
-    form = gate_form(gates, gate, layers)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.context > longest:
-        raise ValueError(f"context must be at most {longest}, the model's own, got {config.context}")
-    samples = make_samples(model, tokenizer, data, config, block=max(form.block_q, form.block_k))
-    torch.manual_seed(config.seed)
-    gated = attach_gates(model, gates, form, density=config.density, layers=layers)
-    if config.lr is None:
-        widest = max(module.head_dim for module in gated.modules() if isinstance(module, AttnGate))
-        config = replace(config, lr=fitting_lr(widest))
-    return Plan(gated, samples, config, gates_start(gates), device or model.device)
+    def _state(self, trainer: DistillTrainer) -> dict[str, Tensor]:
+        # Gathered where FSDP shards them, by all processes; the frozen model stays where it is.
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return get_model_state_dict(self.model, options=whole)
+
+    def _save(self, state: dict[str, Tensor], facts: dict[str, Any], output: Path) -> None:
+        from seerattn.training.card import model_card
+
+        with staged(output, "the gates") as staging:
+            self.model.save_pretrained(staging, state_dict=state)
+            card = model_card(facts, self.parameters, records(output))
+            (staging / "README.md").write_text(card, encoding="utf-8")
+
+    def _load(self, output: Path) -> None:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        check_gate_folder(output)
+        set_peft_model_state_dict(self.model, load_file(output / self.result))
 
 
 def distill(
@@ -227,65 +157,5 @@ def distill(
     """
     output = Path(output)
     check_output(output, resume=resume)
-    return run(plan(model, tokenizer, data, config, gates=gates, gate=gate, layers=layers), output, resume=resume)
-
-
-def run(prepared: Plan, output: Path, *, resume: bool = False) -> PeftModel:
-    """Carries a plan out; see `distill`."""
-    check_output(output, resume=resume)
-    model, facts = prepared.model, prepared.facts()
-    arguments = training_arguments(
-        prepared.config,
-        output,
-        lr_scheduler_type="cosine",
-        ddp_find_unused_parameters=False,
-        use_cpu=prepared.device.type == "cpu",
-    )
-    with working(output, facts, arguments, resume=resume):
-        if (output / WEIGHTS_NAME).exists():
-            _load(model, output)
-        else:
-            use_cache = model.config.use_cache
-            _train(prepared, facts, output, arguments)
-            # The Trainer turns it off.
-            model.config.use_cache = use_cache
-        if arguments.should_save:
-            delete_checkpoints(output / CHECKPOINTS_NAME)
-    return model.eval()
-
-
-def _train(prepared: Plan, facts: dict[str, Any], output: Path, arguments: TrainingArguments) -> None:
-    from seerattn.training.card import model_card
-    from seerattn.training.trainer import DistillTrainer
-
-    config, model = prepared.config, prepared.model
-    check_replaced(output)
-    trainer = DistillTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=prepared.samples,
-        data_collator=collate,
-        layer_loss=LayerLoss(loss=config.loss, row_weight=config.row_weight, drop_rows=config.drop_rows),
-        target_share=config.target_share,
-        log=output / LOG_NAME,
-        keep_checkpoints=config.keep_checkpoints,
-        tokens_per_step=config.tokens_per_step,
-    )
-    trainer.train_from_last()
-    # Gathered where FSDP shards them, by all processes; the frozen model stays where it is.
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    state = get_model_state_dict(model, options=whole)
-    if arguments.should_save:
-        with staged(output, "the gates") as staging:
-            model.save_pretrained(staging, state_dict=state)
-            card = model_card(facts, prepared.parameters, records(output))
-            (staging / "README.md").write_text(card, encoding="utf-8")
-    arguments.distributed_state.wait_for_everyone()
-
-
-def _load(model: PeftModel, output: Path) -> None:
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    check_gate_folder(output)
-    set_peft_model_state_dict(model, load_file(output / WEIGHTS_NAME))
+    run = DistillRun.plan(model, tokenizer, data, config, gates=gates, gate=gate, layers=layers)
+    return run.run(output, resume=resume)

@@ -7,51 +7,36 @@ the model's context is extended on the way (YaRN).
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from seerattn.data.corpus import Corpus
-from seerattn.data.samples import Samples, collate
-from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.data.samples import Samples
+from seerattn.gate import AttnGateConfig
 from seerattn.hf.config import check_gate_folder
 from seerattn.hf.loading import read_model
+from seerattn.options import option
 from seerattn.saving import staged
 from seerattn.training.card import MODEL_NAME
-from seerattn.training.checkpoints import delete_checkpoints
+from seerattn.training.config import TRAINING, RunConfig
 from seerattn.training.memory import estimate_finetuning
-from seerattn.training.output import (
-    CHECKPOINTS_NAME,
-    GATES_NAME,
-    LOG_NAME,
-    check_output,
-    check_replaced,
-    records,
-)
-from seerattn.training.runs import (
-    RunConfig,
-    as_bytes,
-    attach_gates,
-    check_positive,
-    check_whole_number,
-    describe_samples,
-    gate_form,
-    gates_start,
-    is_sharded,
-    make_samples,
-    processes,
-    shared_facts,
-    training_arguments,
-    working,
-)
+from seerattn.training.objective import Objective
+from seerattn.training.output import GATES_NAME, check_output, records
+from seerattn.training.processes import is_sharded, processes
+from seerattn.training.run import TrainingRun
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+    from seerattn.training.finetune_trainer import FinetuneTrainer
+
+_SPARSITY = "Sparsity and gates"  # the panel of --help
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,38 +47,54 @@ class FinetuneConfig(RunConfig):
     distillation before. The learning rates warm up, then fall linearly to zero.
 
     Attributes:
+        lr: peak learning rate of the model.
         dense: train with dense attention and without gates, to compare with.
         sparsity: share of the causal block area that attention leaves out, in [0, 1).
         anneal: share of the steps over which the sparsity rises from 0; 0 is fixed.
         context_factor: extends the model's context so many times with YaRN.
         target_every: steps from one on which the gates learn to the next.
-        gate_lr: peak learning rate of the gates. The two losses need no other balance, see `FinetuneTrainer`.
+        gate_lr: peak learning rate of the gates; None is that of `fitting_lr`, 1e-3 for narrow heads. The two losses
+            need no other balance, see `FinetuneTrainer`.
         gradient_checkpointing: run layers again in the backward pass in place of keeping what they computed.
         autocast: compute in bfloat16 on an accelerator where the weights are fp32.
     """
 
-    lr: float = 1e-5
-    dense: bool = False
-    sparsity: float = 0.9
-    anneal: float = 0.0
-    context_factor: float = 1.0
-    target_share: float = 0.1
-    target_every: int = 1
-    gate_lr: float = 1e-3
-    gradient_checkpointing: bool = True
-    autocast: bool = True
+    lr: float = option(1e-5, help="Peak learning rate of the model.", above=0, panel=TRAINING)
+    dense: bool = option(False, help="Dense attention, no gates: to compare with.", panel=_SPARSITY)
+    sparsity: float = option(0.9, help="Share of the causal blocks to leave out.", low=0, below=1, panel=_SPARSITY)
+    anneal: float = option(0.0, help="Share of the steps over which sparsity rises from 0.", low=0, high=1, flag=False)
+    context_factor: float = option(1.0, help="Extend the context so many times with YaRN.", low=1, panel=_SPARSITY)
+    target_share: float = option(
+        0.1, help="Share of the query blocks that gates learn from, others every step.", above=0, high=1, flag=False
+    )
+    target_every: int = option(1, help="Steps from one on which gates learn to the next.", low=1, flag=False)
+    gate_lr: float | None = option(
+        None, help="Peak learning rate of the gates; default: one that fits the head dim.", above=0, flag=False
+    )
+    gradient_checkpointing: bool = option(True, help="Run layers twice in place of keeping activations.", flag=False)
+    autocast: bool = option(True, help="Compute in bfloat16 where weights are float32, on an accelerator.", flag=False)
+
+    gate_rate: ClassVar[str] = "gate_lr"
+    narrow_rate: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        if not 0 <= self.anneal <= 1:
-            raise ValueError(f"anneal must be a share of the steps in [0, 1], got {self.anneal}")
-        if not self.context_factor >= 1:
-            raise ValueError(f"context_factor must be at least 1, got {self.context_factor}")
-        check_whole_number("target_every", self.target_every, 1, sys.maxsize)
-        for name in ("lr", "context_factor", "gate_lr"):
-            check_positive(name, getattr(self, name))
+        # What is the default, nobody need have asked for.
+        if self.dense and (self.anneal or self.sparsity not in (0.0, FinetuneConfig.sparsity)):
+            raise ValueError(
+                f"dense must be given without sparsity and anneal, got {self.sparsity:g} and {self.anneal:g}; leave "
+                "them out"
+            )
+
+    @property
+    def has_gates(self) -> bool:
+        """See `RunConfig`."""
+        return not self.dense
+
+    @property
+    def density(self) -> float:
+        """Of the policy that is saved with the gates, rounded for people who read it."""
+        return round(1 - self.sparsity, 6)
 
     def sparsity_at(self, step: int) -> float:
         """Sparsity of a step, counted from 0."""
@@ -101,25 +102,41 @@ class FinetuneConfig(RunConfig):
         return self.sparsity if step >= rising else self.sparsity * step / rising
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run that was checked and is ready; nothing has been written.
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRun(TrainingRun):
+    """A fine-tuning that is ready: every weight of the model is trained."""
 
-    Attributes:
-        model: the model, with gates unless the run is dense.
-        tokenizer: its tokenizer.
-        samples: the data.
-        config: how to train.
-        start: folder of the gates to start from, with the hash of their weights; None are fresh ones.
-        device: where it will train; a model without weights, or one to be sharded, is elsewhere before.
-    """
-
-    model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    samples: Samples
     config: FinetuneConfig
-    start: tuple[str, str] | None
-    device: torch.device
+
+    result: ClassVar[str] = MODEL_NAME
+    schedule: ClassVar[str] = "linear"
+
+    @classmethod
+    def plan(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: Sequence[str | Path] | Corpus,
+        config: FinetuneConfig,
+        **gates: Any,
+    ) -> FinetuneRun:
+        """See `TrainingRun`; extends the context first."""
+        from seerattn.hf.yarn import extend_context
+
+        if config.dense and any(gates.get(name) is not None for name in ("gates", "gate", "layers")):
+            raise ValueError(
+                "gates must not be given for a dense run, which has none; leave gates, gate and layers out"
+            )
+        if model.dtype == torch.float16:
+            raise ValueError("dtype must be float32 or bfloat16 to train all weights, got float16, which underflows")
+        dropout = getattr(model.config.get_text_config(), "attention_dropout", 0)
+        if dropout:
+            raise ValueError(f"attention_dropout must be 0, got {dropout}; set it in the model's config")
+        extend_context(model, config.context_factor)
+        run = super().plan(model, tokenizer, data, config, **gates)
+        _check_filled(run.samples, config)
+        run.model.requires_grad_(True)
+        return run
 
     @property
     def autocasts(self) -> bool:
@@ -127,75 +144,41 @@ class Plan:
         weight = next(p for p in self.model.parameters() if p.requires_grad)
         return self.config.autocast and self.device.type != "cpu" and weight.dtype == torch.float32
 
-    @property
-    def gates(self) -> list[AttnGate]:
-        """The gates, in the order of the layers."""
-        return [module for module in self.model.modules() if isinstance(module, AttnGate)]
-
     def facts(self) -> dict[str, Any]:
-        """What decides the run, in plain JSON types."""
-        facts = {
-            "kind": "finetune",
-            "model": self.model.config.name_or_path,
-            "autocasts": self.autocasts,
-            **shared_facts(self.model, self.samples, self.config),
-        }
-        if not self.config.dense:
-            adapter = self.model.active_peft_config
-            facts |= {"base_model": adapter.base_model, "gate": adapter.gate, "layers": adapter.layers}
-            facts |= {"gates": None if self.start is None else list(self.start)}
-        return facts
+        """See `TrainingRun`."""
+        return {"kind": "finetune", "autocasts": self.autocasts} | super().facts()
 
-    def describe(self) -> dict[str, str]:
-        """What will be done, for people."""
-        config, gates = self.config, self.gates
-        of_gates = sum(p.numel() for gate in gates for p in gate.parameters())
-        trained = sum(p.numel() for p in self.model.parameters()) - of_gates
-        shown = {"model": f"{self.facts()['model'] or type(self.model).__name__}, {trained:,} parameters"}
-        if not config.dense:
-            form = ", ".join(f"{name} {value}" for name, value in gates[0].config.to_dict().items())
+    def _details(self) -> dict[str, str]:
+        config, shown = self.config, {}
+        if config.dense:
+            shown["attention"] = "dense, no gates"
+        else:
             rising = f", rising from 0 over the first {config.anneal:.0%} of the steps" if config.anneal else ""
-            shown |= {
-                "gates": f"{of_gates:,} parameters in {len(gates)} layers, "
-                + (f"from {self.start[0]}" if self.start else "fresh"),
-                "form": form,
-                "sparsity": f"{config.sparsity:g}{rising}",
-                "targets": f"{config.target_share:.0%} of the query blocks, every {config.target_every} step(s), "
-                f"{config.loss}",
-            }
-        rates = f"{config.lr:g}" if config.dense else f"{config.lr:g}, gates {config.gate_lr:g}"
-        return shown | {
-            "attention": "dense, no gates" if config.dense else "sparse",
-            "context": f"{config.context} tokens, YaRN factor {config.context_factor:g}",
-            **describe_samples(self.samples),
-            "steps": config.describe_steps(),
-            "learning rate": f"{rates}, linear, {config.warmup} steps of warm-up",
-            **self._describe_memory(),
-        }
+            shown["sparsity"] = f"{config.sparsity:g}{rising}; gates learn every {config.target_every} step(s)"
+        return shown | {"context": f"{config.context} tokens, YaRN factor {config.context_factor:g}"}
 
-    def _describe_memory(self) -> dict[str, str]:
+    def _rates(self) -> str:
+        config = self.config
+        return f"{config.lr:g}" if config.dense else f"{config.lr:g}, gates {config.gate_lr:.3g}"
+
+    def _memory(self) -> dict[str, dict[str, int]]:
         # One process plans for eight as well, with FSDP2 because a model that does not fit needs it.
         many = 8 if processes() == 1 else processes()
         ways = {f"memory, DDP on {many} processes": (many, False), f"memory, FSDP2 on {many} processes": (many, True)}
         if processes() == 1:
             ways = {"memory, one process": (1, False)} | ways
-        shown = {}
-        for name, (count, sharded) in ways.items():
-            parts = estimate_finetuning(
-                self.model,
-                self.gates,
-                micro_batch_size=self.config.micro_batch_size,
-                context=self.config.context,
-                checkpointing=self.config.gradient_checkpointing,
-                autocast=self.autocasts,
-                target_share=self.config.target_share,
-                masked=self._masked,
-                processes=count,
-                sharded=sharded,
-            )
-            told = ", ".join(f"{part} {as_bytes(size)}" for part, size in parts.items())
-            shown[name] = f"{as_bytes(sum(parts.values()))} on each process (estimate): {told}"
-        return shown
+        sizes = {
+            "micro_batch_size": self.config.micro_batch_size,
+            "context": self.config.context,
+            "checkpointing": self.config.gradient_checkpointing,
+            "autocast": self.autocasts,
+            "target_share": self.config.target_share,
+            "masked": self._masked,
+        }
+        return {
+            name: estimate_finetuning(self.model, self.gates, **sizes, processes=count, sharded=sharded)
+            for name, (count, sharded) in ways.items()
+        }
 
     @property
     def _masked(self) -> bool:
@@ -205,51 +188,63 @@ class Plan:
         dense = config.dense or config.sparsity_at(0) == 0 or len(self.gates) < layers
         return dense and self.samples.plan.has_packed()
 
+    def _trainer(self, **options: Any) -> FinetuneTrainer:
+        from seerattn.training.finetune_trainer import FinetuneTrainer
 
-def plan(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Sequence[str | Path] | Corpus,
-    config: FinetuneConfig,
-    *,
-    gates: str | Path | None = None,
-    gate: AttnGateConfig | None = None,
-    layers: Sequence[int] | None = None,
-    device: torch.device | None = None,
-) -> Plan:
-    """Checks everything, reads the data, extends the context and attaches gates. See `finetune` for the arguments.
+        objective = Objective(self.model)
+        if self.config.gradient_checkpointing:
+            objective.set_checkpointing(True)
+        return FinetuneTrainer(model=objective, autocasts=self.autocasts and is_sharded(), **options)
 
-    ``device`` is where it will train, by default where the model is. A model on the meta device can be planned for.
-
-    Raises:
-        ValueError: the model, the data, the gates and the config do not fit each other.
-    """
-    from seerattn.hf.yarn import extend_context
-
-    if config.dense and (gates is not None or gate is not None or layers is not None):
-        raise ValueError("gates must not be given for a dense run, which has none; leave gates, gate and layers out")
-    form = gate_form(gates, gate, layers)
-    text = model.config.get_text_config()
-    dropout = getattr(text, "attention_dropout", 0)
-    if dropout:
-        raise ValueError(f"attention_dropout must be 0, got {dropout}; set it in the model's config")
-    extend_context(model, config.context_factor)
-    longest = getattr(text, "max_position_embeddings", None)
-    if longest is not None and config.context > longest:
-        raise ValueError(
-            f"context must be at most {longest}, the model's own with context_factor {config.context_factor:g}, "
-            f"got {config.context}; raise context_factor"
+    def _arguments(self, output: Path, **options: Any) -> TrainingArguments:
+        return super()._arguments(
+            output,
+            # On steps without targets the gates have no gradient.
+            ddp_find_unused_parameters=self.config.has_gates and self.config.target_every > 1,
+            bf16=self.autocasts and not is_sharded(),
+            # Until gradients are reduced FSDP keeps them whole on every process: 30 GiB of an 8B model in fp32.
+            accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": is_sharded()}},
         )
-    torch.manual_seed(config.seed)
-    if not config.dense:
-        # Rounded for people who read it in the saved gates; each step sets its own.
-        model = attach_gates(model, gates, form, density=round(1 - config.sparsity, 6), layers=layers)
-    # A dense run has the data of one with the default gates.
-    samples = make_samples(model, tokenizer, data, config, block=max(form.block_q, form.block_k))
-    _check_filled(samples, config)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return Plan(model, tokenizer, samples, config, gates_start(gates), device or model.device)
+
+    def _state(self, trainer: FinetuneTrainer) -> dict[str, Tensor]:
+        if self.config.gradient_checkpointing:
+            Objective(self.model).set_checkpointing(False)
+        return trainer.whole_state()
+
+    def _save(self, state: dict[str, Tensor], facts: dict[str, Any], output: Path) -> None:
+        from seerattn.training.card import finetuned_card
+
+        objective, place = Objective(self.model), str(output / MODEL_NAME)
+        # Gates of a run that was killed right here.
+        shutil.rmtree(output / GATES_NAME, ignore_errors=True)
+        # The model comes last, and so marks a finished run.
+        with staged(output, "the model") as staging:
+            if self.config.has_gates:
+                # They belong to the trained weights, not to those that training began with.
+                self.model.active_peft_config.base_model_name_or_path = place
+                own = objective.gate_state(state)
+                self.model.save_pretrained(staging / GATES_NAME, state_dict=own, save_embedding_layers=False)
+                card = finetuned_card(facts, place, records(output))
+                (staging / GATES_NAME / "README.md").write_text(card, encoding="utf-8")
+            objective.base.save_pretrained(staging / MODEL_NAME, state_dict=objective.base_state(state))
+            self.tokenizer.save_pretrained(staging / MODEL_NAME)
+
+    def _load(self, output: Path) -> None:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        base = Objective(self.model).base
+        if base.device.type == "meta":
+            return  # a process of FSDP that would have got its shard when training began
+        place = torch.device("cpu")
+        saved = read_model(str(output / MODEL_NAME), dtype=base.dtype, device=place, kind=type(base)).state_dict()
+        base.load_state_dict(
+            {name: saved[name] for name in base.state_dict() if "seer_gate" not in name},
+            strict=False,
+        )
+        if self.config.has_gates:
+            check_gate_folder(output / GATES_NAME)
+            set_peft_model_state_dict(self.model, load_file(output / GATES_NAME / "adapter_model.safetensors"))
 
 
 def _check_filled(samples: Samples, config: FinetuneConfig) -> None:
@@ -310,98 +305,5 @@ def finetune(
     """
     output = Path(output)
     check_output(output, resume=resume)
-    return run(plan(model, tokenizer, data, config, gates=gates, gate=gate, layers=layers), output, resume=resume)
-
-
-def run(prepared: Plan, output: Path, *, resume: bool = False) -> PreTrainedModel | PeftModel:
-    """Carries a plan out; see `finetune`."""
-    check_output(output, resume=resume)
-    config, model, facts = prepared.config, prepared.model, prepared.facts()
-    arguments = training_arguments(
-        config,
-        output,
-        lr_scheduler_type="linear",
-        # On steps without targets the gates have no gradient.
-        ddp_find_unused_parameters=not config.dense and config.target_every > 1,
-        bf16=prepared.autocasts and not is_sharded(),
-        # Until gradients are reduced FSDP keeps them whole on every process: 30 GiB of an 8B model in fp32.
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": is_sharded()}},
-        use_cpu=prepared.device.type == "cpu",
-    )
-    with working(output, facts, arguments, resume=resume):
-        if (output / MODEL_NAME).exists():
-            _load(prepared, output)
-        else:
-            _train(prepared, facts, output, arguments)
-        if arguments.should_save:
-            delete_checkpoints(output / CHECKPOINTS_NAME)
-    return model.eval()
-
-
-def _train(prepared: Plan, facts: dict[str, Any], output: Path, arguments: TrainingArguments) -> None:
-    from seerattn.training.finetune_trainer import FinetuneTrainer
-    from seerattn.training.objective import Objective
-
-    config = prepared.config
-    check_replaced(output)
-    objective = Objective(prepared.model)
-    if config.gradient_checkpointing:
-        objective.set_checkpointing(True)
-    trainer = FinetuneTrainer(
-        model=objective,
-        args=arguments,
-        train_dataset=prepared.samples,
-        data_collator=collate,
-        config=config,
-        autocasts=prepared.autocasts and is_sharded(),
-        log=output / LOG_NAME,
-        keep_checkpoints=config.keep_checkpoints,
-        tokens_per_step=config.tokens_per_step,
-    )
-    trainer.train_from_last()
-    if config.gradient_checkpointing:
-        objective.set_checkpointing(False)
-    state = trainer.whole_state()
-    if arguments.should_save:
-        _save(prepared, objective, state, facts, output)
-    arguments.distributed_state.wait_for_everyone()
-
-
-def _save(prepared: Plan, objective: Any, state: dict[str, torch.Tensor], facts: dict[str, Any], output: Path) -> None:
-    """Writes the model, which comes last and so marks a finished run, and the gates."""
-    from seerattn.training.card import finetuned_card
-
-    # They belong to the trained weights, not to those that training began with.
-    if not prepared.config.dense:
-        prepared.model.active_peft_config.base_model_name_or_path = str(output / MODEL_NAME)
-    # Gates of a run that was killed right here.
-    shutil.rmtree(output / GATES_NAME, ignore_errors=True)
-    with staged(output, "the model") as staging:
-        if not prepared.config.dense:
-            own = objective.gate_state(state)
-            prepared.model.save_pretrained(staging / GATES_NAME, state_dict=own, save_embedding_layers=False)
-            card = finetuned_card(facts, str(output / MODEL_NAME), records(output))
-            (staging / GATES_NAME / "README.md").write_text(card, encoding="utf-8")
-        objective.base.save_pretrained(staging / MODEL_NAME, state_dict=objective.base_state(state))
-        prepared.tokenizer.save_pretrained(staging / MODEL_NAME)
-
-
-def _load(prepared: Plan, output: Path) -> None:
-    """Fills the model with what a finished run saved."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    from seerattn.training.objective import Objective
-
-    base = Objective(prepared.model).base
-    if base.device.type == "meta":
-        return  # a process of FSDP that would have got its shard when training began
-    place = torch.device("cpu")
-    saved = read_model(str(output / MODEL_NAME), dtype=base.dtype, device=place, kind=type(base)).state_dict()
-    base.load_state_dict(
-        {name: saved[name] for name in base.state_dict() if "seer_gate" not in name},
-        strict=False,
-    )
-    if not prepared.config.dense:
-        check_gate_folder(output / GATES_NAME)
-        set_peft_model_state_dict(prepared.model, load_file(output / GATES_NAME / "adapter_model.safetensors"))
+    run = FinetuneRun.plan(model, tokenizer, data, config, gates=gates, gate=gate, layers=layers)
+    return run.run(output, resume=resume)

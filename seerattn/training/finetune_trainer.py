@@ -34,17 +34,16 @@ class FinetuneTrainer(RecordedTrainer):
     and AdamW's steps do not depend on the scale of a gradient.
 
     Args:
-        config: how to train.
         autocasts: compute in bfloat16 in place of the Trainer's ``bf16``, by which FSDP would round the gates as well.
         **kwargs: those of `RecordedTrainer`.
     """
 
+    config: FinetuneConfig
     shown = ("loss", "gate_loss", "sparsity")
     remedy = "a smaller lr or gate_lr"
 
-    def __init__(self, *, config: FinetuneConfig, autocasts: bool, **kwargs: Any) -> None:
+    def __init__(self, *, autocasts: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.config = config
         self._autocasts = autocasts
         self.metrics: list[_MicroBatch] = []
         self._gates_checked = False
@@ -167,7 +166,9 @@ class FinetuneTrainer(RecordedTrainer):
         if not gates:
             return record, {}
         layer_loss = {str(layer): x for layer, x in zip(layers, gates)}
-        return record | {"gate_loss": sum(gates) / len(gates)}, {"layer_gate_loss": layer_loss}
+        gate_loss = sum(gates) / len(gates)
+        self.tell_rise(gate_loss)
+        return record | {"gate_loss": gate_loss}, {"layer_gate_loss": layer_loss}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, without_shared(self.model.state_dict() if state_dict is None else state_dict))

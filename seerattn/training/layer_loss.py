@@ -18,7 +18,8 @@ from seerattn.gate.pooling import Pooled
 from seerattn.hf.mask import document_bounds
 from seerattn.selection.block_indices import forced_block_mask, num_query_blocks
 from seerattn.selection.policies import TopK
-from seerattn.training.losses import LossKind, RowWeight, gate_loss_sums, group_target, target_recall, weighted_mean
+from seerattn.selection.target_map import group_target, target_recall
+from seerattn.training.losses import LossKind, RowWeight, gate_loss_sums, weighted_mean
 
 RECALL_DENSITIES = (0.1, 0.2)
 

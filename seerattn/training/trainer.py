@@ -7,9 +7,8 @@ import logging
 import math
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -24,17 +23,22 @@ from seerattn.saving import staged, write_whole
 from seerattn.training.checkpoints import checkpoints, last_whole, step_of, write_manifest
 from seerattn.training.layer_loss import RECALL_DENSITIES, LayerLoss
 
+if TYPE_CHECKING:
+    from seerattn.training.config import RunConfig
+    from seerattn.training.distill import DistillConfig
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+# Losses fall from the first step on. That is of few samples, of which others may well have half as much again.
+RISEN = 2.0
 
 
 class RecordedTrainer(Trainer):
     """Trains with a loss that is a mean over samples, and writes records and checkpoints.
 
     Args:
+        config: how to train.
         log: JSON lines of records: the first step, every ``logging_steps``-th, the last.
-        keep_checkpoints: older ones are deleted.
-        tokens_per_step: tokens of a step over all processes.
         **kwargs: those of `Trainer`.
     """
 
@@ -43,14 +47,15 @@ class RecordedTrainer(Trainer):
     # What keeps a loss finite.
     remedy = "a smaller lr"
 
-    def __init__(self, *, log: Path, keep_checkpoints: int, tokens_per_step: int, **kwargs: Any) -> None:
+    def __init__(self, *, config: RunConfig, log: Path, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # The loss is a mean, not a sum over tokens: the Trainer divides it by the accumulation steps, also where a
         # batch has labels that it could count.
         self.model_accepts_loss_kwargs = False
-        self.keep_checkpoints, self.log_file = keep_checkpoints, log
+        self.config, self.log_file = config, log
         self._staging: Path | None = None
-        self.add_callback(_Recorder(self, tokens_per_step))
+        self._first_loss: float | None = None
+        self.add_callback(_Recorder(self, config.tokens_per_step))
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_Bar(self.shown))
@@ -70,6 +75,22 @@ class RecordedTrainer(Trainer):
     def mean_over_processes(self, values: Tensor) -> list[float]:
         """Means of the values of all processes, fp64."""
         return self.accelerator.reduce(values.double().to(self.args.device), reduction="mean").tolist()
+
+    def tell_rise(self, loss: float) -> None:
+        """Says once, on one process, that the gates unlearn; to be told the gates' loss of every record."""
+        if self._first_loss is None:
+            self._first_loss = loss
+        elif loss > RISEN * self._first_loss:
+            if self.args.should_save:
+                logger.warning(
+                    "the gates' loss rose from %.4g to %.4g: the learning rate %.3g is too high for this model; end "
+                    "the run and begin anew in another folder with a lower %s",
+                    self._first_loss,
+                    loss,
+                    getattr(self.config, self.config.gate_rate),
+                    self.config.gate_rate,
+                )
+            self._first_loss = math.inf
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -122,7 +143,7 @@ class RecordedTrainer(Trainer):
                     shutil.copyfile(self.log_file, checkpoint / self.log_file.name)
                     write_manifest(checkpoint)
         if main:
-            for old in checkpoints(folder)[: -self.keep_checkpoints]:
+            for old in checkpoints(folder)[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
 
 
@@ -143,26 +164,18 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-# Losses fall from the first step on. That is of few samples, of which others may well have half as much again.
-RISEN = 2.0
-
-
 class DistillTrainer(RecordedTrainer):
     """Trains the gates of a model; the model itself runs as in inference.
 
-    Args:
-        layer_loss: the loss of a layer; recall is measured at the steps that are recorded.
-        target_share: share of the query blocks of a step that gates learn from.
-        **kwargs: those of `RecordedTrainer`.
+    Recall is measured at the steps that are recorded.
     """
 
+    config: DistillConfig
     shown = ("loss", f"recall@{RECALL_DENSITIES[0]}", f"oracle_recall@{RECALL_DENSITIES[0]}")
 
-    def __init__(self, *, layer_loss: LayerLoss, target_share: float = 1.0, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.layer_loss, self.target_share = layer_loss, target_share
         self.metrics: list[dict[int, dict[str, Tensor]]] = []
-        self.first_loss: float | None = None
 
     def compute_loss(
         self,
@@ -175,13 +188,14 @@ class DistillTrainer(RecordedTrainer):
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.eval()
-        step = self.state.global_step
-        losses = GateLosses(
-            replace(self.layer_loss, measure=self.records(step + 1)),
-            target_share=self.target_share,
-            seed=self.args.seed,
-            step=step,
+        config, step = self.config, self.state.global_step
+        layer_loss = LayerLoss(
+            loss=config.loss,
+            row_weight=config.row_weight,
+            drop_rows=config.drop_rows,
+            measure=self.records(step + 1),
         )
+        losses = GateLosses(layer_loss, target_share=config.target_share, seed=config.seed, step=step)
         # Logits of a whole sample of 64k tokens would take 17 GB.
         outputs = model(**inputs, gate_losses=losses, logits_to_keep=1, use_cache=False)
         self.metrics.append(losses.metrics())
@@ -218,23 +232,8 @@ class DistillTrainer(RecordedTrainer):
         numbers = self.mean_over_processes(torch.cat([losses, torch.stack(values).mean(1)]))
         layer_loss = {str(layer): x for layer, x in zip(layers, numbers)}
         loss = sum(layer_loss.values()) / len(layer_loss)
-        self._tell_rise(loss)
+        self.tell_rise(loss)
         return {"loss": loss, **dict(zip(names, numbers[len(layers) :]))}, {"layer_loss": layer_loss}
-
-    def _tell_rise(self, loss: float) -> None:
-        """Says once, on one process, that the gates unlearn."""
-        if self.first_loss is None:
-            self.first_loss = loss
-        elif loss > RISEN * self.first_loss:
-            if self.args.should_save:
-                logger.warning(
-                    "the gates' loss rose from %.4g to %.4g: the learning rate %.3g is too high for this model; end "
-                    "the run and begin anew in another folder with a lower one",
-                    self.first_loss,
-                    loss,
-                    self.args.learning_rate,
-                )
-            self.first_loss = math.inf
 
 
 class _Recorder(TrainerCallback):

@@ -11,8 +11,8 @@ from seerattn.bench.attention_map import attention_with_map, plain_attention_wit
 from seerattn.bench.check import (
     GATE_TOKENS,
     check_attention,
+    check_attention_map,
     check_dense,
-    check_pooled,
     check_selection,
     gate_scores,
 )
@@ -63,12 +63,12 @@ def test_dense_check_fails_without_causality() -> None:
 )
 @pytest.mark.parametrize("version", [attention_with_map, plain_attention_with_map])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.dtype_name)
-def test_pooled_check_passes_both_versions_and_fails_wrong_maps_and_outputs(version, shape, form) -> None:
+def test_map_check_passes_both_versions_and_fails_wrong_maps_and_outputs(version, shape, form) -> None:
     def attend(q, k, v):
         return version(q, k, v, form)
 
     def check(*args, tokens):
-        return check_pooled(*args, form=form, tokens=tokens)
+        return check_attention_map(*args, form=form, tokens=tokens)
 
     error, bound = check(attend, shape, CPU, tokens=300)
     assert 0 < error <= bound

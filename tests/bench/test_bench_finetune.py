@@ -8,16 +8,16 @@ import torch
 from seerattn.bench.dense import dense_attention
 from seerattn.bench.finetune import (
     ALL_BLOCKS,
-    bench_finetune,
+    FinetuneBench,
     check_step,
     layer_step,
     losses,
-    random_batch,
     sparse_training,
     trainable,
 )
 from seerattn.bench.inputs import Shape, random_qkv
 from seerattn.bench.model import TINY, BenchModel
+from seerattn.bench.model_runs import random_batch
 from seerattn.bench.session import Session
 from seerattn.hf import distillation, finetuning
 from seerattn.hf.state import layer_states
@@ -80,17 +80,16 @@ def test_layer_step_with_all_blocks_matches_gradients_of_dense_attention(monkeyp
 
 def test_finetune_rows_have_counted_densities_and_speeds_of_their_steps() -> None:
     session = Session(CPU, ResultsFile(None))
-    rows = bench_finetune(
-        session,
-        TINY,
-        lengths=[256, 130],
-        sparsities=[0.6, 0.0],
+    bench = FinetuneBench(
+        contexts=[256, 130],
+        densities=[0.4, 1.0],
         target_shares=[0.5],
         baselines=["sdpa", "cudnn"],
-        forms=["paper"],
+        gates=["paper"],
         impl="reference",
         repeats=2,
     )
+    rows = bench.run(session, TINY)
     assert not session.failures and len(rows) == 3 * (2 + 2 * 2)
     # 4 rows of blocks, sink and diagonal kept: 1 + 2 + 2 + 2 of 10; 3 rows: 1 + 2 + 2 of 6. At sparsity 0 all.
     counted = {(r.context, r.density): r.realised_density for r in rows}

@@ -10,11 +10,11 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from seerattn.bench import distill
-from seerattn.bench.crossover import bench_crossover, save_table
-from seerattn.bench.distill import bench_distill
+from seerattn.bench.crossover import CrossoverBench, save_table
+from seerattn.bench.distill import DistillBench
 from seerattn.bench.model import SIZES, TINY, BenchModel, first_layer_only, random_model
 from seerattn.bench.session import Session
-from seerattn.bench.ttft import AttentionClock, bench_ttft, prefill
+from seerattn.bench.ttft import AttentionClock, TTFTBench, prefill
 from seerattn.gate import AttnGate
 from seerattn.hf.attach import set_policy
 from seerattn.ops import crossover
@@ -93,9 +93,9 @@ def test_attention_clock_adds_up_the_calls_of_every_layer(input_ids) -> None:
 
 
 def test_ttft_rows_have_counted_densities_and_share_their_runs() -> None:
-    sizes = {"lengths": [256, 130], "sparsities": [0.3, 0.6], "baselines": ["sdpa", "cudnn"], "forms": ["paper"]}
-    rows = bench_ttft(session(), TINY, **sizes, impl="reference", repeats=2)
-    assert [(r.what, r.context, r.selector, r.density) for r in rows[:4]] == [
+    sizes = {"contexts": [256, 130], "densities": [0.7, 0.4], "baselines": ["sdpa", "cudnn"], "gates": ["paper"]}
+    rows = TTFTBench(**sizes, impl="reference", repeats=2).run(session(), TINY)
+    assert [(r.what, r.context, r.method, r.density) for r in rows[:4]] == [
         ("ttft_s", 130, "dense", None),
         ("attention_share", 130, "dense", None),
         ("ttft_s", 256, "dense", None),
@@ -128,7 +128,8 @@ def test_training_step_changes_the_gates_and_nothing_else(input_ids) -> None:
 def test_distillation_hours_follow_from_the_speed_at_the_recipes_length(monkeypatch) -> None:
     monkeypatch.setattr(distill, "RECIPE", (500, 16, 256))
     size = replace(TINY, whole=32)
-    rows = bench_distill(session(), size, lengths=[128, 256], baselines=["sdpa"], form="paper", repeats=2)
+    bench = DistillBench(contexts=[256, 128, 256], baselines=["sdpa"], gates=["paper"], repeats=2)
+    rows = bench.run(session(), size)
     place = [(r.what, r.context, r.cell["work"]) for r in rows]
     speed = "tokens_per_second"
     assert place == [
@@ -146,16 +147,16 @@ def test_distillation_hours_follow_from_the_speed_at_the_recipes_length(monkeypa
 
 
 def test_crossover_table_holds_the_measured_times_and_the_ops_read_it(tmp_path, monkeypatch) -> None:
-    sizes = {"lengths": [200, 130], "densities": [0.5, 1.0], "form": "paper", "impl": "reference"}
+    sizes = {"contexts": [200, 130], "densities": [0.5, 1.0], "gates": "paper", "impl": "reference"}
     bench = session()
-    table = bench_crossover(bench, TINY.shape, baselines=["sdpa", "flash", "cudnn"], **sizes)
+    table = CrossoverBench(baselines=["sdpa", "flash", "cudnn"], **sizes).run(bench, TINY.shape)
     assert [row["tokens"] for row in table["rows"]] == [130, 200]
     rows = list(bench.file._by_key.values())
     for row in table["rows"]:
         of = [r for r in rows if r.context == row["tokens"]]
-        assert row["dense_ms"] == min(r.value for r in of if r.selector == "dense")
+        assert row["dense_ms"] == min(r.value for r in of if r.method == "dense")
         assert row["overhead_ms"] == next(r.value for r in of if r.what == "selection_ms")
-        assert row["sparse_ms"] == {str(r.density): r.value for r in of if r.selector == "random"}
+        assert row["sparse_ms"] == {str(r.density): r.value for r in of if r.method == "random"}
         assert list(row["sparse_ms"]) == ["0.5", "1.0"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = crossover.table_path("Some GPU / 80GB")
@@ -169,6 +170,6 @@ def test_a_length_that_is_not_measured_in_full_is_not_in_the_table(monkeypatch) 
     # Dense attention, selection and sparse attention of the first length, dense attention of the second.
     late = Mock(side_effect=[False] * 4 + [True] * 2)
     monkeypatch.setattr(Session, "out_of_time", property(lambda _: late()))
-    sizes = {"lengths": [130, 200], "densities": [0.5], "form": "paper", "impl": "reference"}
-    table = bench_crossover(bench, TINY.shape, baselines=["sdpa"], **sizes)
+    sizes = {"contexts": [130, 200], "densities": [0.5], "gates": "paper", "impl": "reference"}
+    table = CrossoverBench(baselines=["sdpa"], **sizes).run(bench, TINY.shape)
     assert [row["tokens"] for row in table["rows"]] == [130] and len(bench.left_out) == 2

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from tiny_corpus import tiny_tokenizer, topical_model, write_documents, write_model
@@ -17,12 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import seerattn
 from seerattn.cli import main
-from seerattn.cli.training import LOSSES
 from seerattn.data.packing import SamplePlan
 from seerattn.gate import AttnGateConfig
 from seerattn.gate.attn_gate import parameter_count
-from seerattn.training.distill import DistillConfig, plan
-from seerattn.training.losses import LossKind
+from seerattn.training.distill import DistillConfig, DistillRun
 
 CODE = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
 
@@ -76,43 +74,45 @@ def test_plan_shows_names_as_they_are(folder: Path, tmp_path: Path, capsys: pyte
 
 SWITCHES = {
     "default": ("", AttnGateConfig()),
-    "paper": ("--paper", AttnGateConfig.paper()),
+    "paper": ("paper", AttnGateConfig.paper()),
     "paper-variant": (
-        "--paper --block-size 32 --q-linear --gate-dim 16 --no-rope --share kv_group --init identity",
+        "paper block_q=32 block_k=32 q_linear=true gate_dim=16 rope=no share=kv_group init=identity",
         AttnGateConfig.paper(
             block_q=32, block_k=32, q_linear=True, gate_dim=16, rope=False, share="kv_group", init="identity"
         ),
     ),
     "pooling": (
-        "--q-pooling max,avg --k-pooling min --qk-norm --distance-bias 3 --init normal",
+        "q_pooling=max,avg k-pooling=min qk_norm=yes distance_bias=3 init=normal",
         AttnGateConfig(q_pooling=("max", "avg"), k_pooling=("min",), qk_norm=True, distance_bias=3, init="normal"),
     ),
     "blocks": (
-        "--block-q 32 --block-k 64 --query-subblocks 2 --key-subblocks 4 --no-normalize-subblocks "
-        "--no-exclude-forced --rope --no-qk-norm",
+        "block_q=32 block_k=64 query_subblocks=2 key_subblocks=4 normalize_subblocks=false exclude_forced=false "
+        "rope=true qk_norm=false",
         AttnGateConfig(block_q=32, query_subblocks=2, key_subblocks=4, normalize_subblocks=False, exclude_forced=False),
     ),
-    "target": ("--target-keys sum --target-power 2", AttnGateConfig(target_keys="sum", target_power=2)),
-    "published-target": ("--target-keys max --target-power inf", AttnGateConfig(target_keys="max", target_power=None)),
+    "target": ("target_keys=sum target_power=2", AttnGateConfig(target_keys="sum", target_power=2)),
+    "published-target": ("target_keys=max target_power=none", AttnGateConfig(target_keys="max", target_power=None)),
 }
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_switches_reach_the_saved_gates(name: str, folder: Path, tmp_path: Path) -> None:
-    arguments, expected = SWITCHES[name]
-    assert call(folder, *arguments.split(), "--layers", "1", output=tmp_path / "out") == 0
+    words, expected = SWITCHES[name]
+    form = [argument for word in words.split() for argument in ("--gate", word)]
+    assert call(folder, *form, "--layers", "1", output=tmp_path / "out") == 0
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert AttnGateConfig.from_dict(saved["gate"]) == expected
     assert saved["layers"] == [1] and saved["base_model_name_or_path"] == str(folder / "model")
 
 
 def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
-    text = (
-        "--loss smooth_l1 --row-weight mass --drop-rows 0.25 --retrieval-share 1 --density 0.3 --lr 0.002 "
-        "--batch-size 2 --seed 7 --micro-batch-size 2 --warmup-steps 0 --logging-steps 3 --save-steps 6 --keep-checkpoints 1 "
-        "--dtype bfloat16 --target-share 0.5"
-    )
-    assert call(folder, *text.split(), "--block-size", 32, output=tmp_path / "out", context=256, steps=2) == 0
+    config = tmp_path / "run.yaml"
+    config.write_text("{gate: {block_q: 32, block_k: 32}, drop_rows: 0.25, seed: 7, retrieval_share: 1, lr: 1}")
+    rare = "loss=smooth_l1 row_weight=mass density=0.3 micro-batch-size=2 warmup_steps=0 logging_steps=3 save_steps=6"
+    rare += " keep_checkpoints=1 target_share=0.5"
+    text = ["--lr", "0.002", "--batch-size", "2", "--dtype", "bfloat16", "--config", str(config)]
+    text += [argument for word in rare.split() for argument in ("--set", word)]
+    assert call(folder, *text, output=tmp_path / "out", context=256, steps=2) == 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["config"] == {
         "context": 256,
@@ -137,6 +137,31 @@ def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2] and json.loads(lines[0])["lr"] == 0.002
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["policy"]["policy"] == "TopK" and saved["policy"]["density"] == 0.3
+    assert (saved["gate"]["block_q"], saved["gate"]["block_k"]) == (32, 32)
+
+
+def test_everything_may_be_told_by_a_file(folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    given = {"model": folder / "model", "data": folder / "data.jsonl", "output": tmp_path / "out", "context": 128}
+    text = "".join(f"{name}: {value}\n" for name, value in given.items())
+    config.write_text(text + "steps: 1\nbatch-size: 1\ngate: paper\nlayers: '1'\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--config", str(config)])
+    assert not stop.value.code
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert AttnGateConfig.from_dict(saved["gate"]) == AttnGateConfig.paper() and saved["layers"] == [1]
+
+
+def test_the_file_of_the_page_plans_a_run(folder: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "train-gates.md").read_text(encoding="utf-8")
+    text = page.split("```yaml\n")[1].split("```")[0]
+    config = tmp_path / "run.yaml"
+    config.write_text(text.replace("MODEL", str(folder / "model")).replace("books/", str(folder / "data.jsonl")))
+    # The documents here are shorter than those of the page.
+    small = ("--context", "512", "--steps", "1", "--retrieval-share", "0")
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--config", str(config), *small, "--output", str(tmp_path / "out"), "--dry-run"])
+    assert not stop.value.code
 
 
 def test_gates_of_a_folder_reach_the_run(folder: Path, tmp_path: Path) -> None:
@@ -148,7 +173,7 @@ def test_gates_of_a_folder_reach_the_run(folder: Path, tmp_path: Path) -> None:
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert call(folder, "--dry-run", "--paper", output=tmp_path / "out", steps=3, batch_size=2) == 0
+    assert call(folder, "--dry-run", "--gate", "paper", output=tmp_path / "out", steps=3, batch_size=2) == 0
     shown = " ".join(capsys.readouterr().out.split())
     count = parameter_count(AttnGateConfig.paper(), layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
     assert count == 2 * 4 * 96 * 32
@@ -166,71 +191,67 @@ def test_dry_run_shows_the_plan_of_the_loaded_model_and_reads_no_weights(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
     config = DistillConfig(context=128, steps=1, batch_size=1)
     options = {"gates": folder / "gates"}
-    wanted = plan(loaded, tiny_tokenizer(), [folder / "data.jsonl"], config, **options).describe()
+    wanted = DistillRun.plan(loaded, tiny_tokenizer(), [folder / "data.jsonl"], config, **options).describe()
     (tmp_path / "model" / "model.safetensors").unlink()
     shown: list[dict[str, str]] = []
-    monkeypatch.setattr("seerattn.cli.distill.show_plan", shown.append)
+    monkeypatch.setattr("seerattn.cli.training.show_plan", shown.append)
     given = {"model": tmp_path / "model", "output": tmp_path / "out", "device": "cpu", "dtype": dtype} | options
     assert call(folder, "--dry-run", **given) == 0
     assert shown == [wanted]
 
 
+# What is wrong, and what the sentence must name.
 ERRORS = {
-    "missing data": ({"data": "nowhere.jsonl"}, [], "data must exist, got nowhere.jsonl"),
-    "empty data": ({"data": "{folder}/empty.jsonl"}, [], "data must hold text"),
-    "broken data": ({"data": "{folder}/broken.jsonl"}, [], "line 2 of"),
-    "other data": ({"data": "{folder}/text.csv"}, [], "data must be .jsonl or .txt"),
-    "short documents": ({"data": "{folder}/short.jsonl"}, [], "a document of at least two blocks"),
-    "missing model": ({"model": "{folder}/nowhere"}, [], "model must be"),
+    "missing data": ({"data": "nowhere.jsonl"}, [], "nowhere.jsonl"),
+    "empty data": ({"data": "{folder}/empty.jsonl"}, [], "data"),
+    "broken data": ({"data": "{folder}/broken.jsonl"}, [], "line 2"),
+    "other data": ({"data": "{folder}/text.csv"}, [], "data"),
+    "short documents": ({"data": "{folder}/short.jsonl"}, [], "data"),
+    "missing model": ({"model": "{folder}/nowhere"}, [], "model"),
     "unknown architecture": ({"model": "{folder}/bloom"}, [], "Bloom"),
     "context longer than the model's": ({"context": 2048}, [], "1024"),
-    "context of less than two blocks": ({"context": 64}, [], "context must be a multiple of the block size 64"),
-    "context off the grid": ({"context": 200}, [], "context must be a multiple of the block size 64"),
-    "density": ({}, ["--density", "0"], "density must be in (0, 1], got 0.0"),
-    "block size": ({}, ["--block-size", "48"], "block_q must be one of [32, 64, 128], got 48"),
-    "two block sizes": ({}, ["--block-size", "32", "--block-q", "64"], "block_size must be given alone"),
-    "no block size": ({}, ["--block-q", "0"], "block_q must be one of"),
-    "sub-blocks": ({}, ["--query-subblocks", "7"], "sub-blocks must divide"),
-    "pooling": ({}, ["--q-pooling", "mean"], "q_pooling must be a non-empty subset"),
-    "no pooling": ({}, ["--k-pooling", ""], "k_pooling must be a non-empty subset"),
-    "gate dim": ({}, ["--paper", "--gate-dim", "16"], "gate_dim must be the head dim 32"),
-    "share": ({}, ["--share", "layer"], "share must be one of"),
-    "target keys": ({}, ["--target-keys", "mean"], "target_keys must be max or sum, got 'mean'"),
-    "target power": ({}, ["--target-power", "0.5"], "target_power must be a number of 1 to 1024, or inf"),
-    "no target power": ({}, ["--target-power", "nan"], "target_power must be a number of 1 to 1024, or inf"),
-    "two gates": ({}, ["--gates", "{folder}/gates", "--paper"], "gates must be a folder, which holds their form"),
-    "missing gates": ({}, ["--gates", "{folder}/model"], "gates must be a folder with adapter_config.json"),
-    "loss": ({}, ["--loss", "hinge"], "loss must be one of"),
-    "layers": ({}, ["--layers", "0,x"], "layers must be numbers and ranges"),
-    "missing layers": ({}, ["--layers", "0-5"], "layers must be"),
-    "batch": ({"batch-size": 3}, ["--micro-batch-size", "2"], "batch_size must be a multiple of"),
-    "retrieval documents": ({}, ["--retrieval-share", "0.5"], "length must be at least 256"),
-    "steps": ({"steps": 0}, [], "steps must be at least 1"),
-    "device": ({}, ["--device", "toaster"], "device must be"),
-    "device without numbers": (
-        {},
-        ["--device", "meta"],
-        "device must be cpu, cuda or another that computes, got 'meta'",
-    ),
-    "device that is not there": ({}, ["--device", "cuda:99"], "device must be cpu, cuda or another that computes"),
-    "seed": ({}, ["--seed", "-1"], "seed must be at least 0, got -1"),
-    "tracker": ({}, ["--report-to", "nosuch"], "report_to must be none, all or a tracker that is installed"),
-    "model with code of its own": ({"model": "{folder}/code"}, [], "allow it with --trust-remote-code"),
-    "tokens unknown to the model": (
-        {"model": "{folder}/small"},
-        [],
-        "tokens must be among the 50 that the model knows",
-    ),
-    "deeply nested data": ({"data": "{folder}/deep.jsonl"}, [], "got line 1 of"),
-    "half a surrogate": ({"data": "{folder}/half.jsonl"}, [], "half a surrogate in line 1"),
-    "cut archive": ({"data": "{folder}/cut.jsonl.gz"}, [], "data must be readable UTF-8 text"),
+    "context of less than two blocks": ({"context": 64}, [], "context"),
+    "context off the grid": ({"context": 200}, [], "context"),
+    "density": ({}, ["--set", "density=0"], "density"),
+    "block size": ({}, ["--gate", "block_q=48"], "block_q"),
+    "no block size": ({}, ["--gate", "block_q=0"], "block_q"),
+    "sub-blocks": ({}, ["--gate", "query_subblocks=7"], "query_subblocks"),
+    "pooling": ({}, ["--gate", "q_pooling=mean"], "q_pooling"),
+    "no pooling": ({}, ["--gate", "k_pooling="], "k_pooling"),
+    "gate dim": ({}, ["--gate", "paper", "--gate", "gate_dim=16"], "gate_dim"),
+    "share": ({}, ["--gate", "share=layer"], "share"),
+    "target keys": ({}, ["--gate", "target_keys=mean"], "target_keys"),
+    "target power": ({}, ["--gate", "target_power=0.5"], "target_power"),
+    "no target power": ({}, ["--gate", "target_power=nan"], "target_power"),
+    "no form": ({}, ["--gate", "papre"], "papre"),
+    "no field": ({}, ["--gate", "blocks=32"], "blocks"),
+    "no number": ({"steps": "many"}, [], "steps"),
+    "option that is none": ({}, ["--set", "blocks=32"], "blocks"),
+    "two gates": ({}, ["--gates", "{folder}/gates", "--gate", "paper"], "gates"),
+    "missing gates": ({}, ["--gates", "{folder}/model"], "gates"),
+    "loss": ({}, ["--set", "loss=hinge"], "loss"),
+    "layers": ({}, ["--layers", "0,x"], "layers"),
+    "missing layers": ({}, ["--layers", "0-5"], "layers"),
+    "batch": ({"batch-size": 3}, ["--set", "micro_batch_size=2"], "batch_size"),
+    "retrieval documents": ({}, ["--retrieval-share", "0.5"], "length"),
+    "steps": ({"steps": 0}, [], "steps"),
+    "device": ({}, ["--device", "toaster"], "device"),
+    "device without numbers": ({}, ["--device", "meta"], "device"),
+    "device that is not there": ({}, ["--device", "cuda:99"], "device"),
+    "seed": ({}, ["--set", "seed=-1"], "seed"),
+    "tracker": ({}, ["--set", "report_to=nosuch"], "report_to"),
+    "model with code of its own": ({"model": "{folder}/code"}, [], "--trust-remote-code"),
+    "tokens unknown to the model": ({"model": "{folder}/small"}, [], "tokens"),
+    "deeply nested data": ({"data": "{folder}/deep.jsonl"}, [], "line 1"),
+    "half a surrogate": ({"data": "{folder}/half.jsonl"}, [], "line 1"),
+    "cut archive": ({"data": "{folder}/cut.jsonl.gz"}, [], "data"),
 }
 
 
 # What a dry run does not read.
 WEIGHTS = {
-    "model without a layer": ({"model": "{folder}/more"}, [], "model must hold all weights of its config"),
-    "model that is cut off": ({"model": "{folder}/cut"}, [], "model must be a causal language model that can be"),
+    "model without a layer": ({"model": "{folder}/more"}, [], "model"),
+    "model that is cut off": ({"model": "{folder}/cut"}, [], "model"),
 }
 
 
@@ -240,19 +261,20 @@ WEIGHTS = {
 def test_bad_input_is_one_sentence_and_exit_code_2(
     name: str, dry: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options, arguments, message = (ERRORS | WEIGHTS)[name]
+    options, arguments, told = (ERRORS | WEIGHTS)[name]
     arguments = [*arguments, "--dry-run"] if dry else arguments
     options = {key: value.format(folder=folder) if isinstance(value, str) else value for key, value in options.items()}
     monkeypatch.chdir(tmp_path)
     assert call(folder, *(word.format(folder=folder) for word in arguments), output="out", **options) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seerattn: ")]
-    assert len(errors) == 1 and message in errors[0]
+    assert len(errors) == 1 and told in errors[0]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_command_that_was_refused_can_be_corrected(folder: Path, tmp_path: Path) -> None:
-    for wrong in (["--seed", "-1"], ["--report-to", "nosuch"], ["--device", "meta"], ["--lr", "1e39"]):
-        assert call(folder, *wrong, "--warmup-steps", 0, output=tmp_path / "out", logging_steps=1, save_steps=1) == 2
+    every = ["--set", "warmup_steps=0", "--set", "logging_steps=1", "--set", "save_steps=1"]
+    for wrong in (["--set", "seed=-1"], ["--set", "report_to=nosuch"], ["--device", "meta"], ["--lr", "1e39"]):
+        assert call(folder, *wrong, *every, output=tmp_path / "out") == 2
         left = {path.name for path in tmp_path.iterdir()}
         # A loss was seen and recorded before nothing was finite any more.
         assert left == (set() if wrong[0] != "--lr" else {"out"})
@@ -284,10 +306,6 @@ def test_output_that_is_taken_is_left_as_it_is(folder: Path, tmp_path: Path, cap
     ).read_text() == "mine"
 
 
-def test_help_names_every_loss_and_no_other() -> None:
-    assert set(LOSSES.replace(" or ", ", ").split(", ")) == set(get_args(LossKind))
-
-
 def test_help_imports_no_sub_command() -> None:
     code = (
         "import sys\nfrom seerattn.cli import main\n"
@@ -301,7 +319,7 @@ def test_help_imports_no_sub_command() -> None:
 
 
 def test_unknown_command_and_missing_option_exit_with_2(capsys: pytest.CaptureFixture) -> None:
-    for arguments, message in ((["destill"], "No such command"), (["distill", "--steps", "3"], "Missing option")):
+    for arguments, told in ((["destill"], "destill"), (["distill", "--steps", "3"], "model")):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
-        assert stop.value.code == 2 and message in capsys.readouterr().err
+        assert stop.value.code == 2 and told in capsys.readouterr().err

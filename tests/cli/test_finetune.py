@@ -21,7 +21,7 @@ import seerattn
 from seerattn.cli import build_app, main
 from seerattn.gate import AttnGateConfig
 from seerattn.gate.attn_gate import parameter_count
-from seerattn.training.finetune import FinetuneConfig, plan
+from seerattn.training.finetune import FinetuneConfig, FinetuneRun
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +53,13 @@ def call(folder: Path, *arguments: Any, **options: Any) -> int:
 
 
 def test_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
-    text = (
-        "--sparsity 0.6 --anneal 0.5 --context-factor 2 --target-share 0.3 --target-every 2 "
-        "--loss mse --row-weight mass --lr 0.002 --gate-lr 0.003 --batch-size 2 --micro-batch-size 2 "
-        "--warmup-steps 0 --no-gradient-checkpointing --retrieval-share 0 --seed 7 --logging-steps 3 --save-steps 6 "
-        "--keep-checkpoints 1 --dtype bfloat16 --block-size 32 --query-subblocks 2 --layers 1"
-    )
-    assert call(folder, *text.split(), output=tmp_path / "out", context=256, steps=2) == 0
+    text = "--sparsity 0.6 --context-factor 2 --lr 0.002 --batch-size 2 --retrieval-share 0 --dtype bfloat16 --layers 1"
+    rare = "anneal=0.5 target_share=0.3 target_every=2 loss=mse row_weight=mass gate_lr=0.003 micro_batch_size=2 "
+    rare += "warmup_steps=0 gradient_checkpointing=no seed=7 logging_steps=3 save_steps=6 keep_checkpoints=1"
+    arguments = [argument for word in rare.split() for argument in ("--set", word)]
+    for word in ("block_q=32", "block_k=32", "query_subblocks=2"):
+        arguments += ["--gate", word]
+    assert call(folder, *text.split(), *arguments, output=tmp_path / "out", context=256, steps=2) == 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["kind"] == "finetune" and run["gates"] is None and run["layers"] == [1]
     assert run["dtype"] == "bfloat16" and run["autocasts"] is False
@@ -98,6 +98,25 @@ def test_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
     assert adapter["inference_mode"] and adapter["base_model_name_or_path"] == str(tmp_path / "out" / "model")
 
 
+@pytest.mark.parametrize(
+    ("asked", "weights", "autocast"),
+    [
+        (None, "float32", True),
+        ("auto", "float32", True),
+        ("float32", "float32", False),
+        ("bfloat16", "bfloat16", False),
+    ],
+)
+def test_weights_are_float32_that_compute_in_bfloat16_unless_a_dtype_is_named(
+    asked: str | None, weights: str, autocast: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("seerattn.cli.finetune.train", lambda kind, config, setup: seen.append((config, setup)))
+    assert call(folder, output=tmp_path / "out", dtype=asked) == 0
+    [(config, setup)] = seen
+    assert (setup.dtype, config.autocast) == (weights, autocast)
+
+
 def test_dense_arm_and_gates_of_a_folder_reach_the_run(folder: Path, tmp_path: Path) -> None:
     assert call(folder, "--dense", output=tmp_path / "dense") == 0
     assert {path.name for path in (tmp_path / "dense").iterdir()} == {"model", "run.json", "training.jsonl"}
@@ -108,7 +127,7 @@ def test_dense_arm_and_gates_of_a_folder_reach_the_run(folder: Path, tmp_path: P
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert call(folder, "--dry-run", "--paper", output=tmp_path / "out", steps=3, batch_size=2) == 0
+    assert call(folder, "--dry-run", "--gate", "paper", output=tmp_path / "out", steps=3, batch_size=2) == 0
     shown = " ".join(capsys.readouterr().out.split())
     count = parameter_count(AttnGateConfig.paper(), layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
     assert f"{count:,} parameters in 2 layers, fresh" in shown and "768 tokens" in shown
@@ -133,7 +152,7 @@ def test_plan_counts_a_mask_where_packed_documents_meet_dense_attention(
     values: dict[str, Any], layers: list[int] | None, masked: bool, folder: Path
 ) -> None:
     config = FinetuneConfig(**{"context": 512, "steps": 4, "batch_size": 1} | values)
-    prepared = plan(tiny_model("llama"), tiny_tokenizer(), [folder / "data.jsonl"], config, layers=layers)
+    prepared = FinetuneRun.plan(tiny_model("llama"), tiny_tokenizer(), [folder / "data.jsonl"], config, layers=layers)
     assert prepared.config.context == 256 or any(len(segments) > 1 for segments in prepared.samples.plan)
     told = [value for name, value in prepared.describe().items() if name.startswith("memory")]
     assert len(told) == 3 and all(("mask of packed documents" in value) == masked for value in told)
@@ -159,35 +178,33 @@ def test_dry_run_shows_the_plan_of_the_loaded_model_and_reads_no_weights(
     config = FinetuneConfig(**{"context": 512, "steps": 1, "batch_size": 1, **values})
     weights = torch.bfloat16 if name == "bfloat16" else torch.float32
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=weights)
-    wanted = plan(loaded, tiny_tokenizer(), [folder / "data.jsonl"], config, **options).describe()
+    wanted = FinetuneRun.plan(loaded, tiny_tokenizer(), [folder / "data.jsonl"], config, **options).describe()
     (tmp_path / "model" / "model.safetensors").unlink()
     shown: list[dict[str, str]] = []
-    monkeypatch.setattr("seerattn.cli.finetune.show_plan", shown.append)
+    monkeypatch.setattr("seerattn.cli.training.show_plan", shown.append)
     given = {"model": tmp_path / "model", "context": 512, "output": tmp_path / "out", "device": "cpu"}
     assert call(folder, "--dry-run", *(word.format(folder=folder) for word in arguments), **given) == 0
     assert shown == [wanted]
 
 
+# What is wrong, and what the sentence must name.
 ERRORS = {
-    "sparsity": ({}, ["--sparsity", "1"], "sparsity must be in [0, 1), got 1.0"),
-    "dense sparsity": ({}, ["--dense", "--sparsity", "0.5"], "dense must be given without sparsity"),
-    "dense gates": ({}, ["--dense", "--block-size", "32"], "gates must not be given for a dense run"),
-    "two gates": ({}, ["--gates", "{folder}/gates", "--paper"], "gates must be a folder, which holds their form"),
-    "missing gates": ({}, ["--gates", "{folder}/model"], "gates must be a folder with adapter_config.json"),
-    "gates of another model": ({"model": "{folder}/other"}, ["--gates", "{folder}/gates"], "gates must belong to"),
-    "context longer than the model's": ({"context": 2048}, [], "context must be at most 1024"),
-    "context that packing cannot fill": ({"context": 1024}, [], "data must fill a context of 1024 tokens, got 900"),
-    "context factor that the data cannot fill": (
-        {"context": 768},
-        ["--context-factor", "2"],
-        "data must hold documents of 768 tokens to extend the context 2 times, got 601 tokens in the longest",
-    ),
-    "scaled model": ({"model": "{folder}/scaled"}, ["--context-factor", "2"], "scaled already (yarn)"),
-    "dropout": ({"model": "{folder}/dropout"}, [], "attention_dropout must be 0, got 0.1"),
-    "missing model": ({"model": "{folder}/nowhere"}, [], "model must be"),
-    "missing data": ({"data": "nowhere.jsonl"}, [], "data must exist, got nowhere.jsonl"),
-    "batch": ({"batch-size": 3}, ["--micro-batch-size", "2"], "batch_size must be a multiple of"),
-    "target share": ({}, ["--target-share", "0"], "target_share must be in (0, 1], got 0.0"),
+    "sparsity": ({}, ["--sparsity", "1"], "sparsity"),
+    "dense sparsity": ({}, ["--dense", "--sparsity", "0.5"], "dense"),
+    "dense gates": ({}, ["--dense", "--gate", "block_q=32"], "gates"),
+    "two gates": ({}, ["--gates", "{folder}/gates", "--gate", "paper"], "gates"),
+    "missing gates": ({}, ["--gates", "{folder}/model"], "gates"),
+    "gates of another model": ({"model": "{folder}/other"}, ["--gates", "{folder}/gates"], "gates"),
+    "context longer than the model's": ({"context": 2048}, [], "1024"),
+    "context that packing cannot fill": ({"context": 1024}, [], "900"),
+    "context factor that the data cannot fill": ({"context": 768}, ["--context-factor", "2"], "601"),
+    "scaled model": ({"model": "{folder}/scaled"}, ["--context-factor", "2"], "context_factor"),
+    "dropout": ({"model": "{folder}/dropout"}, [], "attention_dropout"),
+    "missing model": ({"model": "{folder}/nowhere"}, [], "model"),
+    "missing data": ({"data": "nowhere.jsonl"}, [], "nowhere.jsonl"),
+    "batch": ({"batch-size": 3}, ["--set", "micro_batch_size=2"], "batch_size"),
+    "target share": ({}, ["--set", "target_share=0"], "target_share"),
+    "half precision": ({}, ["--dtype", "float16"], "dtype"),
 }
 
 
@@ -196,13 +213,13 @@ ERRORS = {
 def test_bad_input_is_one_sentence_and_exit_code_2(
     name: str, dry: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options, arguments, message = ERRORS[name]
+    options, arguments, told = ERRORS[name]
     arguments = [*arguments, "--dry-run"] if dry else arguments
     options = {key: value.format(folder=folder) if isinstance(value, str) else value for key, value in options.items()}
     monkeypatch.chdir(tmp_path)
     assert call(folder, *(word.format(folder=folder) for word in arguments), output="out", **options) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seerattn: ")]
-    assert len(errors) == 1 and message in errors[0]
+    assert len(errors) == 1 and told in errors[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -224,7 +241,7 @@ def test_documented_commands_have_options_that_exist() -> None:
         given = context.params
         # Both models were made with plain RoPE for 8192 tokens, as `--context-factor` asks for.
         assert given["model"] in ("MODEL", "meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-70B")
-        assert given["context"] == 8192 * given["context_factor"]
+        assert int(given["context"]) == 8192 * int(given["context_factor"] or 1)
     assert get_args_parser().parse_args(lines[2][1:]).training_script == "seerattn"
     for line in lines[3:]:
         assert line[1] == "launch"

@@ -274,40 +274,54 @@ def test_config_survives_a_round_trip_through_json_types(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "sentence"),
+    ("values", "name"),
     [
-        ({"block_q": 48}, "block_q must be one of"),
-        ({"query_subblocks": 7}, "must divide block_q"),
-        ({"q_pooling": ()}, "q_pooling must be a non-empty subset"),
-        ({"k_pooling": ("avg", "median")}, "k_pooling must be a non-empty subset"),
-        ({"q_linear": False, "q_pooling": ("avg", "max")}, "q_linear=False needs a single query pooling"),
-        ({"share": "layer"}, "share must be one of"),
-        ({"init": "zeros"}, "init must be one of"),
-        ({"gate_dim": 7}, "gate_dim must be an even number of 2 to 1024 or None, got 7"),
-        ({"distance_bias": -1}, "distance_bias must be"),
-        ({"target_keys": "mean"}, "target_keys must be max or sum, got 'mean'"),
-        ({"target_power": 0.5}, "target_power must be a number of 1 to 1024, or inf for the largest row, got 0.5"),
-        ({"target_power": -math.inf}, "target_power must be a number of 1 to 1024, .* got -inf"),
+        ({"block_q": 48}, "block_q"),
+        ({"query_subblocks": 7}, "query_subblocks"),
+        ({"key_subblocks": 0}, "key_subblocks"),
+        ({"q_pooling": ()}, "q_pooling"),
+        ({"q_pooling": ("avg", "avg")}, "q_pooling"),
+        ({"k_pooling": ("avg", "median")}, "k_pooling"),
+        ({"q_linear": False, "q_pooling": ("avg", "max")}, "q_linear"),
+        ({"q_linear": False, "share": "kv_group"}, "q_linear"),
+        ({"share": "layer"}, "share"),
+        ({"init": "zeros"}, "init"),
+        ({"gate_dim": 7}, "gate_dim"),
+        ({"gate_dim": 1026}, "gate_dim"),
+        ({"distance_bias": -1}, "distance_bias"),
+        ({"target_keys": "mean"}, "target_keys"),
+        ({"target_power": 0.5}, "target_power"),
+        ({"target_power": 1025}, "target_power"),
+        ({"target_power": -math.inf}, "target_power"),
     ],
 )
-def test_config_rejects_what_no_gate_can_be(values: dict, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+def test_config_rejects_what_no_gate_can_be(values: dict, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must "):
         AttnGateConfig(**values)
+
+
+# Whole numbers may be written with a point.
+FIT = {"block_q": 64.0, "block_k": 64.0, "gate_dim": 64.0, "query_subblocks": 64.0, "key_subblocks": 64.0}
+FIT |= {"distance_bias": 64.0}
 
 
 @pytest.mark.parametrize("field", AttnGateConfig().to_dict())
 @pytest.mark.parametrize(
-    "value", [[], [64], ["avg", 1], {}, "x", "", 1.5, 64.0, -2, 10**9, 10**400, math.nan, math.inf, None, True, b"avg"]
+    "value",
+    [[], [64], ["avg", 1], {}, "x", "", 1.5, 64.0, -2, 10**9, 10**400, math.nan, math.inf, None, True, b"avg"],
+    ids=lambda value: str(value)[:20],
 )
 def test_config_takes_values_of_its_own_kinds_alone(field: str, value: object) -> None:
     if (field, value) == ("gate_dim", None) or (value is True and isinstance(getattr(AttnGateConfig(), field), bool)):
         return
     if field == "target_power" and value in (1.5, 64.0, math.inf, None):
         return
-    with pytest.raises(ValueError, match=r"^\S+ must .*, got .{0,60}$"):
-        AttnGateConfig.from_dict({field: value})
-    with pytest.raises(ValueError, match=r"^\S+ must .*, got .{0,60}$"):
-        AttnGateConfig(**{field: value})
+    if isinstance(value, float) and FIT.get(field) == value:
+        assert getattr(AttnGateConfig(**{field: value}), field) == value
+        return
+    for make_config in (AttnGateConfig.from_dict, lambda values: AttnGateConfig(**values)):
+        with pytest.raises(ValueError, match=rf"^{field} must .{{0,400}}$"):
+            make_config({field: value})
 
 
 def test_target_of_saved_gates_that_do_not_tell_it_and_of_the_published_form_is_the_published_one(monkeypatch) -> None:
@@ -348,10 +362,9 @@ def test_config_is_made_of_dictionaries_alone(values: object) -> None:
 
 
 def test_config_rejects_unknown_fields() -> None:
-    with pytest.raises(ValueError, match=r"unknown \['block'\]"):
-        AttnGateConfig.from_dict({"block": 64})
-    with pytest.raises(ValueError, match=r"unknown \[3, 'block', None\]"):
-        AttnGateConfig.from_dict({3: 1, "block": 64, None: 2})
+    for values, told in (({"block": 64}, "'block'"), ({3: 1, "block": 64, None: 2}, "3")):
+        with pytest.raises(ValueError, match=f"got {told}$"):
+            AttnGateConfig.from_dict(values)
 
 
 def test_pooled_frequencies_of_a_call_take_the_place_of_the_gates_own() -> None:

@@ -119,7 +119,7 @@ def test_tokenize_shows_a_progress_bar_where_it_takes_long(monkeypatch, capsys: 
     arguments = {"min_tokens": 63, "enough_tokens": 10**9, "seed": 1}
     tokenize([topical_text(100, 0)], TOKENIZER, progress=True, **arguments)
     assert "Tokenising" not in capsys.readouterr().err
-    monkeypatch.setattr("seerattn.data.samples._BAR_CHARACTERS", 100)
+    monkeypatch.setattr("seerattn.data.corpus._BAR_CHARACTERS", 100)
     tokenize([topical_text(100, 0)], TOKENIZER, progress=False, **arguments)
     assert "Tokenising" not in capsys.readouterr().err
     tokenize([topical_text(100, 0)], TOKENIZER, progress=True, **arguments)

@@ -24,7 +24,7 @@ import seerattn
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.hf.distillation import GateLosses
 from seerattn.hf.yarn import extend_context
-from seerattn.training.finetune import FinetuneConfig, Plan, finetune, plan
+from seerattn.training.finetune import FinetuneConfig, FinetuneRun, finetune
 from seerattn.training.finetune_trainer import FinetuneTrainer
 
 FORM = AttnGateConfig(block_q=32, block_k=32, query_subblocks=4, key_subblocks=2, init="normal")
@@ -117,7 +117,9 @@ def test_saved_model_and_gates_give_the_logits_of_the_trained_model(folder: Path
 
 
 def test_tokenised_text_trains_as_the_files_that_it_is_of(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    corpus = plan(model_of(folder), tiny_tokenizer(), [folder / "data.jsonl"], RUN, gate=FORM).samples.corpus
+    corpus = FinetuneRun.plan(
+        model_of(folder), tiny_tokenizer(), [folder / "data.jsonl"], RUN, gate=FORM
+    ).samples.corpus
     finetune(model_of(folder), tiny_tokenizer(), corpus, RUN, gate=FORM, output=tmp_path / "out")
     assert_same_result(tmp_path / "out", uninterrupted)
     assert (tmp_path / "out" / "run.json").read_text() == (uninterrupted / "run.json").read_text()
@@ -145,10 +147,34 @@ def test_training_lowers_both_losses_and_follows_the_schedule(folder: Path, tmp_
     assert found[-1]["tokens"] == 24 * 512
 
 
+@pytest.mark.parametrize(("gate_lr", "told"), [(30.0, 1), (1e-3, 0)])
+def test_gates_that_unlearn_are_told_of_once(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, gate_lr: float, told: int
+) -> None:
+    config = FinetuneConfig(context=256, steps=8, batch_size=1, gate_lr=gate_lr, logging_steps=1, save_steps=8)
+    train(folder, tmp_path / "out", config)
+    first, *later = [record["gate_loss"] for record in records(tmp_path / "out")]
+    assert (max(later) > 2 * first) == bool(told)
+    warnings = [r.getMessage() for r in caplog.records if r.name == "seerattn.training.trainer"]
+    assert len(warnings) == told and all("gate_lr" in text for text in warnings)
+
+
+def test_learning_rate_of_gates_falls_with_the_width_of_heads_and_is_that_of_the_run(folder: Path) -> None:
+    config, data = replace(RUN, gate_lr=None), [folder / "data.jsonl"]
+    run = FinetuneRun.plan(model_of(folder), tiny_tokenizer(), data, config, gate=FORM)
+    assert run.config.gate_lr == run.facts()["config"]["gate_lr"] == 1e-3
+    assert run.config.lr == RUN.lr
+    wide = tiny_model("llama", head_dim=128)
+    run = FinetuneRun.plan(wide, tiny_tokenizer(), data, config, gate=FORM)
+    assert run.config.gate_lr == pytest.approx(1e-3 * 0.5**1.5)
+    kept = FinetuneRun.plan(model_of(folder), tiny_tokenizer(), data, RUN, gate=FORM)
+    assert kept.config.gate_lr == RUN.gate_lr
+
+
 def test_dense_run_has_no_gates_and_matches_density_1(folder: Path, tmp_path: Path) -> None:
     options = {"sparsity": 0.0, "target_every": 1, "anneal": 0.0}
     for name, config in (
-        ("dense", replace(RUN, dense=True)),
+        ("dense", replace(RUN, dense=True, **options)),
         ("sparse", replace(RUN, **options)),
     ):
         torch.manual_seed(0)
@@ -166,7 +192,7 @@ def test_dense_run_has_no_gates_and_matches_density_1(folder: Path, tmp_path: Pa
 
 def test_trained_gates_are_where_a_run_starts(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
     gates = uninterrupted / "gates"
-    prepared = plan(model_of(folder), tiny_tokenizer(), [folder / "data.jsonl"], RUN, gates=gates)
+    prepared = FinetuneRun.plan(model_of(folder), tiny_tokenizer(), [folder / "data.jsonl"], RUN, gates=gates)
     held = {n.replace(".default", ""): p for n, p in prepared.model.named_parameters() if "seer_gate" in n}
     saved = load_file(gates / "adapter_model.safetensors")
     assert held.keys() == saved.keys() and all(torch.equal(held[name], saved[name]) for name in saved)
@@ -250,7 +276,7 @@ def test_resumed_run_rejects_another_run_and_says_what_differs(
         options = {"gate": FORM, "output": uninterrupted, "resume": True}
         finetune(rounded, tiny_tokenizer(), [folder / "data.jsonl"], RUN, **options)
     with monkeypatch.context() as patched, pytest.raises(ValueError, match="another: autocasts was False and is True"):
-        patched.setattr(Plan, "autocasts", True)
+        patched.setattr(FinetuneRun, "autocasts", True)
         train(folder, uninterrupted, resume=True)
     with pytest.raises(ValueError, match="kind was None and is finetune"):
         other = folder / "distilled"
@@ -268,19 +294,15 @@ def test_two_processes_match_one_at_the_same_global_batch(folder: Path, tmp_path
         "--context": 256,
         "--steps": 4,
         "--batch-size": 4,
-        "--logging-steps": 2,
-        "--save-steps": 4,
         "--lr": 1e-3,
         "--sparsity": 0.5,
-        "--target-share": 0.5,
-        "--target-every": 2,
         "--output": tmp_path / "two",
-        "--block-size": 32,
-        "--query-subblocks": 1,
-        "--key-subblocks": 1,
-        "--init": "normal",
     }
     arguments = [str(x) for pair in options.items() for x in pair]
+    for value in ("logging_steps=2", "save_steps=4", "target_share=0.5", "target_every=2", "gate_lr=1e-3"):
+        arguments += ["--set", value]
+    for value in ("block_q=32", "block_k=32", "query_subblocks=1", "key_subblocks=1", "init=normal"):
+        arguments += ["--gate", value]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "seerattn"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, "finetune", *arguments], env=environment, capture_output=True, text=True)
@@ -383,7 +405,7 @@ def test_tied_weights_are_saved_and_resumed(folder: Path, tmp_path: Path) -> Non
 
     trained = tied("out")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("seerattn.training.finetune._save", lambda *_: 1 / 0)
+        patched.setattr(FinetuneRun, "_save", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tied("again")
     resumed = tied("again", resume=True)
@@ -414,23 +436,26 @@ def test_extended_context_matches_a_model_that_was_made_with_yarn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "name"),
     [
-        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
-        ({"sparsity": -0.1}, "sparsity must be in"),
-        ({"sparsity": float("nan")}, "sparsity must be in"),
-        ({"anneal": 1.5}, "anneal must be a share"),
-        ({"target_share": 0.0}, "target_share must be in"),
-        ({"target_every": 0}, "target_every must be at least 1"),
-        ({"context_factor": 0.5}, "context_factor must be at least 1"),
-        ({"context_factor": float("inf")}, "context_factor must be a positive number"),
-        ({"gate_lr": float("nan")}, "gate_lr must be a positive number"),
-        ({"lr": 0.0}, "lr must be a positive number"),
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"sparsity": -0.1}, "sparsity"),
+        ({"sparsity": float("nan")}, "sparsity"),
+        ({"anneal": 1.5}, "anneal"),
+        ({"target_share": 0.0}, "target_share"),
+        ({"target_every": 0}, "target_every"),
+        ({"context_factor": 0.5}, "context_factor"),
+        ({"context_factor": float("inf")}, "context_factor"),
+        ({"gate_lr": float("nan")}, "gate_lr"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": None}, "lr"),
+        ({"steps": 0}, "steps"),
+        ({"dense": True, "sparsity": 0.5}, "dense"),
+        ({"dense": True, "anneal": 0.5}, "dense"),
     ],
 )
-def test_config_rejects_values_out_of_range(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_config_rejects_values_out_of_range(values: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must "):
         FinetuneConfig(**{"context": 256, "steps": 10} | values)
 
 

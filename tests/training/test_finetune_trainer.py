@@ -115,7 +115,7 @@ def test_gradient_of_four_micro_batches_matches_that_of_one_batch(
     """Also if the Trainer finds labels in a batch, by whose number it would rather divide."""
     seen = watch_gradients(monkeypatch, trainer)
     if labels:
-        monkeypatch.setattr("seerattn.training.finetune.collate", with_labels)
+        monkeypatch.setattr("seerattn.training.run.collate", with_labels)
     for size in (1, 4):
         values = vars(config) | {"micro_batch_size": size}
         train(kind, folder, tmp_path / str(size), type(config)(**values))

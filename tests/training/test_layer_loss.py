@@ -151,15 +151,15 @@ def test_packed_documents_match_the_same_documents_alone(form: str) -> None:
     documents = [tokens(1, length, seed=seed) for seed, length in enumerate(lengths)]
     seen: dict[str, list[Tensor]] = {}
 
-    class Spying(LayerLoss):
+    class Watching(LayerLoss):
         def __call__(self, gate, q, k, target, segment_ids):
             seen.setdefault("packed" if segment_ids is not None else "alone", []).append(target)
             return super().__call__(gate, q, k, target, segment_ids)
 
-    spy = Spying(measure=True)
+    watching = Watching(measure=True)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     numbers = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])[None]
-    packed = run(model, spy, input_ids=torch.cat(documents, 1), position_ids=positions, segment_ids=numbers)
+    packed = run(model, watching, input_ids=torch.cat(documents, 1), position_ids=positions, segment_ids=numbers)
     packed.total().backward()
     gradients = [parameter.grad.clone() for parameter in gate_parameters(model)]
 
@@ -168,7 +168,7 @@ def test_packed_documents_match_the_same_documents_alone(form: str) -> None:
     # a document have nothing to choose either.
     counted = [-(-length // BLOCK) - (2 if config.exclude_forced else 0) for length in lengths]
     weights = [0 if i == 2 else n / (sum(counted) - counted[2]) for i, n in enumerate(counted)]
-    alone = [run(model, spy, input_ids=ids) for ids in documents]
+    alone = [run(model, watching, input_ids=ids) for ids in documents]
     sum(weight * losses.total() for weight, losses in zip(weights, alone)).backward()
 
     for got, parameter in zip(gradients, gate_parameters(model)):
@@ -231,13 +231,13 @@ def test_gates_that_learn_a_share_of_the_target_see_those_rows_of_it_and_leave_t
     model = seerattn.attach(tiny_model("llama"), FORM)
     ids, seen = tokens(2, 7 * BLOCK + 5), []
 
-    class Spying(LayerLoss):
+    class Watching(LayerLoss):
         def __call__(self, gate, q, k, target, segment_ids, rows=None):
             seen.append((target, rows))
             return super().__call__(gate, q, k, target, segment_ids, rows)
 
     def learn(**share: float) -> Tensor:
-        return model(input_ids=ids, gate_losses=GateLosses(Spying(), **share), use_cache=False).logits
+        return model(input_ids=ids, gate_losses=GateLosses(Watching(), **share), use_cache=False).logits
 
     learn()
     whole, drawn = [target for target, _ in seen], []

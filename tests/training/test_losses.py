@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from seerattn.training.losses import gate_loss, group_target, target_recall
+from seerattn.selection.target_map import group_target, target_recall
+from seerattn.training.losses import gate_loss
 
 B, H, N = 2, 4, 6
 

@@ -15,10 +15,10 @@ from tiny_corpus import tiny_tokenizer, write_documents, write_model
 from transformers import AutoModelForCausalLM
 
 from seerattn.gate import AttnGateConfig
-from seerattn.training.distill import DistillConfig, distill, plan
-from seerattn.training.finetune import FinetuneConfig, finetune
-from seerattn.training.finetune import plan as plan_finetuning
-from seerattn.training.runs import RunConfig
+from seerattn.training.config import RunConfig
+from seerattn.training.distill import DistillConfig, DistillRun, distill
+from seerattn.training.finetune import FinetuneConfig, FinetuneRun, finetune
+from seerattn.training.run import TrainingRun
 
 # One sub-block a side: between two that score alike, the order of a sum decides which is the maximum.
 FORM = AttnGateConfig(block_q=32, block_k=32, query_subblocks=1, key_subblocks=1, init="normal")
@@ -35,19 +35,19 @@ SHARED: dict[str, Any] = {
 NOT_MEASURED = {"step", "lr", "tokens", "tokens_per_second"}
 
 
-def distillation(micro_batch_size: int) -> tuple[Callable[..., Any], Callable[..., Any], RunConfig]:
+def distillation(micro_batch_size: int) -> tuple[type[TrainingRun], Callable[..., Any], RunConfig]:
     config = DistillConfig(**SHARED, drop_rows=0.2, micro_batch_size=micro_batch_size)
-    return plan, distill, config
+    return DistillRun, distill, config
 
 
-def distillation_of_some_rows(micro_batch_size: int) -> tuple[Callable[..., Any], Callable[..., Any], RunConfig]:
-    return plan, distill, replace(distillation(micro_batch_size)[2], target_share=0.4)
+def distillation_of_some_rows(micro_batch_size: int) -> tuple[type[TrainingRun], Callable[..., Any], RunConfig]:
+    return DistillRun, distill, replace(distillation(micro_batch_size)[2], target_share=0.4)
 
 
-def finetuning(micro_batch_size: int) -> tuple[Callable[..., Any], Callable[..., Any], RunConfig]:
+def finetuning(micro_batch_size: int) -> tuple[type[TrainingRun], Callable[..., Any], RunConfig]:
     own = {"sparsity": 0.5, "anneal": 0.25, "target_share": 0.5, "gate_lr": 3e-3}
     config = FinetuneConfig(**SHARED, **own, micro_batch_size=micro_batch_size)
-    return plan_finetuning, finetune, config
+    return FinetuneRun, finetune, config
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def measured(output: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", [distillation, distillation_of_some_rows, finetuning])
 def test_records_and_weights_are_those_of_one_sample_at_a_time(kind: Callable, folder: Path, tmp_path: Path) -> None:
     for size in (1, 2, 4):
-        prepare, train, config = kind(size)
-        samples = prepare(*inputs(folder), config, gate=FORM).samples.plan
+        run, train, config = kind(size)
+        samples = run.plan(*inputs(folder), config, gate=FORM).samples.plan
         packed = [sample is not None and len(sample) > 1 for sample in samples]
         # Every step has packed samples beside whole ones.
         assert len(packed) == 12 and all(len(set(packed[i : i + 4])) == 2 for i in (0, 4, 8))

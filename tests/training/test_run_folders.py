@@ -24,7 +24,7 @@ from tiny_corpus import write_documents, write_model
 
 import seerattn.training.output as run_folders
 from seerattn.training.checkpoints import last_whole
-from seerattn.training.distill import DistillConfig
+from seerattn.training.distill import DistillConfig, DistillRun
 from seerattn.training.finetune import FinetuneConfig
 from seerattn.training.trainer import DistillTrainer
 
@@ -362,7 +362,7 @@ def test_second_process_in_a_folder_is_refused_and_changes_nothing(
                 # The first one came in while this one read its data.
                 patched.setattr(run_folders, "check_unlocked", lambda *_: None)
             else:
-                patched.setattr(sys.modules["seerattn.training.distill"], "plan", lambda *_, **__: pytest.fail("begun"))
+                patched.setattr(DistillRun, "plan", lambda *_, **__: pytest.fail("begun"))
             train(folder, output, SHORT, resume=resume)
         assert contents(output) == before
     train(folder, output, SHORT, resume=resume)
@@ -396,28 +396,27 @@ def test_run_that_was_killed_before_it_wrote_anything_can_be_begun_again(
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "name"),
     [
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
-        ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
-        ({"steps": True}, "steps must be a whole number, got True"),
-        ({"context": "256"}, "context must be a whole number, got '256'"),
-        ({"steps": 10**18, "batch_size": 100}, "steps x batch_size x context must be at most"),
-        ({"steps": 10**30}, "steps must be at most"),
-        (
-            {"report_to": "nosuch"},
-            "report_to must be none, all or a tracker that is installed here, got 'nosuch' where",
-        ),
-        ({"report_to": "wandb"}, "report_to must be none, all or a tracker that is installed here, got 'wandb' where"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"seed": 0.5}, "seed"),
+        ({"steps": True}, "steps"),
+        ({"context": "256"}, "context"),
+        ({"steps": 10**18, "batch_size": 100}, "steps x batch_size x context"),
+        ({"steps": 10**30}, "steps"),
+        ({"save_steps": 10**30}, "save_steps"),
+        ({"lr": 10**400}, "lr"),
+        ({"report_to": "nosuch"}, "report_to"),
+        ({"report_to": "wandb"}, "report_to"),
     ],
 )
 @pytest.mark.parametrize("kind", [DistillConfig, FinetuneConfig])
 def test_config_refuses_what_the_trainer_would_refuse_later(
-    kind: type, values: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    kind: type, values: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises(ValueError, match=f"^{name} must "):
         kind(**{"context": 256, "steps": 10} | values)
 
 

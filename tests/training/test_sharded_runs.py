@@ -22,7 +22,7 @@ from tiny_models import tiny_model
 
 from seerattn.cli import main
 from seerattn.gate import AttnGateConfig
-from seerattn.training.finetune import FinetuneConfig, Plan, plan
+from seerattn.training.finetune import FinetuneConfig, FinetuneRun
 from seerattn.training.objective import stand_in
 
 FSDP = {
@@ -38,16 +38,13 @@ OPTIONS = {
     "--context": 256,
     "--steps": 4,
     "--batch-size": 4,
-    "--logging-steps": 2,
-    "--save-steps": 2,
     "--lr": 1e-3,
-    # One sub-block a side, so that no maximum hangs on the order of a sum.
-    "--block-size": 32,
-    "--query-subblocks": 1,
-    "--key-subblocks": 1,
-    "--init": "normal",
 }
-ONLY_FINETUNE = {"--sparsity": 0.5, "--target-share": 0.5, "--target-every": 2, "--context-factor": 2}
+SETTINGS = ("logging_steps=2", "save_steps=2")
+# One sub-block a side, so that no maximum hangs on the order of a sum.
+GATE = ("block_q=32", "block_k=32", "query_subblocks=1", "key_subblocks=1", "init=normal")
+ONLY_FINETUNE = {"--sparsity": 0.5, "--context-factor": 2}
+ONLY_FINETUNE_SETTINGS = ("target_share=0.5", "target_every=2", "gate_lr=1e-3")
 ON_CPUS = """
 import sys
 import torch
@@ -56,7 +53,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 from seerattn.cli import main
-from seerattn.training.finetune import Plan
+from seerattn.training.finetune import FinetuneRun
 from seerattn.training.finetune_trainer import FinetuneTrainer
 
 def gloo_as_if_on_gpus(self, *_, **__):
@@ -83,7 +80,7 @@ def step(self, model, *args, run=FinetuneTrainer.training_step, **kwargs):
 
 FinetuneTrainer.training_step = step
 if sys.argv.pop() == "autocast":
-    Plan.autocasts = True
+    FinetuneRun.autocasts = True
 main(sys.argv[1:])
 """
 )
@@ -92,7 +89,6 @@ BREAK = (
     ON_CPUS
     + """
 from pathlib import Path
-import seerattn.training.finetune as finetuning
 
 def break_loss(self, model, *args, run=FinetuneTrainer.training_step, **kwargs):
     if dist.get_rank() == 1 and self.state.global_step == 1:
@@ -117,13 +113,13 @@ if where == "loss":
 else:
     FinetuneTrainer._clip_grad_norm = break_gradient if where == "gradient" else swell_gradient
 
-def run_and_tell(*args, run=finetuning.run, **kwargs):
+def run_and_tell(*args, run=FinetuneRun.run, **kwargs):
     try:
         run(*args, **kwargs)
     except ValueError as error:
         (told / str(dist.get_rank())).write_text(str(error))
 
-finetuning.run = run_and_tell
+FinetuneRun.run = run_and_tell
 try:
     main(sys.argv[1:])
 except SystemExit as end:
@@ -207,7 +203,9 @@ def two_processes(code: str, *arguments: str, **variables: str) -> subprocess.Co
 def command(kind: str, folder: Path, output: Path) -> list[str]:
     options: dict[str, Any] = {"--model": folder / "model", "--data": folder / f"{kind}.jsonl", "--output": output}
     options |= OPTIONS | (ONLY_FINETUNE if kind == "finetune" else {})
-    return [kind, *(str(word) for pair in options.items() for word in pair)]
+    settings = SETTINGS + (ONLY_FINETUNE_SETTINGS if kind == "finetune" else ())
+    pairs = [*options.items(), *(("--set", word) for word in settings), *(("--gate", word) for word in GATE)]
+    return [kind, *(str(word) for pair in pairs for word in pair)]
 
 
 def records(output: Path) -> list[dict[str, Any]]:
@@ -222,7 +220,7 @@ def test_two_processes_with_the_weights_of_one_match_one_process(
 ) -> None:
     """Autocast, which a CPU is not asked for, is what one process gets of accelerate and two do by themselves."""
     if precision == "autocast":
-        monkeypatch.setattr(Plan, "autocasts", True)
+        monkeypatch.setattr(FinetuneRun, "autocasts", True)
     done = two_processes(RUN, *command(kind, folder, tmp_path / "two"), precision, ACCELERATE_TORCH_DEVICE="cpu")
     assert done.returncode == 0, done.stderr
     with pytest.raises(SystemExit) as stop:
@@ -319,6 +317,6 @@ def test_plan_computes_for_the_device_that_trains(folder: Path) -> None:
         with init_empty_weights():
             model = tiny_model("llama")
         options = {"gate": AttnGateConfig(block_q=32, block_k=32), "device": torch.device(device)}
-        prepared = plan(model, tiny_tokenizer(), [folder / "distill.jsonl"], config, **options)
+        prepared = FinetuneRun.plan(model, tiny_tokenizer(), [folder / "distill.jsonl"], config, **options)
         assert prepared.autocasts == autocasts
         assert ("working copies" in prepared.describe()["memory, one process"]) == autocasts
