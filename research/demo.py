@@ -24,7 +24,7 @@ FRESH = FOLDER / "gates"
 RESULTS = FOLDER / "results.jsonl"
 MAPS = FOLDER / "maps.npz"
 GATES = f"--gates best=assets/reference-gates/best --gates paper=assets/reference-gates/paper --gates fresh={FRESH}"
-EVALUATION = f"--model {MODEL} --data assets/books/evaluate --contexts 4096"
+EVALUATION = f"--model {MODEL} {GATES} --methods dense,oracle,streaming --data assets/books/evaluate --contexts 4096"
 
 console = Console(width=118)
 
@@ -47,7 +47,7 @@ def distil() -> None:
         run(
             "1. Distil gates on two books (about 3 minutes on 2 cores)",
             f"distill --model {MODEL} --data assets/books/distill --context 4096 --steps 36 --batch-size 4 "
-            f"--retrieval-share 0.25 --logging-steps 6 --save-steps 12 --output {FRESH}{resume}",
+            f"--retrieval-share 0.25 --set logging_steps=6 --set save_steps=12 --output {FRESH}{resume}",
         )
     records = [json.loads(line) for line in (FRESH / "training.jsonl").read_text().splitlines()]
     first, last = records[0], records[-1]
@@ -68,15 +68,15 @@ def main() -> None:
     distil()
     run(
         "2. Perplexity of fresh and shipped gates against realised density, two other books",
-        f"eval perplexity {EVALUATION} {GATES} --densities .5,.2,.1 --windows 2 --output {RESULTS}",
+        f"eval {EVALUATION} --tasks perplexity,windows=2 --densities .5,.2,.1 --output {RESULTS}",
     )
     run(
         "3. Retrieval: pass keys and key-value pairs hidden in the books",
-        f"eval needle {EVALUATION} {GATES} --densities .1 --last-rows-dense 0 --n 2 --output {RESULTS}",
+        f"eval {EVALUATION} --tasks passkey,n=2,key_value,n=2 --densities .1 --output {RESULTS}",
     )
     run(
         "4. Recall of the true map by layer, and maps to look at",
-        f"eval recall {EVALUATION} {GATES} --densities .2,.1 --maps {MAPS} --heads 0:0,3:2,4:5 --output {RESULTS}",
+        f"eval {EVALUATION} --tasks 'recall,maps={MAPS},heads=0:0 3:2 4:5' --densities .2,.1 --output {RESULTS}",
     )
     run("5. Table and pictures", f"report {RESULTS} {MAPS} --output {FOLDER}")
     console.print(Markdown((FOLDER / "table.md").read_text()))

@@ -34,20 +34,24 @@ from transformers import AutoTokenizer, PreTrainedModel
 from worker_pool import Job, WorkerPool
 
 from seerattn.bench.model import PLAIN_FORM
-from seerattn.cli.values import numbers
 from seerattn.data.windows import Window, cut_windows, digest
-from seerattn.eval.arms import DENSE, Arm, EvalModel, Gates, choose_device
-from seerattn.eval.needle import Needle, evaluate_needle
-from seerattn.eval.perplexity import evaluate_perplexity
-from seerattn.eval.recall import run_dense
+from seerattn.eval.calibration import Text, calibrate_budgets
+from seerattn.eval.choice import DENSE, at_density
+from seerattn.eval.tasks.perplexity import PerplexityJob
+from seerattn.eval.tasks.retrieval import Needle, RetrievalJob
 from seerattn.gate import AttnGateConfig
+from seerattn.hf.eval_model import EvalModel, choose_device
 from seerattn.hf.loading import read_model
-from seerattn.methods.gate.budgets import BudgetCalibrator, budget_lengths, evaluate_budgets
+from seerattn.methods.gate import Gate
+from seerattn.methods.gate.budgets import BudgetCalibrator, budget_lengths
+from seerattn.methods.oracle import Oracle
+from seerattn.methods.streaming import Streaming
+from seerattn.options import parse_value
 from seerattn.results.file import ResultsFile
 from seerattn.saving import write_whole
-from seerattn.selection import HeadBudgets, TopK
+from seerattn.selection import HeadBudgets
 from seerattn.selection.map_form import PUBLISHED, MapForm
-from seerattn.training.distill import DistillConfig, plan, run
+from seerattn.training.distill import DistillConfig, DistillRun
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TEXTS = ("books-test", "proofs-test")
@@ -136,7 +140,8 @@ def carry_out(options: Options, name: str) -> None:
             density=0.2,
             seed=options.seed,
         )
-        run(plan(load_model(options.model, device), tokenizer, corpus, config, gate=FORMS[name]), folder, resume=True)
+        model = load_model(options.model, device)
+        DistillRun.plan(model, tokenizer, corpus, config, gate=FORMS[name]).run(folder, resume=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     measure(options, name, device)
@@ -154,8 +159,7 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
 def measure(options: Options, name: str, device: torch.device) -> None:
     """Budgets, perplexity and retrieval of one run; cells that are there already are not measured again."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    folders = [] if name == CEILINGS else [Gates(name, options.output / "gates" / name)]
-    subject = EvalModel(load_model(options.model, device), tokenizer, name=options.model.name, gates=folders)
+    evaluated = EvalModel(load_model(options.model, device), tokenizer, name=options.model.name)
     results = ResultsFile(options.output / "results" / f"{name}.jsonl", device)
     bos = tokenizer.bos_token_id
     asked: dict[str, Any] = {"context": options.context, "bos_token_id": bos}
@@ -164,33 +168,27 @@ def measure(options: Options, name: str, device: torch.device) -> None:
     windows = cut_windows(fitted, count=1, **asked)
     if name == CEILINGS:
         targets = [ORACLES[oracle] for oracle in options.oracles]
-        budgets = {target: oracle_budgets(subject, target, windows, settings["data"]) for target in targets}
-        arms = [DENSE, *(Arm("streaming", policy) for policy in policies(options.densities))]
-        arms += [
-            Arm("oracle", policy, target=target, budgets=shared)
-            for target in targets
-            for shared in (None, budgets[target])
-            for policy in policies(options.densities)
-        ]
+        budgets = {target: oracle_budgets(evaluated, target, windows, settings["data"]) for target in targets}
+        oracles = [(target, shared) for target in targets for shared in (None, budgets[target])]
+        methods = [Streaming(), *(Oracle(target=str(target), budgets_per_head=shared) for target, shared in oracles)]
     else:
-        (gates,) = folders
-        # Those of a run that is continued are there, and cells measured with them.
-        if subject.budgets(gates) is None:
-            about = {"context": options.context, "text": CALIBRATION, "settings": settings}
-            evaluate_budgets(subject, gates, windows, results, **about)
-        arms = [DENSE]
-        arms += [
-            Arm("gate", policy, gates)
-            for heads in ("calibrated", "equal")
-            for policy in policies(options.densities, heads=heads)
-        ]
+        folder = options.output / "gates" / name
+        # Budgets of a run that is continued are there, and cells measured with them.
+        if evaluated.gates(folder).budgets is None:
+            text = Text(windows, options.context, CALIBRATION, settings)
+            calibrate_budgets(evaluated, Gate(gates=folder), text, results)
+        methods = [Gate(gates=folder, name=name, policy=policy) for policy in ("top_k", "equal_top_k")]
+    choices = [DENSE]
+    choices += [at_density(evaluated, method, density) for method in methods for density in options.densities]
     for text in TEXTS:
         if not (options.output / "tokens" / f"{text}.npz").exists():
             continue
         documents = documents_of(load_corpus(options.output / "tokens", text))
         settings = {"data": digest(documents), "windows": options.windows}
         windows = cut_windows(documents, count=options.windows, **asked)
-        evaluate_perplexity(subject, arms, {options.context: windows}, results, text=text, settings=settings, batch=1)
+        sequences = [window.input_ids for window in windows]
+        job = PerplexityJob("perplexity", text, options.context, sequences, settings, windows=windows, timed=False)
+        job.measure(evaluated, choices, results)
         if text == TEXTS[0]:
             settings = {"data": digest(documents)}
             needles = [
@@ -200,19 +198,17 @@ def measure(options: Options, name: str, device: torch.device) -> None:
             ]
             count = options.needles * len(DEPTHS)
             needles += [Needle("key_value", length, None, count, seed=1) for length in options.needle_contexts]
-            some = [arm for arm in arms if arm.density is None or arm.density in options.needle_densities]
-            evaluate_needle(subject, some, needles, documents, results, text=text, settings=settings)
+            some = [choice for choice in choices if choice.asked is None or choice.asked in options.needle_densities]
+            made = {needle: needle.documents(tokenizer, documents, bos) for needle in needles}
+            RetrievalJob("retrieval", text, options.context, [], settings, needles=made).measure(
+                evaluated, some, results
+            )
 
 
-def policies(densities: Sequence[float], **options: Any) -> list[TopK]:
-    """One of each density."""
-    return [TopK(density=density, **options) for density in densities]
-
-
-def oracle_budgets(subject: EvalModel, target: MapForm, windows: Sequence[Window], text: str) -> HeadBudgets:
+def oracle_budgets(evaluated: EvalModel, target: MapForm, windows: Sequence[Window], text: str) -> HeadBudgets:
     """What shares a density among the heads of an oracle, read off all windows."""
     calibrator = BudgetCalibrator(target, lengths=budget_lengths(len(windows[0].input_ids)))
-    run_dense(subject, calibrator.see, windows)
+    evaluated.observe(windows, calibrator.see)
     return calibrator.budgets(text=text)
 
 
@@ -272,9 +268,9 @@ def main(
         target_share=target_share,
         train_tokens=train_tokens,
         oracles=tuple(targets),
-        densities=tuple(numbers("densities", densities, float, 0)),
-        needle_densities=tuple(numbers("needle-densities", needle_densities, float, 0)),
-        needle_contexts=tuple(numbers("needle-contexts", needle_contexts, int, 1)),
+        densities=parse_value("densities", densities, tuple[float, ...]),
+        needle_densities=parse_value("needle_densities", needle_densities, tuple[float, ...]),
+        needle_contexts=parse_value("needle_contexts", needle_contexts, tuple[int, ...]),
         documents=documents,
         windows=windows,
         needles=needles,

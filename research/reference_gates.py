@@ -33,16 +33,21 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from seerattn.bench.model import PLAIN_FORM
 from seerattn.data.retrieval import training_document
 from seerattn.data.windows import cut_windows, digest, token_documents
-from seerattn.eval.arms import EvalModel, Gates, make_arms
-from seerattn.eval.needle import Needle, evaluate_needle
-from seerattn.eval.perplexity import evaluate_perplexity
+from seerattn.eval.choice import DENSE, at_density
+from seerattn.eval.tasks.perplexity import PerplexityJob
+from seerattn.eval.tasks.retrieval import Needle, RetrievalJob
 from seerattn.gate import AttnGate, AttnGateConfig
 from seerattn.hf.attach import attach, detach
+from seerattn.hf.eval_model import EvalModel
+from seerattn.methods.gate import Gate
+from seerattn.methods.oracle import Oracle
+from seerattn.methods.streaming import Streaming
 from seerattn.ops.attention_map import attention_map
 from seerattn.results.file import ResultsFile
 from seerattn.selection import TopK
 from seerattn.selection.block_indices import forced_block_mask
-from seerattn.training.losses import gate_loss, group_target, target_recall
+from seerattn.selection.target_map import group_target, target_recall
+from seerattn.training.losses import gate_loss
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ VARIANTS = {name: variant for study in STUDIES.values() for name, variant in stu
 
 
 @dataclass
-class Spy:
+class Recorder:
     """Attention function that runs dense attention and keeps q, k before RoPE and the targets of every layer."""
 
     blocks: list[int]
@@ -310,8 +315,8 @@ def main(
     suffix = f"-seed{seed}" if seed else ""
     folders = []
     for name, training in trainings.items():
-        folders.append(Gates(name + suffix, output / (name + suffix)))
-        save_adapter(base, training.gate, folders[-1].path)
+        folders.append(output / (name + suffix))
+        save_adapter(base, training.gate, folders[-1])
         described = asdict(training.variant) | {"config": training.variant.config.to_dict()}
         found = {"loss_at_end": float(training.loss), "recall_at_end": float(training.recall)}
         told = {"context": context, "stretch": stretch, "batch": batch, "seed": seed, "steps": training.steps}
@@ -319,19 +324,25 @@ def main(
             file.write(json.dumps({"name": name + suffix} | described | told | found) + "\n")
 
     results = ResultsFile(output / "ablation.jsonl", device)
-    windows = {context: cut_windows(validation, context=context, count=1, bos_token_id=tokenizer.bos_token_id)}
+    bos = tokenizer.bos_token_id
+    windows = cut_windows(validation, context=context, count=1, bos_token_id=bos)
     needles = [Needle("passkey", context, depth, documents // 5, seed=1) for depth in (0.1, 0.3, 0.5, 0.7, 0.9)]
     needles.append(Needle("key_value", context, None, documents, seed=1))
     settings = {"data": digest(validation)}
     text = held_out.name.split(".")[0]
     shares = [float(x) for x in densities.split(",")]
-    subject = EvalModel(base, tokenizer, name=model.name, gates=folders)
+    sequences = [window.input_ids for window in windows]
+    perplexity = PerplexityJob("perplexity", text, context, sequences, settings, windows=windows, timed=False)
+    asked = {needle: needle.documents(tokenizer, validation, bos) for needle in needles}
+    retrieval = RetrievalJob("retrieval", text, context, [], settings, needles=asked)
+    evaluated = EvalModel(base, tokenizer, name=model.name)
     for sizes in sorted({VARIANTS[name].config.block_q for name in names}):
         group = [f for f, name in zip(folders, names) if VARIANTS[name].config.block_q == sizes]
-        arms = make_arms(["dense", "oracle", "streaming", "gate"], shares, gates=group, block_q=sizes, block_k=sizes)
-        shared = {"text": text, "batch": eval_batch}
-        evaluate_perplexity(subject, arms, windows, results, settings=settings, **shared)
-        evaluate_needle(subject, arms, needles, validation, results, settings=settings, **shared)
+        blocks = {"block_q": sizes, "block_k": sizes}
+        methods = [Oracle(**blocks), Streaming(**blocks), *(Gate(gates=folder) for folder in group)]
+        choices = [DENSE, *(at_density(evaluated, method, share) for method in methods for share in shares)]
+        for job in (perplexity, retrieval):
+            job.measure(evaluated, choices, results, batch=eval_batch)
         print(f"evaluated {', '.join(f.name for f in group)}", flush=True)
 
 
@@ -377,21 +388,21 @@ def train_gates(
             **gate_rotation(rotation, gate_dim=variant.config.gate_dim or config.head_dim)._asdict(),
         )
         trainings[name] = Training(variant, gate.to(device), steps)
-    spy = Spy(sorted({variant.config.block_q for variant in variants.values()}))
-    AttentionInterface.register("gate_ablation_spy", spy)
+    recorder = Recorder(sorted({variant.config.block_q for variant in variants.values()}))
+    AttentionInterface.register("gate_ablation_recorder", recorder)
     plain = config._attn_implementation
-    base.set_attn_implementation("gate_ablation_spy")
+    base.set_attn_implementation("gate_ablation_recorder")
     start = time.perf_counter()
     for step in range(steps):
         ids = torch.tensor([sample() for _ in range(batch)], device=device)
         begin = rng.randrange(context // stretch) * stretch
-        spy.layers.clear()
-        spy.stretch = slice(begin, begin + stretch)
+        recorder.layers.clear()
+        recorder.stretch = slice(begin, begin + stretch)
         with torch.no_grad():
-            spy.rotary = base.model.rotary_emb(base.lm_head.weight, torch.arange(context, device=device)[None])
+            recorder.rotary = base.model.rotary_emb(base.lm_head.weight, torch.arange(context, device=device)[None])
             base.model(input_ids=ids, use_cache=False)
-        q, k, *targets = (torch.cat(parts, dim=1) for parts in zip(*spy.layers))
-        by_block = dict(zip(spy.blocks, targets))
+        q, k, *targets = (torch.cat(parts, dim=1) for parts in zip(*recorder.layers))
+        by_block = dict(zip(recorder.blocks, targets))
         for training in trainings.values():
             training.step(step, q, k, by_block[training.variant.config.block_q])
         if step in (0, 9) or (step + 1) % 200 == 0:

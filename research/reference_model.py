@@ -8,8 +8,8 @@ JSON object with a `text` a line). The script trains a byte-level BPE tokenizer 
 documents, and trains a Llama with grouped-query attention in two phases: short windows first, then windows of the full
 context. Every step sees the same number of tokens. Windows are consecutive tokens of one document, cut elsewhere in
 each epoch; a small share are synthetic retrieval documents (`seerattn.data.retrieval`), without which a model this
-small hardly learns to look back. Hidden matrices are trained by Muon, embeddings and norms by AdamW, at a rate that warms
-up, stays, and falls linearly to zero over the last 40 %.
+small hardly learns to look back. Hidden matrices are trained by Muon, embeddings and norms by AdamW, at a rate that
+warms up, stays, and falls linearly to zero over the last 40 %.
 
 The run ends by itself after `--seconds` of training (compilation and validations not counted) or after exactly
 `--steps` steps, which also makes the order of the data and the schedule repeatable. About every minute it validates

@@ -38,20 +38,18 @@ from transformers import AutoTokenizer, PreTrainedModel
 from worker_pool import Job, WorkerPool
 
 from seerattn.data.windows import cut_windows, digest
-from seerattn.eval.arms import EvalModel, Gates, choose_device, make_arms
-from seerattn.eval.needle import Needle, evaluate_needle
-from seerattn.eval.perplexity import evaluate_perplexity
+from seerattn.eval.choice import DENSE, at_density
+from seerattn.eval.tasks.perplexity import PerplexityJob
+from seerattn.eval.tasks.retrieval import Needle, RetrievalJob
+from seerattn.hf.eval_model import EvalModel, choose_device
 from seerattn.hf.loading import read_model
 from seerattn.hf.yarn import extend_context
+from seerattn.methods.gate import Gate
 from seerattn.report.curves import as_finetuning
 from seerattn.results.file import ResultsFile
 from seerattn.saving import write_whole
-from seerattn.training.distill import DistillConfig
-from seerattn.training.distill import plan as plan_distillation
-from seerattn.training.distill import run as run_distillation
-from seerattn.training.finetune import FinetuneConfig
-from seerattn.training.finetune import plan as plan_finetuning
-from seerattn.training.finetune import run as run_finetuning
+from seerattn.training.distill import DistillConfig, DistillRun
+from seerattn.training.finetune import FinetuneConfig, FinetuneRun
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TEXTS = ("books-test", "proofs-test")
@@ -142,7 +140,7 @@ class Run:
     measured: tuple[float, ...] = ()
 
     def cell(self, options: Options) -> dict:
-        """What results say of the training, see `seerattn.report.finetuned`."""
+        """What results say of the training, see `seerattn.report.tables.finetuned`."""
         told = ("sparsity", "annealed", "target_share", "target_every")
         steps = 0 if self.kind == "stretched" else options.steps
         return {"name": self.label, "steps": steps} | {name: getattr(self, name) for name in told}
@@ -238,7 +236,7 @@ def train(options: Options, run: Run, device: torch.device) -> None:
     if run.kind == "after":
         base = load_model(Places(options.output, "dense").trained / "model", device)
         config = DistillConfig(lr=options.gate_lr, density=round(1 - max(run.measured), 6), **shared)
-        run_distillation(plan_distillation(base, tokenizer, corpus, config, gates=options.gates), output, resume=True)
+        DistillRun.plan(base, tokenizer, corpus, config, gates=options.gates).run(output, resume=True)
         return
     config = FinetuneConfig(
         lr=options.lr,
@@ -254,7 +252,7 @@ def train(options: Options, run: Run, device: torch.device) -> None:
     )
     model = load_model(options.model, device, torch.float32)
     gates = None if config.dense else options.gates
-    run_finetuning(plan_finetuning(model, tokenizer, corpus, config, gates=gates), output, resume=True)
+    FinetuneRun.plan(model, tokenizer, corpus, config, gates=gates).run(output, resume=True)
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -273,13 +271,12 @@ def measure(options: Options, run: Run, device: torch.device) -> None:
     else:
         trained = Places(options.output, "dense").trained if run.kind == "after" else places.trained
         model = load_model(trained / "model", device)
-    folders = []
+    length, bos = max(options.contexts), tokenizer.bos_token_id
+    evaluated, choices = EvalModel(model, tokenizer, name=options.model.name), [DENSE]
     if run.measured:
-        folders.append(Gates(run.name, places.trained if run.kind == "after" else places.trained / "gates"))
-    length = max(options.contexts)
-    subject = EvalModel(model, tokenizer, name=options.model.name, gates=folders)
-    selectors = ["dense", *(["gate"] if folders else [])]
-    arms = make_arms(selectors, [round(1 - s, 6) for s in run.measured], gates=folders)
+        folder = places.trained if run.kind == "after" else places.trained / "gates"
+        gate = Gate(gates=folder, name=run.name)
+        choices += [at_density(evaluated, gate, round(1 - sparsity, 6)) for sparsity in run.measured]
     results = ResultsFile(places.results, device)
     told = {"training": run.cell(options)}
     for text in TEXTS:
@@ -287,13 +284,16 @@ def measure(options: Options, run: Run, device: torch.device) -> None:
         for context in options.contexts:
             # The same tokens at every length, in as many windows as they fill; those run together.
             count = length // context
-            windows = cut_windows(documents, context=context, count=count, bos_token_id=tokenizer.bos_token_id)
+            windows = cut_windows(documents, context=context, count=count, bos_token_id=bos)
             settings = told | {"data": digest(documents), "windows": count}
-            evaluate_perplexity(subject, arms, {context: windows}, results, text=text, settings=settings, batch=count)
+            sequences = [window.input_ids for window in windows]
+            job = PerplexityJob("perplexity", text, context, sequences, settings, windows=windows, timed=False)
+            job.measure(evaluated, choices, results, batch=count)
         if text == TEXTS[0]:
             needles = [Needle("passkey", length, depth, options.needles, seed=1) for depth in DEPTHS]
             settings = told | {"data": digest(documents)}
-            evaluate_needle(subject, arms, needles, documents, results, text=text, settings=settings)
+            made = {needle: needle.documents(tokenizer, documents, bos) for needle in needles}
+            RetrievalJob("passkey", text, length, [], settings, needles=made).measure(evaluated, choices, results)
 
 
 def collect(options: Options, runs: list[Run]) -> None:

@@ -130,14 +130,14 @@ def measure(session: Session, tokens: int, name: str, run: Callable[[], tuple[Te
             impl=name,
             cell=cell,
         )
-        for what in ("pooled_ms", "extra_memory_mib")
+        for what in ("attention_map_ms", "extra_memory_mib")
     ]
 
     def checked() -> dict[str, dict[str, object]]:
         if name in LAUNCHES:
             session.check(name, lambda: check(LAUNCHES[name], session.device))
         memory = {"value": round(extra_memory(run, session.device) / 2**20, 3), "n": 1}
-        return {"pooled_ms": device_time(run, session.device).fields(), "extra_memory_mib": memory}
+        return {"attention_map_ms": device_time(run, session.device).fields(), "extra_memory_mib": memory}
 
     return session.measured_together(blanks, checked, label=f"{tokens:>7,} tokens, {name}")[0]
 

@@ -32,7 +32,7 @@ from seerattn.hf.loading import read_model
 from seerattn.ops.attention_map import attention_map
 from seerattn.selection import AttentionContext, BlockIndices, TopK
 from seerattn.selection.map_form import MapForm
-from seerattn.training.losses import group_target
+from seerattn.selection.target_map import group_target
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "research"))
 from corpora import documents_of, load_corpus

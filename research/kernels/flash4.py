@@ -219,7 +219,9 @@ def time_all(file: ResultsFile, passed: list[Kind]) -> bool:
         n=0,
         unit="runs",
         model=str(SHAPE),
-        selector="dense",
+        method="dense",
+        kind="dense",
+        name="dense",
         context=0,
         text="random",
         realised_density=1.0,
@@ -247,7 +249,8 @@ def time_all(file: ResultsFile, passed: list[Kind]) -> bool:
             label = f"{tokens:>7,} tokens, {kind}, density {density:g}"
             share = "head" if kind.mask_heads(SHAPE) == SHAPE.heads else "group"
             own = sizes | {"share": share, "rows_alike": 1, "impl": "flash4"}
-            values = {"cell": cell | own, "selector": "random", "density": density, "seed": 0}
+            values = {"method": "random", "kind": "static", "name": "random", "density": density, "seed": 0}
+            values |= {"cell": cell | own}
             run = partial(measure, label, tokens, prepare, realised_density=float(blocks.density().mean()), **values)
             whole &= attempt(label, run)
             if (tokens, label) in done:

@@ -123,14 +123,14 @@ def check(name: str, device: torch.device) -> tuple[float, float]:
 def measure(session: Session, tokens: int, share: float, name: str, run: Callable[[], object]) -> Result | None:
     cell = {"dtype": SHAPE.dtype_name, "output": name == DENSE, "query_blocks": share, "block_q": BLOCK}
     cell |= {"block_k": BLOCK}
-    quantities = ("pooled_ms", "extra_memory_mib")
+    quantities = ("attention_map_ms", "extra_memory_mib")
     blanks = [session.blank(what, model=str(SHAPE), context=tokens, impl=name, cell=cell) for what in quantities]
 
     def checked() -> dict[str, dict[str, object]]:
         if name != DENSE:
             session.check(name, lambda: check(name, session.device))
         memory = {"value": round(extra_memory(run, session.device) / 2**20, 3), "n": 1}
-        return {"pooled_ms": device_time(run, session.device).fields(), "extra_memory_mib": memory}
+        return {"attention_map_ms": device_time(run, session.device).fields(), "extra_memory_mib": memory}
 
     return session.measured_together(blanks, checked, label=f"{tokens:>7,} tokens, {share:.0%}, {name}")[0]
 

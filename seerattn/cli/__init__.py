@@ -24,11 +24,9 @@ COMMANDS = {
     "finetune": _Command(
         "seerattn.cli.finetune", "finetune", "Train a model and its gates together while attention is sparse."
     ),
-    "eval": _Command("seerattn.cli.evaluate", "app", "Measure perplexity and recall against realised density."),
-    "plan": _Command("seerattn.cli.plan", "app", "Search rules for every head, for the methods that need them."),
-    "compare": _Command(
-        "seerattn.cli.compare", "compare", "Compare ways of choosing blocks at equal density and at equal time."
-    ),
+    "eval": _Command("seerattn.cli.evaluate", "evaluate", "Measure methods on tasks at equal density or equal time."),
+    "calibrate": _Command("seerattn.cli.calibrate", "calibrate", "Fit gates to text: budgets of heads, or thresholds."),
+    "search": _Command("seerattn.cli.search", "search", "Search rules for every head, for methods that need them."),
     "bench": _Command("seerattn.cli.bench", "app", "Measure speed and memory on this device."),
     "report": _Command("seerattn.cli.report", "report", "Draw tables and figures from results."),
 }

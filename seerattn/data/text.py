@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
-import lzma
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+from seerattn.extras import check_extra
+from seerattn.texts import DAMAGED, OPENERS
+
+# The books that come with the project: "distill" to train and calibrate on, "evaluate" to measure on.
+BOOKS = Path(__file__).parents[2] / "assets" / "books"
 
 
 def read_documents(sources: Sequence[str | Path]) -> list[str]:
@@ -71,8 +71,7 @@ def _read_file(path: Path) -> Iterator[str]:
                 if not _encodes(text):
                     raise ValueError(f'"text" must be Unicode text, got half a surrogate in line {number} of {path}')
                 yield text
-    # What damaged archives and files that are no text raise.
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
+    except (*DAMAGED, UnicodeDecodeError) as error:
         raise ValueError(f"data must be readable UTF-8 text, got {path}: {error}") from error
 
 
@@ -86,11 +85,10 @@ def _encodes(text: str) -> bool:
 
 
 def _read_dataset(source: str) -> list[str]:
+    check_extra("train", f"data {source}, which is no file or folder and so the name of a dataset,")
+    from datasets import load_dataset
+
     name, _, split = source.partition(":")
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError(f"data must exist, got {source}; to load a dataset of that name, install datasets") from error
     try:
         dataset = load_dataset(name, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:

@@ -1,7 +1,7 @@
-"""Tuning: the value of a family's knob that meets a density or a time.
+"""Tuning: the value of a method's setting that meets a density or a time.
 
-Systems are compared at equal realised density, or at equal time, and each has a knob of its own. A `Curve` remembers
-what was measured at which knob, so several goals on the same text share their measurements.
+Methods are compared at equal realised density, or at equal time, and each has a setting of its own. A `Curve`
+remembers what was measured at which setting, so several goals on the same text share their measurements.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from seerattn.eval.arms import EvalModel
-from seerattn.methods.family import Family, SelectorAt
-from seerattn.selection.policies import TopK
+from seerattn.hf.eval_model import EvalModel
+from seerattn.methods.method import SelectorAt, Selectors
 
 STEPS = 32
-# So many halvings between two neighbours that give a value of theirs show a step. Fewer take the flat ends of a knob
+# So many halvings between two neighbours that give a value of theirs show a step. Fewer take the flat ends of a setting
 # with a wide range for one.
 REPEATS = 12
 
@@ -27,47 +26,47 @@ class Tuned:
     """What tuning found.
 
     Attributes:
-        knob: the knob.
+        setting: the setting.
         reached: what was measured there.
         met: whether that is as near to the goal as was asked for.
     """
 
-    knob: float
+    setting: float
     reached: float
     met: bool
 
 
 class Curve:
-    """Something measured against the knob of a family, never falling on the way from sparsest to densest.
+    """Something measured against the setting of a method, never falling on the way from sparsest to densest.
 
     Args:
-        family: what is tuned.
-        measure: from a knob to the measured value.
+        selectors: what is tuned.
+        measure: from a setting to the measured value.
     """
 
-    def __init__(self, family: Family, measure: Callable[[float], float]) -> None:
-        self._family, self._measure = family, measure
-        self._points: dict[float, float] = {}  # by the place of the knob between sparsest (0) and densest (1)
+    def __init__(self, selectors: Selectors, measure: Callable[[float], float]) -> None:
+        self._selectors, self._measure = selectors, measure
+        self._points: dict[float, float] = {}  # by the place of the setting between sparsest (0) and densest (1)
 
-    def knob(self, place: float) -> float:
-        """The knob at a place between sparsest (0) and densest (1)."""
-        family = self._family
+    def setting(self, place: float) -> float:
+        """The setting at a place between sparsest (0) and densest (1)."""
+        selectors = self._selectors
         if place in (0.0, 1.0):
-            return family.densest if place else family.sparsest
-        if family.scale == "linear":
-            return family.sparsest + place * (family.densest - family.sparsest)
-        return math.exp(math.log(family.sparsest) + place * math.log(family.densest / family.sparsest))
+            return selectors.densest if place else selectors.sparsest
+        if selectors.scale == "linear":
+            return selectors.sparsest + place * (selectors.densest - selectors.sparsest)
+        return math.exp(math.log(selectors.sparsest) + place * math.log(selectors.densest / selectors.sparsest))
 
     def at(self, place: float) -> float:
         """The value at a place, measured once."""
         if place not in self._points:
-            self._points[place] = self._measure(self.knob(place))
+            self._points[place] = self._measure(self.setting(place))
         return self._points[place]
 
     @property
     def measured(self) -> list[tuple[float, float]]:
-        """Knobs and their values so far, the sparsest first."""
-        return [(self.knob(place), self._points[place]) for place in sorted(self._points)]
+        """Settings and their values so far, the sparsest first."""
+        return [(self.setting(place), self._points[place]) for place in sorted(self._points)]
 
     def tune(self, goal: float, tolerance: float) -> Tuned:
         """Brackets the goal and closes in, by interpolation and halving in turn.
@@ -93,15 +92,14 @@ class Curve:
                 break
         nearest = self._nearest(goal)
         reached = self._points[nearest]
-        return Tuned(self.knob(nearest), reached, abs(reached - goal) <= tolerance)
+        return Tuned(self.setting(nearest), reached, abs(reached - goal) <= tolerance)
 
     def tune_density(self, goal: float, tolerance: float) -> Tuned:
-        """The same for a density; at once where it is the knob of `TopK`, which takes the nearest number of blocks."""
-        inside = self._family.scale == "linear" and self._family.sparsest <= goal <= self._family.densest
-        policy = getattr(self._family.at(goal)(0), "policy", None) if inside else None
-        if not isinstance(policy, TopK) or policy.rule != "same_k" or policy.density != goal:
+        """The same for a density; at once where that is the setting, and the nearest number of blocks is taken."""
+        selectors = self._selectors
+        if not (selectors.is_density and selectors.sparsest <= goal <= selectors.densest):
             return self.tune(goal, tolerance)
-        place = (goal - self._family.sparsest) / (self._family.densest - self._family.sparsest)
+        place = (goal - selectors.sparsest) / (selectors.densest - selectors.sparsest)
         reached = self.at(place)
         return Tuned(goal, reached, abs(reached - goal) <= tolerance)
 
@@ -109,15 +107,15 @@ class Curve:
         return min(self._points, key=lambda place: (abs(self._points[place] - goal), place))
 
 
-def realised_density(subject: EvalModel, selector_at: SelectorAt, groups: Sequence[Sequence[Sequence[int]]]) -> float:
+def realised_density(model: EvalModel, selector_at: SelectorAt, groups: Sequence[Sequence[Sequence[int]]]) -> float:
     """Density counted in the attached model, over all full-attention layers.
 
     Args:
-        subject: the model.
+        model: the model.
         selector_at: what gives the selector of each layer.
         groups: token ids of sequences that run together.
     """
-    with subject.observed(selector_at) as run, torch.inference_mode():
+    with model.attached(selector_at) as run, torch.inference_mode():
         for group in groups:
-            run.model.base_model(input_ids=torch.tensor(group, device=subject.device), use_cache=False)
+            run.model.base_model(input_ids=torch.tensor(group, device=model.device), use_cache=False)
         return run.density()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from seerattn.gate.pooling import pool_blocks
-from seerattn.methods.family import Family, SelectorAt
-from seerattn.methods.vertical_slash import last_query_scores
+from seerattn.methods.lines import last_query_scores
+from seerattn.methods.method import Method, SelectorAt, Selectors
+from seerattn.options import option
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
 from seerattn.selection.selector import AttentionContext
+
+if TYPE_CHECKING:
+    from seerattn.hf.eval_model import EvalModel
 
 
 @dataclass(frozen=True)
@@ -114,21 +119,6 @@ def root_js_divergence(a: Tensor, b: Tensor) -> Tensor:
     return divergence.clamp(min=0).sqrt()
 
 
-def flexprefill_family(*, block: int = 128, tau: float = 0.1, min_budget: int = 1) -> Family:
-    """FlexPrefill; the knob is ``gamma``.
-
-    Here ``min_budget`` is one block, so that the knob reaches the forced blocks. With the published 512 tokens no knob
-    gets below a density of .15 at 8k, .51 at 2k.
-    """
-
-    def at(gamma: float) -> SelectorAt:
-        selector = FlexPrefillSelector(gamma, tau, min_budget, block)
-        return lambda layer: selector
-
-    settings = {"tau": tau, "min_budget": min_budget}
-    return Family("flexprefill", at, 0.0, 1.0, block_q=block, block_k=block, settings=settings)
-
-
 def _by_group(q: Tensor, k: Tensor) -> Tensor:
     """Products of ``[B, H, n, D]`` with ``[B, HKV, m, D]``, the keys shared by their group: ``[B, H, n, m]``."""
     return (q.unflatten(1, (k.shape[1], -1)).flatten(2, 3) @ k.mT).view(*q.shape[:3], -1)
@@ -137,3 +127,31 @@ def _by_group(q: Tensor, k: Tensor) -> Tensor:
 def _sum_blocks(x: Tensor, block: int) -> Tensor:
     """``[B, H, S]`` summed over blocks of the last dimension."""
     return F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlexPrefill(Method):
+    """FlexPrefill; its setting is ``gamma``.
+
+    Here ``min_budget`` is one block, so that the setting reaches the forced blocks. With the published 512 tokens no
+    setting gets below a density of .15 at 8k, .51 at 2k.
+    """
+
+    id = "flexprefill"
+    title = "FlexPrefill"
+    kind = "training-free"
+
+    block: int = option(128, help="Block size in tokens.", low=1)
+    tau: float = option(0.1, help="Largest divergence of a head that is query-aware.", low=0)
+    min_budget: int = option(1, help="Least tokens that a head keeps.", low=0)
+
+    @property
+    def block_sizes(self) -> tuple[int, int]:
+        return self.block, self.block
+
+    def selectors(self, model: EvalModel | None = None, *, context: int = 0) -> Selectors:
+        def at(gamma: float) -> SelectorAt:
+            selector = FlexPrefillSelector(gamma, self.tau, self.min_budget, self.block)
+            return lambda layer: selector
+
+        return Selectors(at, 0.0, 1.0, settings=self.settings())

@@ -1,4 +1,4 @@
-"""A plan: one rule for every head of one model, as an offline search found them, kept in a JSON file."""
+"""Rules of heads: one rule for every head of one model, as an offline search found them, kept in a JSON file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seerattn.outputs import check_output
+from seerattn.results.environment import fingerprint
 from seerattn.saving import write_whole
 from seerattn.texts import parse_json, short
 
@@ -19,7 +20,7 @@ _SIZES = ("layers", "heads", "kv_heads", "head_dim")
 
 
 @dataclass(frozen=True)
-class Plan:
+class HeadRules:
     """Rules by layer and head, the model that they are for, and how they were found.
 
     Attributes:
@@ -96,7 +97,7 @@ class Plan:
             OSError: it could not be written; what was there before is as it was.
         """
         path = Path(path)
-        check_output(path, "output", "a plan", Plan.load)
+        check_output(path, "output", "a plan", HeadRules.load)
         path.parent.mkdir(parents=True, exist_ok=True)
         layers = [",\n".join(f"      {json.dumps(rule, allow_nan=False)}" for rule in heads) for heads in self.rules]
         rules = ",\n".join(f"    [\n{heads}\n    ]" if heads else "    []" for heads in layers)
@@ -105,7 +106,7 @@ class Plan:
         write_whole(path, "{\n" + "\n".join(lines) + f'\n  "rules": [\n{rules}\n  ]\n}}\n')
 
     @classmethod
-    def load(cls, path: Path | str, *, method: str | None = None, model: dict[str, Any] | None = None) -> Plan:
+    def load(cls, path: Path | str, *, method: str | None = None, model: dict[str, Any] | None = None) -> HeadRules:
         """Reads a plan.
 
         Args:
@@ -137,18 +138,18 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def describe_model(config: Any, weights: str | None = None) -> dict[str, Any]:
-    """What a plan keeps of a model.
+def describe_model(config: Any) -> dict[str, Any]:
+    """What a file of rules keeps of a model; the weights only where they lie in a folder.
 
     Args:
-        config: the configuration of a transformers language model (of its text part).
-        weights: fingerprint of its weights, if known.
+        config: the configuration of a transformers model.
     """
-    heads = config.num_attention_heads
+    text, folder = config.get_text_config(), getattr(config, "_name_or_path", "")
+    heads = text.num_attention_heads
     sizes = {
-        "layers": config.num_hidden_layers,
+        "layers": text.num_hidden_layers,
         "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
     }
-    return sizes if weights is None else sizes | {"weights": weights}
+    return sizes | ({"weights": fingerprint(folder)} if folder and Path(folder).is_dir() else {})

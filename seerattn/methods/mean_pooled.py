@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from seerattn.gate.pooling import pool_blocks
-from seerattn.methods.family import Family, top_k_family
+from seerattn.methods.method import TopKMethod
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.policies import Policy
-from seerattn.selection.selector import AttentionContext
+from seerattn.selection.selector import AttentionContext, PolicySelector
 
 
 @dataclass(frozen=True)
-class PooledSelector:
+class MeanPooledSelector(PolicySelector):
     """The block-sparse pattern of MInference (arXiv 2407.02490, section 3.1): scores are products of mean queries and
     mean keys, after RoPE and without a scale.
 
@@ -36,7 +36,7 @@ class PooledSelector:
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
         """See `Selector.select`."""
         return self.policy.select(
-            pooled_scores(q, k, block_q=self.block_q, block_k=self.block_k),
+            mean_pooled_scores(q, k, block_q=self.block_q, block_k=self.block_k),
             q_start=k.shape[2] - q.shape[2],
             q_len=q.shape[2],
             block_q=self.block_q,
@@ -45,7 +45,7 @@ class PooledSelector:
         )
 
 
-def pooled_scores(q: Tensor, k: Tensor, *, block_q: int, block_k: int) -> Tensor:
+def mean_pooled_scores(q: Tensor, k: Tensor, *, block_q: int, block_k: int) -> Tensor:
     """Products of the means of query blocks and of key blocks, fp32 ``[B, H, Nq, Nk]``, also where nothing is causal.
 
     Args:
@@ -60,12 +60,13 @@ def pooled_scores(q: Tensor, k: Tensor, *, block_q: int, block_k: int) -> Tensor
     return (grouped @ mean_k.mT).view(*mean_q.shape[:3], -1)
 
 
-def pooled_family(*, block_q: int = 64, block_k: int = 64, sink_blocks: int = 1) -> Family:
-    """Mean-pooled q.k; the knob is the density of `TopK`."""
-    return top_k_family(
-        "pooled",
-        lambda policy: PooledSelector(policy, block_q, block_k),
-        block_q=block_q,
-        block_k=block_k,
-        sink_blocks=sink_blocks,
-    )
+@dataclass(frozen=True, kw_only=True)
+class MeanPooled(TopKMethod):
+    """Mean-pooled q.k."""
+
+    id = "mean_pooled"
+    title = "mean-pooled q.k"
+    kind = "training-free"
+
+    def selector(self, policy: Policy) -> MeanPooledSelector:
+        return MeanPooledSelector(policy, self.block_q, self.block_k)

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from seerattn.methods.family import Family, top_k_family
+from seerattn.methods.method import TopKMethod
 from seerattn.ops.attention_map import attention_map
+from seerattn.options import option
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.budgets import HeadBudgets, share_density
 from seerattn.selection.map_form import PUBLISHED, MapForm
 from seerattn.selection.policies import Policy
-from seerattn.selection.selector import AttentionContext
-from seerattn.training.losses import group_target
+from seerattn.selection.selector import AttentionContext, PolicySelector
+from seerattn.selection.target_map import group_target
 
 Share = Literal["query_head", "kv_group"]
 
 
 @dataclass(frozen=True)
-class OracleSelector:
+class OracleSelector(PolicySelector):
     """Scores are the logarithm of a true map, by default the published target of gates (arXiv 2410.13276, section 4).
 
     It runs dense attention to choose blocks, so it saves nothing; it says how good a gate would be that had learned its
@@ -56,32 +57,41 @@ class OracleSelector:
         )
 
 
-def oracle_family(
-    *,
-    share: Share = "query_head",
-    target: str = str(PUBLISHED),
-    block_q: int = 64,
-    block_k: int = 64,
-    sink_blocks: int = 1,
-) -> Family:
-    """The best blocks of a true map; the knob is the density of `TopK`.
+@dataclass(frozen=True, kw_only=True)
+class Oracle(TopKMethod):
+    """The best blocks of a true map.
 
-    Raises:
-        ValueError: ``target`` names no form of a map.
+    Attributes:
+        budgets_per_head: share the density among heads; in Python alone, as they are made of a text.
     """
-    form = MapForm.parse(target)
-    # The published one goes without saying, as in results from before there were others.
-    settings = {"share": share} | ({} if form == PUBLISHED else {"target": str(form)})
-    return top_k_family(
-        oracle_name(form),
-        lambda policy: OracleSelector(policy, block_q, block_k, share, form),
-        block_q=block_q,
-        block_k=block_k,
-        sink_blocks=sink_blocks,
-        settings=settings,
-    )
 
+    id = "oracle"
+    title = "oracle"
+    kind = "oracle"
 
-def oracle_name(target: MapForm) -> str:
-    """What tables call the oracle of a map, such as "oracle" of the published one and "oracle sum:2" of another."""
-    return "oracle" if target == PUBLISHED else f"oracle {target}"
+    share: Share = option("query_head", help="kv_group lets the heads of a group share their blocks.")
+    target: str = option(str(PUBLISHED), help="Map that it chooses by, keys:power; max:inf is the published one.")
+    budgets_per_head: HeadBudgets | None = None
+
+    def check(self) -> None:
+        super().check()
+        MapForm.parse(self.target)
+
+    @property
+    def form(self) -> MapForm:
+        """The map that it chooses by."""
+        return MapForm.parse(self.target)
+
+    @property
+    def default_name(self) -> str:
+        """ "oracle" of the published map, and with the map of another, such as "oracle sum:2"."""
+        name = "oracle" if self.form == PUBLISHED else f"oracle {self.form}"
+        return name if self.budgets_per_head is None else f"{name}, budgets per head"
+
+    def settings(self) -> dict[str, Any]:
+        # The published one goes without saying, as in results from before there were others.
+        found = {name: of for name, of in super().settings().items() if name != "target" or self.form != PUBLISHED}
+        return found if self.budgets_per_head is None else found | {"budgets": self.budgets_per_head.digest}
+
+    def selector(self, policy: Policy) -> OracleSelector:
+        return OracleSelector(policy, self.block_q, self.block_k, self.share, self.form, self.budgets_per_head)

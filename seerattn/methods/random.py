@@ -1,4 +1,4 @@
-"""Random blocks: the floor that any way of choosing has to beat at equal density."""
+"""Random blocks, which any way of choosing has to beat at equal density."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seerattn.methods.family import Family, top_k_family
+from seerattn.methods.method import TopKMethod
+from seerattn.options import option
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 from seerattn.selection.policies import Policy
-from seerattn.selection.selector import AttentionContext
+from seerattn.selection.selector import AttentionContext, PolicySelector
 
 
 @dataclass(frozen=True)
-class RandomSelector:
+class RandomSelector(PolicySelector):
     """Uniformly random blocks, as many as a policy keeps, beside the forced ones.
 
     The score of a block is a hash of seed, layer, query head, absolute query block and key block: it does not depend
@@ -65,18 +66,6 @@ def hashed(key: tuple[int, ...], *places: Tensor) -> Tensor:
     return (state >> 8).float() / 2**24
 
 
-def random_family(*, seed: int = 0, block_q: int = 64, block_k: int = 64, sink_blocks: int = 1) -> Family:
-    """Random blocks; the knob is the density of `TopK`."""
-    return top_k_family(
-        "random",
-        lambda policy: RandomSelector(policy, seed, block_q, block_k),
-        block_q=block_q,
-        block_k=block_k,
-        sink_blocks=sink_blocks,
-        settings={"seed": seed},
-    )
-
-
 def _mix(x: Tensor) -> Tensor:
     """A bijection of 32-bit integers in which every input bit flips every output bit about half of the time."""
     x = x ^ (x >> 15)
@@ -84,3 +73,17 @@ def _mix(x: Tensor) -> Tensor:
     x = x ^ (x >> 12)
     x = x * 0x297A2D39 & 0xFFFFFFFF
     return x ^ (x >> 15)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(TopKMethod):
+    """Random blocks."""
+
+    id = "random"
+    title = "random"
+    kind = "static"
+
+    seed: int = option(0, help="Another seed, another draw.")
+
+    def selector(self, policy: Policy) -> RandomSelector:
+        return RandomSelector(policy, self.seed, self.block_q, self.block_k)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seerattn.methods.family import Family, top_k_family
+from seerattn.methods.method import TopKMethod
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
 from seerattn.selection.policies import Policy
-from seerattn.selection.selector import AttentionContext
+from seerattn.selection.selector import AttentionContext, PolicySelector
 
 
 @dataclass(frozen=True)
-class StreamingSelector:
+class StreamingSelector(PolicySelector):
     """First and most recent blocks, whatever they hold (StreamingLLM, arXiv 2309.17453, section 3.2).
 
     A block scores minus its distance in tokens from the end of the query block, so the policies that choose for the
@@ -47,12 +47,13 @@ class StreamingSelector:
         )
 
 
-def streaming_family(*, block_q: int = 64, block_k: int = 64, sink_blocks: int = 1) -> Family:
-    """Sinks and recent blocks; the knob is the density of `TopK`."""
-    return top_k_family(
-        "streaming",
-        lambda policy: StreamingSelector(policy, block_q, block_k),
-        block_q=block_q,
-        block_k=block_k,
-        sink_blocks=sink_blocks,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Streaming(TopKMethod):
+    """Sinks and recent blocks."""
+
+    id = "streaming"
+    title = "streaming"
+    kind = "static"
+
+    def selector(self, policy: Policy) -> StreamingSelector:
+        return StreamingSelector(policy, self.block_q, self.block_k)

@@ -20,6 +20,7 @@ from seerattn.outputs import check_output
 from seerattn.results.appending import Appended
 from seerattn.results.environment import environment
 from seerattn.results.record import Result, could_be_cut, parse_line, to_line
+from seerattn.texts import OPENERS, read_decompressed
 
 
 class ResultsFile:
@@ -29,7 +30,7 @@ class ResultsFile:
     part of a group, is ignored, and removed when writing goes on. One process writes at a time.
 
     Args:
-        path: the file; None keeps results in memory only.
+        path: the file, not a compressed one; None keeps results in memory only.
         device: what the measurements run on.
 
     Raises:
@@ -41,6 +42,11 @@ class ResultsFile:
         self.path = path
         self._by_key: MutableMapping[str, Result] = {}
         self._provenance = environment(device)
+        if path is not None and path.suffix in OPENERS:
+            raise ValueError(
+                f"output must be a plain file, such as {path.with_suffix('')}, to be appended to, got {path}; "
+                "decompress it first, or name another one"
+            )
         if path is not None:
             # Locked before it is read, or another process may write in between.
             self._file = Appended(path)
@@ -76,7 +82,9 @@ class ResultsFile:
     def adopt(self, draft: ResultsFile, note: str | None = None) -> None:
         """Writes the results of a draft as one, with a sentence for the reader if there is something to say."""
         results = list(draft._by_key.maps[0].values())
-        self._write([replace(r, cell=r.cell | {"note": note}) for r in results] if note else results)
+        # The note of a guard says that its difference is significant, and nothing else.
+        noted = [r if r.what == "task_guard" else replace(r, cell=r.cell | {"note": note}) for r in results]
+        self._write(noted if note else results)
 
     @contextmanager
     def together(self) -> Iterator[ResultsFile]:
@@ -107,7 +115,7 @@ class _Scan(NamedTuple):
 
 
 def _scan(path: Path) -> _Scan:
-    content = path.read_bytes()
+    content = read_decompressed(path)
     results: list[Result] = []
     starts = [0]
     *lines, rest = content.split(b"\n")
@@ -132,7 +140,9 @@ def _unfinished(results: Sequence[Result]) -> int:
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
-    """Reads results files; what an interruption left at the end, half a line or a part of a group, is ignored.
+    """Reads results files, plain or compressed as .gz, .bz2 or .xz.
+
+    What an interruption left at the end, half a line or a part of a group, is ignored.
 
     Raises:
         ValueError: a file is missing or a line is not a result.

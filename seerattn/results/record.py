@@ -7,9 +7,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
+from seerattn.results.migration import EARLIER_FIELDS, is_earlier, upgraded
 from seerattn.texts import check_kinds, fits, map_texts, parse_json, short
+
+# What a method looks at: the true map, what it learned of it, the prompt alone, or neither.
+Kind = Literal["dense", "oracle", "learned", "training-free", "static"]
+KINDS: tuple[str, ...] = get_args(Kind)
 
 # What a result says of how it came about; two results that differ in nothing else fill the same cell.
 _PROVENANCE = ("value", "n", "stderr", "realised_density", "samples", "versions", "device", "git", "command")
@@ -35,7 +40,7 @@ _TRAINING: dict[str, Any] = {
     "target_every": int | None,
     "annealed": Any,
 }
-_POLICY: dict[str, Any] = {"last_rows_dense": int}
+_SETTINGS: dict[str, Any] = {"last_rows_dense": int, "setting": float, "target": str, "budgets": str}
 # What a quantity is nothing without: of its cell, of its samples.
 _NEEDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "accuracy": (("task",), ()),
@@ -45,9 +50,9 @@ _NEEDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # Of a measurement by `seerattn bench`, which says the device in its cell; with blocks, and of a whole model.
 _BENCH, _BENCH_BLOCKS, _BENCH_MODEL = ("impl",), ("block_q", "block_k", "share"), ("layers",)
 _BENCH_SPARSE = ("attention_ms", "selection_ms", "ttft_s")
-_BUDGETS = ("density", "time")
+_BUDGETS = ("density", "time", "own")
 # Of what others are divided by, or drawn on a logarithmic axis.
-_POSITIVE = ("perplexity", "attention_ms", "selection_ms", "pooled_ms", "ttft_s", "finetune_layer_ms")
+_POSITIVE = ("perplexity", "attention_ms", "selection_ms", "attention_map_ms", "ttft_s", "finetune_layer_ms")
 _POSITIVE += ("finetune_step_ms", "tokens_per_second", "distill_hours")
 
 
@@ -62,11 +67,13 @@ class Result:
         unit: what `n` counts: "tokens", "documents", "sequences".
         stderr: standard error of the value, None where it is not known.
         model: name or folder of the base model.
-        gates: name of the gates, None for selectors without.
+        method: id of the way of choosing blocks, see `seerattn.methods`.
+        kind: what that method looks at, among `KINDS`.
+        name: what tables call its line: of gates their name, of others the id and what tells variants apart.
         weights: fingerprints of the model's and the gates' weights, see `fingerprint`.
-        selector: "dense", "gate", or the name of another way of choosing blocks.
-        policy: `Policy.to_dict`, or the settings of a family with the "knob" that was tuned; None for dense.
-        density: density that was asked for, None if the policy has none.
+        settings: what else defines the method: its options, the "setting" that was tuned, the digest of a plan or of
+            budgets, query-block rows at the end that keep every block ("last_rows_dense").
+        density: density that was asked for, None if none was.
         realised_density: counted, forced blocks included, averaged over layers, heads and documents.
         context: tokens of the context.
         text: kind of text.
@@ -89,13 +96,14 @@ class Result:
     n: int
     unit: str
     model: str
-    selector: str
+    method: str
+    kind: Kind
+    name: str
     context: int
     text: str
     stderr: float | None = None
-    gates: str | None = None
     weights: dict[str, str] = field(default_factory=dict)
-    policy: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     density: float | None = None
     realised_density: float | None = None
     seed: int | None = None
@@ -117,10 +125,10 @@ class Result:
         return json.dumps(asked, sort_keys=True)
 
     @property
-    def arm(self) -> str:
-        """Name of the line this value belongs to in a table or figure: the gates' name, or the selector's."""
+    def line(self) -> str:
+        """Name of the line this value belongs to in a table or figure; blocks of another size than 64 are told."""
         blocks = self.cell.get("block_k", 64)
-        return self.gates or (self.selector if blocks == 64 else f"{self.selector} {blocks}")
+        return self.name if self.kind == "learned" or blocks == 64 else f"{self.name} {blocks}"
 
     def sampled(self, name: str) -> list:
         """The samples of a name, of a record that is to be computed with.
@@ -129,7 +137,7 @@ class Result:
             ValueError: it has none, as where somebody took them out.
         """
         if name not in self.samples:
-            raise ValueError(f"results must hold the {name} of every {self.what}, got one of {self.arm} without")
+            raise ValueError(f"results must hold the {name} of every {self.what}, got one of {self.line} without")
         return self.samples[name]
 
 
@@ -147,6 +155,7 @@ def parse_line(line: str | bytes) -> Result:
     values = parse_json(line)
     if not isinstance(values, dict):
         raise ValueError(f"it must be an object, got {short(values)}")
+    values = upgraded(values) if is_earlier(values) else values
     hints = _hints()
     unknown, missing = sorted(values.keys() - hints), [name for name in _required() if name not in values]
     if unknown or missing:
@@ -157,7 +166,7 @@ def parse_line(line: str | bytes) -> Result:
         (_CELL, cell, "cell."),
         (_SAMPLES, samples, "samples."),
         (_TRAINING, cell.get("training", {}), "cell.training."),
-        (_POLICY, values.get("policy") or {}, "policy."),
+        (_SETTINGS, values.get("settings", {}), "settings."),
     ):
         check_kinds(of, known, where)
     _check_whole(values, cell, samples)
@@ -169,7 +178,7 @@ def _check_whole(values: Mapping[str, Any], cell: Mapping[str, Any], samples: Ma
     needed, of_samples = _NEEDED.get(values["what"], ((), ()))
     if "device" in cell:
         needed += _BENCH
-        if values["what"] in _BENCH_SPARSE and values["selector"] != "dense":
+        if values["what"] in _BENCH_SPARSE and values["kind"] != "dense":
             needed += _BENCH_BLOCKS
             if values.get("density") is None:
                 raise ValueError(f"a record of {short(values['what'])} with blocks must have a density, got none")
@@ -188,7 +197,7 @@ def _check_whole(values: Mapping[str, Any], cell: Mapping[str, Any], samples: Ma
     if lacking:
         raise ValueError(f"a record of {short(values['what'])} must have {', '.join(lacking)}, got none")
     if cell.get("budget", "density") not in _BUDGETS:
-        raise ValueError(f"cell.budget must be {' or '.join(_BUDGETS)}, got {short(cell['budget'])}")
+        raise ValueError(f"cell.budget must be one of {', '.join(_BUDGETS)}, got {short(cell['budget'])}")
     if cell.get("budget") == "time" and not fits(cell.get("share"), float):
         raise ValueError(f"cell.share must be a number where the budget is time, got {short(cell.get('share'))}")
     value = values["value"]
@@ -237,8 +246,12 @@ def with_texts(result: Result, f: Callable[[str], str]) -> Result:
 
 def could_be_cut(line: str) -> bool:
     """Whether a text may be the beginning of a line that `to_line` wrote and an interruption cut."""
+    return any(_could_be_cut(line, order) for order in (_hints(), EARLIER_FIELDS))
+
+
+def _could_be_cut(line: str, order: Mapping[str, Any]) -> bool:
     place, decoder = 0, json.JSONDecoder()
-    for number, (name, hint) in enumerate(_hints().items()):
+    for number, (name, hint) in enumerate(order.items()):
         head = f"{', ' if number else '{'}{json.dumps(name)}: "
         if len(line) - place < len(head):
             return head.startswith(line[place:]) or line[place:] == "}"

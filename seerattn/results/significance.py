@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from seerattn.extras import check_extra
 from seerattn.results import statistics
 from seerattn.results.record import Result
 
@@ -54,6 +55,7 @@ def guard(sparse: Result, dense: Result) -> Result:
 
 def _sign_flips(gaps: np.ndarray) -> float:
     """Two-sided p-value of the mean of paired differences, whose signs are even chances if nothing differs."""
+    check_extra("eval", "a test of significance")
     from scipy.stats import permutation_test
 
     gaps = gaps[gaps != 0]  # their signs change nothing

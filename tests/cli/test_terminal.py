@@ -19,7 +19,8 @@ from seerattn.results.file import ResultsFile
 from seerattn.results.record import Result
 
 ROW = Result(
-    what="perplexity", value=2.0, n=9, unit="tokens", model="m", selector="dense", context=64, text="t",
+    what="perplexity", value=2.0, n=9, unit="tokens", model="m", method="dense", kind="dense", name="dense", context=64,
+    text="t",
     samples={"documents": [0], "losses": [1.0], "tokens": [9]},
 )  # fmt: skip
 

@@ -36,33 +36,38 @@ MAPS = {
         "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]},
     },
 }
-RECIPE = {
-    "models": ["model"],
+EXPERIMENT = {
+    "model": "model",
     "contexts": [128],
     "densities": [0.6],
-    "selectors": ["dense"],
+    "methods": ["dense"],
     "tasks": [{"task": "perplexity", "data": "docs.jsonl"}],
 }
 
-TEXT = "--model model --data docs.jsonl --device cpu --max-docs 2"
-# Commands, and whether they run the model itself beside its config or tokenizer.
+TEXT = "--model model --data docs.jsonl --device cpu"
+FEW = f"{TEXT} --max-docs 2"
+SEARCH = f"{FEW} --output plan.json --set"
+# Commands, and whether they make the model itself beside its config or tokenizer.
 COMMANDS = {
-    "eval perplexity": (f"eval perplexity {TEXT} --contexts 96 --selectors dense", True),
-    "eval needle": (f"eval needle {TEXT} --contexts 128 --depths 0.5 --n 1 --tasks passkey --selectors dense", True),
-    "eval recall": (f"eval recall {TEXT} --contexts 96 --selectors oracle --densities 0.6", True),
-    "eval calibrate": (f"eval calibrate {TEXT} --gates gates-of-model --context 256 --density 0.9 --dry-run", True),
-    "plan minference": (
-        f"plan minference {TEXT} --context 128 --block-q 32 --block-k 32 --density 0.9 --output plan.json",
+    "eval, perplexity": (f"eval {FEW} --contexts 96 --methods dense", True),
+    "eval, retrieval": (f"eval {FEW} --contexts 128 --methods dense --tasks passkey,n=1,depths=0.5", True),
+    "eval, recall": (f"eval {FEW} --contexts 96 --methods oracle --densities 0.6 --tasks recall", True),
+    "eval, a file": ("eval --config experiment.yaml --device cpu --limit 1", True),
+    "eval --dry-run": ("eval --config experiment.yaml --device cpu --limit 1 --dry-run", False),
+    "calibrate": (
+        f"calibrate {TEXT} --gates gates-of-model --contexts 256 --density 0.9 --set max_docs=2 --dry-run",
         True,
     ),
-    "plan minference --import": ("plan minference --model model --import official.json --output plan.json", False),
-    "plan moa": (f"plan moa {TEXT} --context 256 --lengths 256 --samples 1 --output plan.json", True),
-    "plan xattention_profile": (
-        f"plan xattention_profile {TEXT} --context 128 --stride 8 --block 32 --windows 1 --output plan.json",
+    "search minference": (
+        f"search minference {SEARCH} context=128 --set block_q=32 --set block_k=32 --set density=0.9",
         True,
     ),
-    "compare": ("compare recipe.yaml --device cpu --limit 1", True),
-    "compare --dry-run": ("compare recipe.yaml --device cpu --limit 1 --dry-run", False),
+    "search, an official plan": ("search minference --model model --set official=official.json --output p.json", True),
+    "search moa": (f"search moa {SEARCH} context=256 --set lengths=256 --set samples=1", True),
+    "search xattention": (
+        f"search xattention {SEARCH} context=128 --set stride=8 --set block=32 --set windows=1",
+        True,
+    ),
     "distill": ("distill --model model --data docs.jsonl --device cpu --context 128 --steps 1 --output new", True),
     "finetune": ("finetune --model model --data docs.jsonl --device cpu --context 128 --steps 1 --output new", True),
 }
@@ -75,7 +80,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_models_and_gates(folder)
     layer = {str(head): ["vertical_and_slash", 1000, 6096, 0.5] for head in range(4)}
     (folder / "official.json").write_text(json.dumps([layer, layer]))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     for name, values in MAPS.items():
         path = folder / "model" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
@@ -116,12 +121,12 @@ def test_command_runs_code_of_a_model_only_where_it_is_told_to(
 def test_tasks_command_runs_code_of_a_model_only_where_it_is_told_to(
     folder: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    command = "eval tasks --model model --tasks nosuch --device cpu"
+    command = "eval --model model --tasks nosuch --contexts 96 --device cpu"
     assert run(command) == 2 and "allow it with --trust-remote-code" in capsys.readouterr().err
     assert not (folder / "code ran").exists()
-    # Tasks are looked for when the model is there, and then refused: by name, or for want of the harness.
-    assert run(f"{command} --trust-remote-code") == 2 and "seerattn: tasks must " in capsys.readouterr().err
-    assert (folder / "model ran").exists()
+    # Tasks are looked for when the tokenizer is there, and then refused: by name, or for want of the harness.
+    assert run(f"{command} --trust-remote-code") == 2 and "seerattn: task must " in capsys.readouterr().err
+    assert (folder / "code ran").exists() and not (folder / "model ran").exists()
 
 
 def test_ruler_runs_no_code_of_a_tokenizer_that_transformers_knows_by_its_class(
@@ -134,7 +139,7 @@ def test_ruler_runs_no_code_of_a_tokenizer_that_transformers_knows_by_its_class(
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
     path.write_text(json.dumps(json.loads(path.read_text()) | named))
     (tmp_path / "model" / "own.py").write_text(CODE.format(folder=str(tmp_path)))
-    command = "eval tasks --model model --tasks niah_single_1 --lengths 256 --limit 1 --selectors dense --device cpu"
+    command = "eval --model model --tasks niah_single_1 --contexts 256 --limit 1 --methods dense --device cpu"
     # Documents are made with the tokenizer, and this one cannot end a text.
     assert run(command) == 2 and "must have an end-of-sequence token" in capsys.readouterr().err
     assert not (tmp_path / "code ran").exists()

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from seerattn.methods.head_rules import Plan
+from seerattn.methods.head_rules import HeadRules
 from seerattn.selection import AttentionContext
 
 CONTEXT = AttentionContext(layer=1, scale=0.25, softcap=None, unrotate=lambda x, start: x.float())
@@ -46,8 +46,8 @@ def kept(mask: Tensor, first: int) -> dict[int, set[int]]:
     return {first + row: set(blocks.nonzero().flatten().tolist()) for row, blocks in enumerate(mask)}
 
 
-def profile(thresholds: list[list[float]], *, stride: int, block: int) -> Plan:
+def profile(thresholds: list[list[float]], *, stride: int, block: int) -> HeadRules:
     """A plan of XAttention with these thresholds by layer and head."""
     sizes = {"layers": len(thresholds), "heads": len(thresholds[0]), "kv_heads": 1, "head_dim": 32}
     rules = [[{"threshold": value} for value in layer] for layer in thresholds]
-    return Plan("xattention_profile", sizes, rules, {"stride": stride, "block": block})
+    return HeadRules("xattention_profile", sizes, rules, {"stride": stride, "block": block})

@@ -9,22 +9,14 @@ from baseline_calls import CONTEXT, calls, kept, products, rows_of, softmax
 from tiny_models import tiny_model, tokens
 
 from seerattn import attach, detach
-from seerattn.methods.head_rules import Plan
-from seerattn.methods.mean_pooled import PooledSelector
-from seerattn.methods.minference.patterns import (
-    Estimate,
-    HeadRule,
-    MInference,
-    minference_family,
-    vertical_slash_family,
-)
-from seerattn.methods.shapes import ShapeSelector
-from seerattn.methods.vertical_slash import (
-    keep_best,
-    last_query_scores,
-    lines_to_blocks,
-    token_density,
-)
+from seerattn.methods.a_shape import ShapeSelector
+from seerattn.methods.head_rules import HeadRules
+from seerattn.methods.lines import keep_best, last_query_scores, lines_to_blocks, token_density
+from seerattn.methods.mean_pooled import MeanPooledSelector
+from seerattn.methods.method import Method
+from seerattn.methods.minference import MInference
+from seerattn.methods.minference.patterns import Estimate, HeadRule, PatternSelector
+from seerattn.methods.vertical_slash import VerticalSlash
 from seerattn.selection import TokenBudget
 
 VERTICAL_SLASH = HeadRule("vertical_slash", 40, 140)
@@ -122,7 +114,7 @@ def test_scores_in_strips_of_kv_heads_match_those_in_one_piece(monkeypatch) -> N
     q, k = calls(100, 200, heads=8, kv_heads=4)
     context = replace(CONTEXT, sinks=torch.randn(8, generator=torch.Generator().manual_seed(1)))
     whole = last_query_scores(q, k, context)
-    monkeypatch.setattr("seerattn.methods.vertical_slash.STRIP_ELEMENTS", 2 * 64 * 200 * 3)
+    monkeypatch.setattr("seerattn.methods.lines.STRIP_ELEMENTS", 2 * 64 * 200 * 3)
     for a, b in zip(whole, last_query_scores(q, k, context)):
         assert torch.allclose(a, b, rtol=1e-5)
 
@@ -131,7 +123,7 @@ def test_scores_in_strips_of_kv_heads_match_those_in_one_piece(monkeypatch) -> N
 @pytest.mark.parametrize("factor", [0.11, 0.5, 1.0, 1.6])
 def test_minference_matches_fp64_loops_over_tokens(q_len, k_len, block_q, block_k, factor) -> None:
     q, k = calls(q_len, k_len, batch=2)
-    chosen = MInference(RULES, factor, block_q, block_k).select(q, k, CONTEXT)
+    chosen = PatternSelector(RULES, factor, block_q, block_k).select(q, k, CONTEXT)
     assert int(chosen.q_start[0]) == k_len - q_len
     mask = chosen.to_mask()
     for b in range(2):
@@ -142,7 +134,7 @@ def test_minference_matches_fp64_loops_over_tokens(q_len, k_len, block_q, block_
 
 def test_one_rule_serves_all_heads() -> None:
     q, k = calls(1000, 1000)
-    one, each = (MInference((VERTICAL_SLASH,) * n, 0.1).select(q, k, CONTEXT) for n in (1, 4))
+    one, each = (PatternSelector((VERTICAL_SLASH,) * n, 0.1).select(q, k, CONTEXT) for n in (1, 4))
     assert torch.equal(one.to_mask(), each.to_mask())
     assert len({tuple(row.flatten().tolist()) for row in one.to_mask()[0]}) == 4
 
@@ -151,7 +143,7 @@ def test_one_rule_serves_all_heads() -> None:
 def test_a_shape_heads_match_the_a_shape_selector(q_len, k_len, block_q, block_k) -> None:
     q, k = calls(q_len, k_len)
     rule = HeadRule("a_shape", 40, 90)
-    mask = MInference((rule,), 0.5, block_q, block_k).select(q, k, CONTEXT).to_mask()
+    mask = PatternSelector((rule,), 0.5, block_q, block_k).select(q, k, CONTEXT).to_mask()
     expected = ShapeSelector(45, 20, 0, block_q, block_k).select(q, k, CONTEXT).to_mask()
     assert torch.equal(mask, expected.repeat_interleave(4 // expected.shape[1], 1))
 
@@ -160,9 +152,9 @@ def test_a_shape_heads_match_the_a_shape_selector(q_len, k_len, block_q, block_k
 def test_block_sparse_heads_match_mean_pooling(q_len, k_len, block_q, block_k) -> None:
     q, k = calls(q_len, k_len)
     rule = HeadRule("block_sparse", tokens=6 * block_k)
-    mask = MInference((rule,), 0.5, block_q, block_k).select(q, k, CONTEXT).to_mask()
+    mask = PatternSelector((rule,), 0.5, block_q, block_k).select(q, k, CONTEXT).to_mask()
     policy = TokenBudget(tokens=3 * block_k, sink_blocks=0)
-    assert torch.equal(mask, PooledSelector(policy, block_q, block_k).select(q, k, CONTEXT).to_mask())
+    assert torch.equal(mask, MeanPooledSelector(policy, block_q, block_k).select(q, k, CONTEXT).to_mask())
 
 
 def test_keep_best_breaks_ties_by_place_and_stops_at_everything() -> None:
@@ -205,13 +197,13 @@ def test_blocks_in_strips_of_rows_match_those_in_one_piece(monkeypatch) -> None:
     columns, offsets = (torch.rand(1, 2, 333, generator=generator) < 0.02 for _ in range(2))
     sizes = {"q_len": 300, "block_q": 32, "block_k": 16}
     whole = lines_to_blocks(columns, offsets, **sizes)
-    monkeypatch.setattr("seerattn.methods.vertical_slash.STRIP_ELEMENTS", 100)
+    monkeypatch.setattr("seerattn.methods.lines.STRIP_ELEMENTS", 100)
     assert torch.equal(whole, lines_to_blocks(columns, offsets, **sizes))
 
 
 def test_finer_key_blocks_cover_less_beside_the_lines() -> None:
     q, k = calls(1000, 1000)
-    densities = [float(MInference((VERTICAL_SLASH,), 0.2, 64, b).select(q, k, CONTEXT).density().mean())
+    densities = [float(PatternSelector((VERTICAL_SLASH,), 0.2, 64, b).select(q, k, CONTEXT).density().mean())
                  for b in (64, 32, 16)]  # fmt: skip
     estimate = Estimate.of(q, k, CONTEXT, block_q=64, block_k=64)
     tokens_alone = float(token_density(*estimate.lines([VERTICAL_SLASH] * 4, 0.2), q_len=1000).mean())
@@ -219,25 +211,33 @@ def test_finer_key_blocks_cover_less_beside_the_lines() -> None:
     assert 0 < tokens_alone < densities[-1]
 
 
-PLAN = Plan(
+PLAN = HeadRules(
     "minference",
     {"layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 32},
     [[rule.to_dict() for rule in RULES], [], [VERTICAL_SLASH.to_dict()] * 4],
     {"variant": "paper"},
 )
-FAMILIES = {
-    "plan": minference_family(PLAN, block_q=32, block_k=32),
-    "shipped": vertical_slash_family(block_q=32, block_k=32),
-    "columns": minference_family(replace(PLAN, rules=[[HeadRule("vertical_slash", 3500, 100).to_dict()] * 4] * 3)),
-}
+NAMES = ["plan", "shipped", "columns"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_larger_factors_keep_supersets_from_the_forced_floor_to_everything(name) -> None:
-    family, (q, k) = FAMILIES[name], calls(1000, 1000)
-    octaves = range(round(math.log2(family.sparsest)), round(math.log2(family.densest)) + 1)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, Method]:
+    folder = tmp_path_factory.mktemp("plans")
+    PLAN.save(folder / "plan.json")
+    replace(PLAN, rules=[[HeadRule("vertical_slash", 3500, 100).to_dict()] * 4] * 3).save(folder / "columns.json")
+    return {
+        "plan": MInference(plan=folder / "plan.json", block_q=32, block_k=32),
+        "shipped": VerticalSlash(block_q=32, block_k=32),
+        "columns": MInference(plan=folder / "columns.json"),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_larger_factors_keep_supersets_from_the_forced_floor_to_everything(made, name) -> None:
+    selectors, (q, k) = made[name].selectors(), calls(1000, 1000)
+    octaves = range(round(math.log2(selectors.sparsest)), round(math.log2(selectors.densest)) + 1)
     factors = [2.0 ** (octave + part) for octave in octaves for part in (0, 0.3, 0.6)][:-2]
-    masks = [family.at(factor)(0).select(q, k, CONTEXT).to_mask() for factor in factors]
+    masks = [selectors.at(factor)(0).select(q, k, CONTEXT).to_mask() for factor in factors]
     assert all((a & ~b).sum() == 0 for a, b in pairwise(masks))
     assert masks[-1].equal(masks[-1].new_ones(masks[-1].shape[-2:]).tril().expand_as(masks[-1]))
     diagonal = torch.eye(masks[0].shape[-1], dtype=torch.bool)
@@ -249,35 +249,41 @@ def test_larger_factors_keep_supersets_from_the_forced_floor_to_everything(name)
     assert len({round(float(mask.float().mean()), 6) for mask in masks}) > 8
 
 
-def test_family_of_a_plan_has_its_rules_by_layer_and_leaves_out_layers_without() -> None:
-    family = FAMILIES["plan"]
-    at = family.at(0.25)
+def test_plan_has_its_rules_by_layer_and_leaves_out_layers_without(made) -> None:
+    method = made["plan"]
+    selectors = method.selectors()
+    at = selectors.at(0.25)
     assert at(0).rules == RULES and at(0).factor == 0.25 and at(1) is None
     assert at(2).rules == (VERTICAL_SLASH,) * 4
-    assert (family.name, family.scale, family.block_q, family.block_k) == ("minference", "log", 32, 32)
-    assert json.loads(json.dumps(dict(family.settings))) == {"plan": PLAN.digest, "variant": "paper"}
+    assert (str(method), selectors.scale, method.block_sizes) == ("minference", "log", (32, 32))
+    assert json.loads(json.dumps(dict(selectors.settings))) == {"plan": PLAN.digest, "variant": "paper"}
 
 
-def test_family_of_shipped_sizes_has_them_in_every_head() -> None:
-    family = vertical_slash_family(columns=512, offsets=2048)
-    assert family.at(1.0)(5).rules == (HeadRule("vertical_slash", 512, 2048),)
-    assert dict(family.settings) == {"columns": 512, "offsets": 2048}
+def test_vertical_slash_has_its_sizes_in_every_head() -> None:
+    selectors = VerticalSlash(columns=512, offsets=2048).selectors()
+    assert selectors.at(1.0)(5).rules == (HeadRule("vertical_slash", 512, 2048),)
+    assert dict(selectors.settings) == {"columns": 512, "offsets": 2048}
 
 
-def test_family_rejects_plans_and_models_that_are_not_its_own() -> None:
-    with pytest.raises(ValueError, match="plan must be one of minference, got one of moa"):
-        minference_family(replace(PLAN, method="moa"))
-    with pytest.raises(ValueError, match="a rule must have a pattern"):
-        minference_family(replace(PLAN, rules=[[{"alpha": 1}] * 4, [], []]))
-    with pytest.raises(ValueError, match="one for each of the 6 query heads of layer 1, or one for all, got 4"):
-        minference_family(PLAN).at(1.0)(0).select(*calls(64, 64, heads=6), CONTEXT)
+def test_plan_rejects_rules_and_models_that_are_not_its_own(made, tmp_path) -> None:
+    path = tmp_path / "plan.json"
+    damaged = {"moa": replace(PLAN, method="moa"), "alpha": replace(PLAN, rules=[[{"alpha": 1}] * 4, [], []])}
+    for named, rules in damaged.items():
+        rules.save(path)
+        method = MInference(plan=path)
+        with pytest.raises(ValueError, match=named):
+            method.check_model(tiny_model("llama", num_hidden_layers=3).config)
+        with pytest.raises(ValueError, match=named):
+            method.selectors().at(1.0)(0)
+    with pytest.raises(ValueError, match="query heads"):
+        made["plan"].selectors().at(1.0)(0).select(*calls(64, 64, heads=6), CONTEXT)
 
 
 @pytest.mark.parametrize("name", ["plan", "shipped"])
-def test_row_of_a_padded_batch_matches_the_row_alone(name) -> None:
+def test_row_of_a_padded_batch_matches_the_row_alone(made, name) -> None:
     model = tiny_model("llama", torch.float64)
     plain = tiny_model("llama", torch.float64)
-    at = FAMILIES[name].at(0.001 if name == "shipped" else 0.3)
+    at = made[name].selectors().at(0.001 if name == "shipped" else 0.3)
     attach(model, lambda layer: at(0), impl="reference")
     try:
         ids = tokens(2, 333)
@@ -305,15 +311,15 @@ def test_rule_survives_json(rule) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"pattern": "dense"}, "pattern must be one of a_shape"),
-        ({"pattern": "a_shape", "columns": 4}, "offsets of a_shape must be a whole number of at least 1, got 0"),
-        ({"pattern": "vertical_slash", "columns": 4.5, "offsets": 3}, "columns of vertical_slash must be a whole"),
-        ({"pattern": "vertical_slash", "columns": "4", "offsets": 3}, "columns of vertical_slash must be a whole"),
-        ({"pattern": "block_sparse", "tokens": 64, "columns": 3}, "columns of block_sparse must be left out"),
-        ({"pattern": "a_shape", "columns": 4, "offsets": 3, "scale": 0}, "scale must be above 0"),
-        ({"pattern": "a_shape", "columns": 4, "offsets": 3, "scale": math.inf}, "scale must be above 0"),
-        ({"columns": 4, "offsets": 3}, "a rule must have a pattern"),
-        ({"pattern": "a_shape", "columns": 4, "offsets": 3, "n_last": 3}, "a rule must have a pattern"),
+        ({"pattern": "dense"}, "pattern"),
+        ({"pattern": "a_shape", "columns": 4}, "offsets of a_shape"),
+        ({"pattern": "vertical_slash", "columns": 4.5, "offsets": 3}, "columns of vertical_slash"),
+        ({"pattern": "vertical_slash", "columns": "4", "offsets": 3}, "columns of vertical_slash"),
+        ({"pattern": "block_sparse", "tokens": 64, "columns": 3}, "columns of block_sparse"),
+        ({"pattern": "a_shape", "columns": 4, "offsets": 3, "scale": 0}, "scale"),
+        ({"pattern": "a_shape", "columns": 4, "offsets": 3, "scale": math.inf}, "scale"),
+        ({"columns": 4, "offsets": 3}, "pattern"),
+        ({"pattern": "a_shape", "columns": 4, "offsets": 3, "n_last": 3}, "n_last"),
     ],
 )
 def test_rule_rejects_sizes_that_its_pattern_cannot_have(values, message) -> None:
@@ -325,5 +331,5 @@ def test_rule_rejects_sizes_that_its_pattern_cannot_have(values, message) -> Non
     "values", [{"rules": ()}, {"rules": RULES, "factor": 0.0}, {"rules": RULES, "factor": math.nan}]
 )
 def test_minference_rejects_no_rules_and_factors_that_are_none(values) -> None:
-    with pytest.raises(ValueError, match="rules and factor must be"):
-        MInference(**values)
+    with pytest.raises(ValueError, match="rules and factor"):
+        PatternSelector(**values)

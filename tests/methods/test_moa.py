@@ -14,7 +14,8 @@ from tiny_models import tiny_model, tokens
 from torch import Tensor
 
 import seerattn
-from seerattn.methods.head_rules import Plan
+from seerattn.methods.head_rules import HeadRules
+from seerattn.methods.moa import MoA
 from seerattn.methods.moa import profile as moa_profile
 from seerattn.methods.moa.profile import (
     Profile,
@@ -31,7 +32,7 @@ from seerattn.methods.moa.spans import (
     MoaSelector,
     bound_limits,
     bounded_plans,
-    moa_family,
+    bounded_selectors,
     pareto_choices,
     planned,
     programmes,
@@ -282,7 +283,7 @@ def test_pareto_choices_are_on_the_front_of_brute_force_and_hold_its_ends(seed: 
 # Plans
 
 
-def made_plan(layers: int = 3, heads: int = 4, kv_heads: int = 2, lengths: tuple[int, ...] = LENGTHS) -> Plan:
+def made_plan(layers: int = 3, heads: int = 4, kv_heads: int = 2, lengths: tuple[int, ...] = LENGTHS) -> HeadRules:
     """Influence that falls off at a pace of each head's own, with one layer that has no full attention."""
     rng = np.random.default_rng(0)
     rules: list[list[dict]] = []
@@ -297,7 +298,7 @@ def made_plan(layers: int = 3, heads: int = 4, kv_heads: int = 2, lengths: tuple
             row.append({"alpha": 64.0, "beta": 0.5, "influence": influence})
         rules.append(row)
     model = {"layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": 32}
-    return Plan("moa", model, rules, {"lengths": list(lengths)})
+    return HeadRules("moa", model, rules, {"lengths": list(lengths)})
 
 
 def test_losses_are_the_influence_that_a_rule_masks_out_of_the_groups_worst_head() -> None:
@@ -337,26 +338,27 @@ def test_plans_reject_a_bound_that_no_rule_meets(density: float) -> None:
 
 
 @pytest.mark.parametrize("length", [None, 1024])
-def test_family_density_rises_with_the_knob_and_stays_under_it(length: int | None) -> None:
+def test_density_rises_with_the_setting_and_stays_under_it(length: int | None) -> None:
     plan = made_plan()
-    family = moa_family(plan, length=length)
+    found_at = bounded_selectors(plan, length=length)
     q, k = calls(*(2 * [length or 2048]))
 
     def realised(bound: float) -> float:
-        at = family.at(bound)
+        at = found_at.at(bound)
         assert at(1) is None and at(7) is None
         return float(torch.cat([at(layer).select(q, k, CONTEXT).density() for layer in (0, 2)]).mean())
 
-    knobs = [family.sparsest, *(x for x in np.linspace(0.05, 0.95, 19).tolist() if x > family.sparsest), family.densest]
-    found = [realised(knob) for knob in knobs]
+    least = found_at.sparsest
+    settings = [least, *(x for x in np.linspace(0.05, 0.95, 19).tolist() if x > least), found_at.densest]
+    found = [realised(setting) for setting in settings]
     assert found == sorted(found) and len(set(found)) > 10
-    assert all(density <= knob + 1e-6 for density, knob in zip(found, knobs))
-    assert max(knob - density for density, knob in zip(found, knobs)) < 0.05
+    assert all(density <= setting + 1e-6 for density, setting in zip(found, settings))
+    assert max(setting - density for density, setting in zip(found, settings)) < 0.05
     assert found[0] == pytest.approx(area_density(1, length or 2048)) and found[-1] == 1.0
-    again = moa_family(plan, length=length)
-    assert again.at(0.4)(0) == family.at(0.4)(0) and again.settings == family.settings
+    again = bounded_selectors(plan, length=length)
+    assert again.at(0.4)(0) == found_at.at(0.4)(0) and again.settings == found_at.settings
     # What exceeds the forced blocks is alike at all lengths.
-    rules = [rule for layer in (0, 2) for rule in family.at(0.6)(layer).rules]
+    rules = [rule for layer in (0, 2) for rule in found_at.at(0.6)(layer).rules]
 
     def excess(n: int) -> float:
         forced = area_density(1, n)
@@ -366,20 +368,20 @@ def test_family_density_rises_with_the_knob_and_stays_under_it(length: int | Non
     assert all(0.9 * reference - 0.0201 <= excess(n) <= reference / 0.9 + 0.0201 for n in (*LENGTHS, 4096))
 
 
-def test_family_spends_where_the_influence_is() -> None:
+def test_density_is_spent_where_the_influence_is() -> None:
     plan = made_plan(layers=1)
     for head, size in ((0, 100.0), (1, 100.0), (2, 1e-3), (3, 1e-3)):
         plan.rules[0][head]["influence"] = [[size] * (n // 64) for n in LENGTHS]
-    wide, narrow = moa_family(plan).at(0.5)(0).rules
+    wide, narrow = bounded_selectors(plan).at(0.5)(0).rules
     assert wide.band(2048) > 10 * narrow.band(2048)
 
 
-def test_family_rejects_a_bound_below_the_forced_blocks_and_a_length_without_a_choice() -> None:
-    family = moa_family(made_plan())
-    with pytest.raises(ValueError, match="forced blocks"):
-        family.at(0.9 * family.sparsest)
-    with pytest.raises(ValueError, match="length must be more than one block"):
-        moa_family(made_plan(), length=64)
+def test_selectors_reject_a_bound_below_the_forced_blocks_and_a_length_without_a_choice() -> None:
+    selectors = bounded_selectors(made_plan())
+    with pytest.raises(ValueError, match="density"):
+        selectors.at(0.9 * selectors.sparsest)
+    with pytest.raises(ValueError, match="length"):
+        bounded_selectors(made_plan(), length=64)
 
 
 def test_planned_selectors_have_the_rules_of_the_plan() -> None:
@@ -395,21 +397,24 @@ def test_planned_selectors_have_the_rules_of_the_plan() -> None:
 
 def test_profile_rejects_plans_without_one() -> None:
     plan = made_plan()
-    with pytest.raises(ValueError, match="one of moa, got one of minference"):
-        moa_family(dataclasses.replace(plan, method="minference"))
+    with pytest.raises(ValueError, match="minference"):
+        bounded_selectors(dataclasses.replace(plan, method="minference"))
     for damage in ({"lengths": [512, 1024]}, {"lengths": []}, {}, {"lengths": [1024, 512, 2048]}):
         if damage != {"lengths": [512, 1024]}:
             with pytest.raises(ValueError, match="whole profile"):
-                moa_family(dataclasses.replace(plan, made=damage))
+                bounded_selectors(dataclasses.replace(plan, made=damage))
     plan.rules[0][0]["influence"][1].pop()
     with pytest.raises(ValueError, match="whole profile"):
-        moa_family(plan)
+        bounded_selectors(plan)
 
 
 def test_a_loaded_plan_gives_the_same_selectors_and_another_model_is_refused(tmp_path) -> None:
     plan = made_plan()
     plan.save(tmp_path / "plan.json")
-    loaded = Plan.load(tmp_path / "plan.json", method="moa", model=plan.model)
-    assert moa_family(loaded).at(0.3)(2) == moa_family(plan).at(0.3)(2)
-    with pytest.raises(ValueError, match="kv_heads 2, not 1"):
-        Plan.load(tmp_path / "plan.json", method="moa", model=plan.model | {"kv_heads": 1})
+    method, short = (MoA(plan=tmp_path / "plan.json", **length) for length in ({}, {"length": 1024}))
+    assert method.selectors().at(0.3)(2) == bounded_selectors(plan).at(0.3)(2)
+    assert short.selectors().at(0.3)(2) == bounded_selectors(plan, length=1024).at(0.3)(2)
+    assert method.selectors().settings == {"plan": plan.digest, "length": 2048}
+    method.check_model(tiny_model("llama", num_hidden_layers=3).config)
+    with pytest.raises(ValueError, match="kv_heads"):
+        method.check_model(tiny_model("llama", num_hidden_layers=3, num_key_value_heads=1).config)

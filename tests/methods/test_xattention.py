@@ -5,13 +5,9 @@ import pytest
 import torch
 from baseline_calls import CONTEXT, calls, kept, products, profile, rows_of, softmax
 
+from seerattn.methods.xattention import XAttention
 from seerattn.methods.xattention import estimate as xattention
-from seerattn.methods.xattention.estimate import (
-    XAttentionSelector,
-    antidiagonal_scores,
-    minimum_thresholds,
-    xattention_profile_family,
-)
+from seerattn.methods.xattention.estimate import XAttentionSelector, antidiagonal_scores, minimum_thresholds
 
 CALLS = [(333, 333), (77, 333), (64, 320), (130, 200), (5, 5)]
 
@@ -117,21 +113,29 @@ def test_xattention_thresholds_are_by_layer_and_head() -> None:
         assert torch.equal(mask[:, head], alone[:, head])
 
 
-def test_xattention_profile_scales_thresholds_up_to_one() -> None:
+def test_xattention_plan_scales_thresholds_up_to_one(tmp_path) -> None:
     plan = profile([[0.8, 0.5]], stride=8, block=64)
-    family = xattention_profile_family(plan)
-    assert family.densest == 2 and family.block_k == 64
-    for knob, expected in ((0.0, [0, 0]), (0.5, [0.4, 0.25]), (1.0, [0.8, 0.5]), (1.5, [0.9, 0.75]), (2.0, [1, 1])):
-        assert family.at(knob)(0).threshold == [pytest.approx(expected)]
-    assert family.settings == {"stride": 8, "plan": plan.digest}
+    plan.save(tmp_path / "plan.json")
+    method = XAttention(plan=tmp_path / "plan.json")
+    selectors = method.selectors()
+    assert selectors.densest == 2 and method.block_sizes == (64, 64) and str(method) == "xattention by head"
+    for setting, expected in ((0.0, [0, 0]), (0.5, [0.4, 0.25]), (1.0, [0.8, 0.5]), (1.5, [0.9, 0.75]), (2.0, [1, 1])):
+        assert selectors.at(setting)(0).threshold == [pytest.approx(expected)]
+    assert selectors.settings == {"stride": 8, "plan": plan.digest}
 
 
-def test_xattention_profile_rejects_plans_of_others() -> None:
-    plan = profile([[0.8, 0.5]], stride=8, block=64)
-    with pytest.raises(ValueError, match="plan must be one of xattention_profile, got one of moa"):
-        xattention_profile_family(replace(plan, method="moa"))
-    with pytest.raises(ValueError, match="threshold for every head"):
-        xattention_profile_family(replace(plan, rules=[[{"pattern": "a_shape"}] * 2]))
+def test_xattention_rejects_plans_of_others(tmp_path) -> None:
+    plan, path = profile([[0.8, 0.5]], stride=8, block=64), tmp_path / "plan.json"
+    damaged = {
+        "moa": replace(plan, method="moa"),
+        "threshold": replace(plan, rules=[[{"pattern": "a_shape"}] * 2]),
+        "stride": replace(plan, made={"block": 64}),
+        "block": replace(plan, made={"stride": 8, "block": 0}),
+    }
+    for named, rules in damaged.items():
+        rules.save(path)
+        with pytest.raises(ValueError, match=named):
+            XAttention(plan=path).selectors()
 
 
 def slow_threshold(q, k, batch: int, head: int, stride: int, block: int, coverage: float) -> float:
@@ -164,11 +168,11 @@ def test_minimum_thresholds_match_fp64_loops(coverage) -> None:
 
 
 def test_xattention_rejects_bad_values() -> None:
-    with pytest.raises(ValueError, match="stride must divide the block of 64 tokens, got 24"):
+    with pytest.raises(ValueError, match="stride"):
         XAttentionSelector(0.9, 24, 64)
-    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match="threshold"):
         XAttentionSelector([[0.5], [1.5]])
-    with pytest.raises(ValueError, match="threshold must have 4 values a layer, got 3"):
+    with pytest.raises(ValueError, match="threshold"):
         XAttentionSelector([[0.5] * 3]).select(*calls(130, 130), replace(CONTEXT, layer=0))
-    with pytest.raises(ValueError, match=r"coverage must be in \(0, 1\], got 0"):
+    with pytest.raises(ValueError, match="coverage"):
         minimum_thresholds(*calls(130, 130), scale=0.25, coverage=0)

@@ -8,29 +8,18 @@ once, 16 x 16 gates of SmolLM2 at density .05 lost 50 % of perplexity on two boo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattn.data.windows import Window
-from seerattn.eval.arms import Arm, EvalModel, Gates
-from seerattn.eval.recall import RecallMeter, run_dense
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import pooled_inputs
-from seerattn.hf.config import save_settings
-from seerattn.methods.gate.thresholds import split_windows
 from seerattn.ops.attention_map import attention_map
-from seerattn.results import statistics
-from seerattn.results.environment import Stopwatch
-from seerattn.results.file import ResultsFile
-from seerattn.results.record import Result
 from seerattn.selection.block_indices import causal_block_mask, forced_block_mask, num_query_blocks
-from seerattn.selection.budgets import HeadBudgets, shares_density
+from seerattn.selection.budgets import HeadBudgets
 from seerattn.selection.map_form import MapForm
-from seerattn.selection.policies import TopK
 from seerattn.selection.selector import AttentionContext
 
 LADDER = (0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7)
@@ -247,89 +236,3 @@ def share_densities(gain: Tensor, cost: Tensor, density: float) -> Tensor:
             low, above = price, found
     spare, step = density - below.mean(), above.mean() - below.mean()
     return below + (above - below) * (spare / step)
-
-
-def evaluate_budgets(
-    subject: EvalModel,
-    folder: Gates,
-    windows: Sequence[Window],
-    output: ResultsFile,
-    *,
-    ladder: Sequence[float] = LADDER,
-    gain: MapForm | None = None,
-    context: int,
-    text: str,
-    settings: dict,
-    save: bool = True,
-    batch: int = 1,
-    progress: Callable[[str, int], Callable[[int], None]] | None = None,
-) -> list[Result]:
-    """Makes budgets of gates from half of the documents, measures them on the other half, and saves them.
-
-    Args:
-        subject: the model, with the gates loaded; they have the new budgets from here on.
-        folder: the gates.
-        windows: text, of two documents at least.
-        output: where results go.
-        ladder: mean densities of the budgets.
-        gain: the map of which heads are to miss as little as they can, by default the target of the gates.
-        context: tokens of a window; lengths of the budgets are 2048, 4096, ... up to it.
-        text: kind of text.
-        settings: limits of the data, with its digest under "data".
-        save: write the budgets into the folder, in place of those that are there.
-        batch: windows of equal length that run together.
-        progress: called with a description and a number of windows, returns what is told of finished windows.
-
-    Returns:
-        At the context, for each rung that exceeds the forced blocks, and for calibrated and equal heads:
-        "budget_density" and "budget_recall" of the map ``gain``, on the text that was not used to calibrate.
-
-    Raises:
-        ValueError: the ladder is none, there is one document alone, no rung exceeds the forced blocks, or the policy
-            that was saved with the gates has a lower density than all rungs.
-    """
-    check_ladder(ladder)
-    saved = subject.saved_policy(folder)
-    if shares_density(saved) and saved.density < min(ladder):
-        raise ValueError(
-            f"ladder must begin at the density of the policy saved with the gates, {saved.density:g}, or below it, got "
-            f"{min(ladder):g}; add a rung or save another policy"
-        )
-    gates = subject.gates(folder)
-    fitting, checking = split_windows(windows)
-    watch = Stopwatch(subject.device)
-    calibrator = BudgetCalibrator(gates, lengths=budget_lengths(context), gain=gain)
-    least = calibrator.least_density(context)
-    if max(ladder) <= least:
-        raise ValueError(
-            f"ladder must exceed the density of the forced blocks, {least:.3f} at this context, got at most "
-            f"{max(ladder):g}; use a longer context or add a rung"
-        )
-    advance = progress("calibrating", len(fitting)) if progress else None
-    run_dense(subject, calibrator.see, fitting, batch=batch, advance=advance)
-    subject.set_budgets(folder, calibrator.budgets(ladder, text=settings.get("data", "")))
-    arms = [
-        Arm("gate", TopK(density=rung, heads=heads), folder)
-        for rung in ladder
-        if rung > least
-        for heads in ("calibrated", "equal")
-    ]
-    block_q, block_k = subject.block_sizes(arms[0])
-    selectors = {str(arm): subject.selector(arm) for arm in arms}
-    meter = RecallMeter(selectors, block_q=block_q, block_k=block_k, target=calibrator.gain)
-    advance = progress("checking", len(checking)) if progress else None
-    run_dense(subject, meter.see, checking, batch=batch, advance=advance)
-    if save:
-        save_settings(folder.path, budgets=subject.budgets(folder).to_dict())
-    rows = []
-    with output.together() as cell:
-        for arm in arms:
-            density = float(meter.table(str(arm), "density")[1].mean())
-            for what, quantity in (("budget_density", "density"), ("budget_recall", "target_recall")):
-                found = meter.table(str(arm), quantity)[1]
-                estimate = statistics.mean(found.flatten(1).mean(1).tolist())
-                about = settings | {"heads": arm.policy.heads, "gain": str(calibrator.gain)}
-                blank = subject.result(arm, what=what, unit="sequences", context=context, text=text, cell=about)
-                row = replace(blank, **estimate._asdict(), n=len(found), realised_density=density)
-                rows.append(cell.setdefault(row, watch.seconds()))
-    return rows

@@ -8,27 +8,18 @@ head gets the threshold that gives it its own density there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from seerattn.data.windows import Window
-from seerattn.eval.arms import Arm, EvalModel, Gates
-from seerattn.eval.recall import RecallMeter, run_dense
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import pooled_inputs
-from seerattn.hf.config import save_settings
 from seerattn.ops.attention_map import attention_map
-from seerattn.results import statistics
-from seerattn.results.environment import Stopwatch
-from seerattn.results.file import ResultsFile
-from seerattn.results.record import Result
 from seerattn.selection.block_indices import causal_block_mask, forced_block_mask
 from seerattn.selection.budgets import Densities
-from seerattn.selection.policies import Threshold
 from seerattn.selection.selector import AttentionContext
 
 Goal = Literal["density", "recall"]
@@ -157,95 +148,3 @@ class Calibrator:
 def threshold_level(gates: Mapping[int, AttnGate]) -> Level:
     """What thresholds on gates are compared with: raw scores where gates normalise them, else their softmax."""
     return "score" if next(iter(gates.values())).config.normalize_subblocks else "softmax"
-
-
-def split_windows(windows: Sequence[Window]) -> tuple[list[Window], list[Window]]:
-    """Windows of every second document to calibrate on, and those of the others to check on.
-
-    Raises:
-        ValueError: there is only one document.
-    """
-    order = list(dict.fromkeys(window.document for window in windows))
-    if len(order) < 2:
-        raise ValueError("data must hold two documents at least, one to calibrate on and one to check, got one")
-    first = set(order[::2])
-    return [w for w in windows if w.document in first], [w for w in windows if w.document not in first]
-
-
-def evaluate_calibration(
-    subject: EvalModel,
-    folder: Gates,
-    windows: Sequence[Window],
-    output: ResultsFile,
-    *,
-    goal: Goal,
-    value: float,
-    per_head: bool,
-    on: Level | None,
-    context: int,
-    text: str,
-    settings: dict,
-    save: bool = True,
-    batch: int = 1,
-    progress: Callable[[str, int], Callable[[int], None]] | None = None,
-) -> list[Result]:
-    """Calibrates gates on half of the documents, measures what they realise on the other half, and saves the policy.
-
-    Args:
-        subject: the model, with the gates loaded.
-        folder: the gates.
-        windows: text, of two documents at least.
-        output: where results go.
-        goal: "density" or "recall".
-        value: of the goal, in (0, 1].
-        per_head: one threshold a layer and head, or one for all; of gates with budgets those that give every head its
-            share of a density.
-        on: what thresholds are compared with; None is raw scores for gates that normalise them, else their softmax.
-        context: tokens of a window.
-        text: kind of text.
-        settings: limits of the data.
-        save: write the policy into the folder, in place of the one that is there.
-        batch: windows of equal length that run together.
-        progress: called with a description and a number of windows, returns what is told of finished windows.
-
-    Returns:
-        "calibrated_density" and "calibrated_recall" on the text that was not used to calibrate.
-    """
-    gates = subject.gates(folder)
-    if on is None:
-        on = threshold_level(gates)
-    budgets = subject.budgets(folder) if goal == "density" and not per_head else None
-    densities = None if budgets is None else budgets.at(value, context)
-    fitting, checking = split_windows(windows)
-    watch = Stopwatch(subject.device)
-    calibrator = Calibrator(gates, goal=goal, on=on)
-    advance = progress("calibrating", len(fitting)) if progress else None
-    run_dense(subject, calibrator.see, fitting, batch=batch, advance=advance)
-    policy = Threshold(threshold=calibrator.thresholds(value, per_head=per_head, densities=densities), on=on)
-    settings = settings | ({} if budgets is None else {"budgets": budgets.digest})
-    arm = Arm("gate", policy, folder)
-    block_q, block_k = subject.block_sizes(arm)
-    # Checked on the map that the gates learned, as calibrated.
-    target = next(iter(gates.values())).config.target
-    meter = RecallMeter({"gate": subject.selector(arm)}, block_q=block_q, block_k=block_k, target=target)
-    advance = progress("checking", len(checking)) if progress else None
-    run_dense(subject, meter.see, checking, batch=batch, advance=advance)
-    if save:
-        save_settings(folder.path, policy=policy.to_dict())
-    rows = []
-    density = float(meter.table("gate", "density")[1].mean())
-    with output.together() as cell:
-        for what, quantity in (("calibrated_density", "density"), ("calibrated_recall", "target_recall")):
-            found = meter.table("gate", quantity)[1]
-            estimate = statistics.mean(found.flatten(1).mean(1).tolist())
-            blank = subject.result(
-                arm,
-                what=what,
-                unit="sequences",
-                context=context,
-                text=text,
-                cell=settings | {"goal": goal, "goal_value": value, "per_head": per_head},
-            )
-            row = replace(blank, **estimate._asdict(), n=len(found), realised_density=density)
-            rows.append(cell.setdefault(row, watch.seconds()))
-    return rows

@@ -10,14 +10,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from seerattn.methods.family import Family, SelectorAt
-from seerattn.methods.head_rules import Plan
-from seerattn.methods.mean_pooled import pooled_scores
-from seerattn.methods.vertical_slash import keep_best, last_query_scores, lines_to_blocks
+from seerattn.methods.lines import keep_best, last_query_scores, lines_to_blocks
+from seerattn.methods.mean_pooled import mean_pooled_scores
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, forced_block_mask, num_query_blocks
 from seerattn.selection.selector import AttentionContext
-
-METHOD = "minference"
 
 Pattern = Literal["a_shape", "vertical_slash", "block_sparse"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
@@ -110,7 +106,7 @@ class Estimate:
     Attributes:
         vertical: scores of columns, fp32 ``[B, H, S]``, see `last_query_scores`.
         slash: scores of offsets, fp32 ``[B, H, S]``.
-        pooled: scores of blocks, fp32 ``[B, H, Nq, Nk]``, see `pooled_scores`.
+        pooled: scores of blocks, fp32 ``[B, H, Nq, Nk]``, see `mean_pooled_scores`.
         causal: bool ``[Nq, Nk]``.
         diagonal: bool ``[Nq, Nk]``.
         shape: ``B, H, T, S``.
@@ -152,7 +148,7 @@ class Estimate:
         if "vertical_slash" in patterns:
             vertical, slash = last_query_scores(q, k, context)
         if "block_sparse" in patterns:
-            pooled = pooled_scores(q, k, block_q=block_q, block_k=block_k)
+            pooled = mean_pooled_scores(q, k, block_q=block_q, block_k=block_k)
         q_len, k_len = q.shape[2], k.shape[2]
         start = k_len - q_len
         geometry = (start, q_len, num_query_blocks(start, q_len, block_q), -(-k_len // block_k), block_q, block_k)
@@ -189,7 +185,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class MInference:
+class PatternSelector:
     """A-shape, vertical-slash and block-sparse heads (arXiv 2407.02490, section 3.2, and its repository).
 
     Vertical-slash heads score columns and offsets by the attention of the last 64 queries of the call and force the
@@ -239,42 +235,6 @@ class MInference:
         return BlockIndices.from_mask(mask, **sizes, q_start=k.shape[2] - q.shape[2], q_len=q.shape[2])
 
 
-# Of the factor on all sizes: from nothing but the forced floor to more lines than there are tokens, both at a million
+# Of the factor on all sizes: from nothing but the forced lines to more lines than there are tokens, both at a million
 # tokens and for the smallest sizes of any plan.
 SPARSEST, DENSEST = 2.0**-13, 2.0**17
-
-
-def minference_family(plan: Plan, *, block_q: int = 64, block_k: int = 64) -> Family:
-    """A plan of `seerattn plan minference`; the knob is a factor on all its sizes.
-
-    Raises:
-        ValueError: a plan of another method, or rules that are none of MInference.
-    """
-    if plan.method != METHOD:
-        raise ValueError(f"plan must be one of {METHOD}, got one of {plan.method}")
-    layers = [tuple(map(HeadRule.from_dict, heads)) for heads in plan.rules]
-
-    def at(factor: float) -> SelectorAt:
-        return lambda layer: MInference(layers[layer], factor, block_q, block_k) if layers[layer] else None
-
-    settings = {"plan": plan.digest, "variant": plan.made.get("variant")}
-    return _family("minference", at, block_q, block_k, settings)
-
-
-def vertical_slash_family(*, columns: int = 1000, offsets: int = 6096, block_q: int = 64, block_k: int = 64) -> Family:
-    """The same vertical-slash sizes in every head; the knob is a factor on both.
-
-    (1000, 6096) is what the repository runs where it has no plan and most heads of its plans have; its plans of
-    Llama-3.1 have (512, 2048) in every head.
-    """
-    rule = HeadRule("vertical_slash", columns, offsets)
-
-    def at(factor: float) -> SelectorAt:
-        selector = MInference((rule,), factor, block_q, block_k)
-        return lambda layer: selector
-
-    return _family("vertical_slash", at, block_q, block_k, {"columns": columns, "offsets": offsets})
-
-
-def _family(name: str, at: Any, block_q: int, block_k: int, settings: dict[str, Any]) -> Family:
-    return Family(name, at, SPARSEST, DENSEST, scale="log", block_q=block_q, block_k=block_k, settings=settings)

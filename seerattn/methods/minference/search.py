@@ -5,39 +5,38 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from seerattn.data.windows import Window
-from seerattn.eval.arms import EvalModel
-from seerattn.methods.described import describe
-from seerattn.methods.head_rules import Plan
+from seerattn.data.windows import Window, cut_windows
+from seerattn.methods.head_rules import HeadRules, describe_model
+from seerattn.methods.lines import keep_best, sum_diagonals, token_density
 from seerattn.methods.minference.patterns import (
     BLOCK_SPARSE_TOKENS,
     DENSEST,
-    METHOD,
     SPARSEST,
     Estimate,
     HeadRule,
     Pattern,
 )
-from seerattn.methods.vertical_slash import keep_best, sum_diagonals, token_density
+from seerattn.methods.search import Progress, Search
 from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.block_sparse_attention.api import BLOCK_SIZES
+from seerattn.options import option
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.selector import AttentionContext
 from seerattn.texts import parse_json
 
 if TYPE_CHECKING:
     from seerattn.hf.capture import AttentionCall
+    from seerattn.hf.eval_model import EvalModel
 
 Variant = Literal["paper", "repository"]
-Progress = Callable[[str, int], Callable[[int], None]]
 
 # Table 1 of the paper's appendix.
 PAPER_SPACE = (
@@ -76,46 +75,77 @@ _OFFICIAL: dict[str, Pattern] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """What defines a search beside the model.
+class MInferenceSearch(Search):
+    """Searches the rules of all heads of a model, one layer at a time while dense attention runs.
+
+    Both variants were published for one sample of 30k tokens. "paper" scales its candidates to the density in any case;
+    on shorter windows "repository" shrinks all of its sizes in proportion, or 3500 columns would win by being
+    everything. Over several windows scores are averaged, scales in the logarithm.
 
     Attributes:
         variant: "paper" scales every candidate of the paper's space to the target density and keeps the one whose
             output is nearest to that of dense attention (Algorithm 1); "repository" keeps the candidate of fixed sizes
             that recalls most attention mass, and rewrites it as its ``search_pattern`` does: A-shape becomes
             vertical-slash of the same sizes, block-sparse becomes vertical-slash (1000, 6096).
-        density: block density that every candidate of "paper" realises; None for "repository".
-        context: tokens of a window.
-        windows: number of windows.
-        seed: draws the windows.
-        data: digest of the text that they are drawn from, where it is known already.
-        dtype: of the model, likewise.
-        block_q: query block size in tokens.
-        block_k: key block size in tokens.
+        density: block density that every candidate of "paper" realises; None is .2, and for "repository" nothing.
     """
 
-    variant: Variant
-    density: float | None
-    context: int
-    windows: int
-    seed: int
-    data: str | None = None
-    dtype: str | None = None
-    block_q: int = 64
-    block_k: int = 64
+    method = "minference"
 
-    def __post_init__(self) -> None:
-        if self.variant not in get_args(Variant):
-            raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {self.variant!r}")
+    variant: Variant = option("paper", help="paper: least error of the output; repository: most attention mass.")
+    density: float | None = option(
+        None, help="Block density of every candidate of paper; default 0.2.", above=0, below=1
+    )
+    windows: int = option(1, help="Windows to search on, drawn from all of the data.", low=1)
+    official: Path | None = option(None, help="Take over a plan (JSON) of the official repository, without a search.")
+    block_q: int = option(64, help="Query block size in tokens.")
+    block_k: int = option(64, help="Key block size in tokens.")
+
+    def check(self) -> None:
+        super().check()
         if self.variant == "repository" and self.density is not None:
             raise ValueError(
                 f"density must be left out of the repository's search, whose sizes are fixed, got {self.density:g}"
             )
-        if self.variant == "paper" and not (self.density and 0 < self.density < 1):
-            raise ValueError(f"density must be in (0, 1), got {self.density}")
+        if self.official is not None and not self.official.is_file():
+            raise ValueError(f"official must be a file, got {self.official}")
+        if self.variant == "paper" and self.density is None:
+            object.__setattr__(self, "density", 0.2)
         for name in ("block_q", "block_k"):
             if getattr(self, name) not in BLOCK_SIZES:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, BLOCK_SIZES))}, got {getattr(self, name)}")
+
+    @property
+    def needs_text(self) -> bool:
+        return self.official is None
+
+    def made(self, model: EvalModel, documents: Sequence[Sequence[int]]) -> dict[str, Any]:
+        if self.official is not None:
+            return read_official(self.official, describe_model(model.model.config)).made
+        found = super().made(model, documents)
+        del found["official"]
+        return found
+
+    def run(
+        self, model: EvalModel, documents: Sequence[Sequence[int]], *, progress: Progress | None = None
+    ) -> HeadRules:
+        """Searches; ``made["found"]`` has the densities that the rules realise on the same windows: of blocks, of the
+        causal pairs on its lines, and the number of heads of each pattern.
+
+        Raises:
+            ValueError: the density is below that of the blocks that every pattern keeps, or there is too little text.
+        """
+        if self.official is not None:
+            return read_official(self.official, describe_model(model.model.config))
+        cut = cut_windows(documents, context=self.context, count=None, bos_token_id=model.bos_token_id)
+        windows = draw_windows(cut, self.windows, self.seed)
+        search = _PaperSearch(self) if self.variant == "paper" else _RepositorySearch(self)
+        model.watch(windows, search.see, advance=progress and progress("searching", len(windows)))
+        layers = model.model.config.get_text_config().num_hidden_layers
+        rules = [search.rules(layer) for layer in range(layers)]
+        meter = _DensityCheck(rules, self)
+        model.watch(windows, meter.see, advance=progress and progress("measuring density", len(windows)))
+        return self.rules(model, documents, [[rule.to_dict() for rule in heads] for heads in rules], meter.found())
 
 
 def draw_windows(windows: Sequence[Window], count: int, seed: int) -> list[Window]:
@@ -131,39 +161,7 @@ def draw_windows(windows: Sequence[Window], count: int, seed: int) -> list[Windo
     return random.Random(seed).sample(list(windows), count)
 
 
-def search_plan(
-    subject: EvalModel, windows: Sequence[Window], settings: SearchSettings, *, progress: Progress | None = None
-) -> Plan:
-    """Searches the rules of all heads of a model, one layer at a time while dense attention runs.
-
-    Both variants were published for one sample of 30k tokens. "paper" scales its candidates to the density in any case;
-    on shorter windows "repository" shrinks all of its sizes in proportion, or 3500 columns would win by being
-    everything. Over several windows scores are averaged, scales in the logarithm.
-
-    Args:
-        subject: the model.
-        windows: text to search on.
-        settings: what to search for; all of it is kept in the plan.
-        progress: called with a description and a number of windows, returns what is told of finished windows.
-
-    Returns:
-        The plan. ``made["found"]`` has the densities that it realises on the same windows: of blocks, of the causal
-        pairs on its lines, and the number of heads of each pattern.
-
-    Raises:
-        ValueError: the density is below that of the blocks that every pattern keeps.
-    """
-    search = _PaperSearch(settings) if settings.variant == "paper" else _RepositorySearch(settings)
-    _run(subject, windows, search.see, "searching", progress)
-    layers = subject.model.config.get_text_config().num_hidden_layers
-    rules = [search.rules(layer) for layer in range(layers)]
-    meter = _DensityCheck(rules, settings)
-    _run(subject, windows, meter.see, "measuring density", progress)
-    dicts = [[rule.to_dict() for rule in heads] for heads in rules]
-    return Plan(METHOD, describe(subject.model.config), dicts, asdict(settings) | {"found": meter.found()})
-
-
-def read_official(path: Path, model: dict[str, Any]) -> Plan:
+def read_official(path: Path, model: dict[str, Any]) -> HeadRules:
     """Reads a plan of the official repository: a list with ``{"0": ["vertical_and_slash", v, s, score], ...}`` a layer.
 
     Block-sparse entries become 100 blocks of 64 whatever their sizes, as the official kernel runs them.
@@ -193,7 +191,7 @@ def read_official(path: Path, model: dict[str, Any]) -> Plan:
         )
     dicts = [[heads[head].to_dict() for head in every] for heads in rules]
     made = {"variant": "official", "source": path.name, "content": hashlib.sha256(content).hexdigest()[:12]}
-    return Plan(METHOD, model, dicts, made)
+    return HeadRules(MInferenceSearch.method, model, dicts, made)
 
 
 def _official_rule(name: str, columns: int, offsets: int, _score: float) -> HeadRule:
@@ -208,7 +206,7 @@ def _official_rule(name: str, columns: int, offsets: int, _score: float) -> Head
 class _PaperSearch:
     """Algorithm 1: candidates at equal cost, the least error of the output."""
 
-    def __init__(self, settings: SearchSettings) -> None:
+    def __init__(self, settings: MInferenceSearch) -> None:
         self._settings = settings
         # By layer and window, [candidates, heads].
         self._errors: dict[int, list[Tensor]] = {}
@@ -237,7 +235,7 @@ class _PaperSearch:
 class _RepositorySearch:
     """``search_pattern`` of the repository: the most attention mass, then every head made vertical-slash."""
 
-    def __init__(self, settings: SearchSettings) -> None:
+    def __init__(self, settings: MInferenceSearch) -> None:
         self._scale = repository_scale(settings.context)
         self._recalls: dict[int, list[Tensor]] = {}
 
@@ -261,7 +259,7 @@ def repository_scale(tokens: int) -> float:
 class _DensityCheck:
     """Densities that rules realise."""
 
-    def __init__(self, rules: list[list[HeadRule]], settings: SearchSettings) -> None:
+    def __init__(self, rules: list[list[HeadRule]], settings: MInferenceSearch) -> None:
         self._rules, self._settings = rules, settings
         self._blocks: list[float] = []
         self._tokens: list[float] = []
@@ -381,7 +379,7 @@ def _search_lines(estimate: Estimate, rule: HeadRule, scale: float) -> tuple[Ten
     return kept[0], kept[1]
 
 
-def _estimate(call: AttentionCall, settings: SearchSettings) -> Estimate:
+def _estimate(call: AttentionCall, settings: MInferenceSearch) -> Estimate:
     return Estimate.of(call.query, call.key, _context(call), block_q=settings.block_q, block_k=settings.block_k)
 
 
@@ -415,20 +413,3 @@ def _relative_error(out: Tensor, dense: Tensor) -> Tensor:
 
 def _mean(values: list[Tensor]) -> Tensor:
     return torch.stack(values).mean(0)
-
-
-def _run(
-    subject: EvalModel,
-    windows: Sequence[Window],
-    see: Callable[[AttentionCall], None],
-    description: str,
-    progress: Progress | None,
-) -> None:
-    from seerattn.hf.capture import watch_attention
-
-    advance = progress(description, len(windows)) if progress else None
-    with watch_attention(subject.model, see), torch.inference_mode():
-        for window in windows:
-            subject.model.base_model(input_ids=torch.tensor([window.input_ids], device=subject.device), use_cache=False)
-            if advance is not None:
-                advance(1)

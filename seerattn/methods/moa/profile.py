@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattn.methods.head_rules import Plan
+from seerattn.methods.head_rules import HeadRules
 
 METHOD = "moa"
 BLOCK = 64
@@ -182,7 +182,7 @@ class Profile:
     kv_heads: int
 
     @classmethod
-    def of(cls, plan: Plan) -> Profile:
+    def of(cls, plan: HeadRules) -> Profile:
         """The profile that a plan keeps.
 
         Raises:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seerattn.data.retrieval import RetrievalDocument, training_document
-from seerattn.eval.arms import EvalModel
+from seerattn.extras import check_extra
 from seerattn.hf.capture import AttentionCall, watch_attention
 from seerattn.hf.probe import probe
-from seerattn.methods.described import describe
-from seerattn.methods.head_rules import Plan
+from seerattn.methods.head_rules import HeadRules, describe_model
 from seerattn.methods.moa.profile import (
     BLOCK,
     METHOD,
@@ -32,11 +31,13 @@ from seerattn.methods.moa.profile import (
     row_density,
 )
 from seerattn.methods.moa.spans import bound_limits, bounded_plans, programmes, selectors
+from seerattn.methods.search import Progress, Search
+from seerattn.options import option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Progress = Callable[[str, int], Callable[[int], None]]
+    from seerattn.hf.eval_model import EvalModel
 
 # The shortest document with facts and questions.
 _LEAST_TOKENS = 256
@@ -44,121 +45,120 @@ _DIGITS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileSettings:
-    """What defines a plan beside the model.
+class MoaSearch(Search):
+    """Profiles a model, solves MoA's programme and keeps the best plan of its Pareto front.
+
+    What is found: alpha, beta and influence by length and distance of each head, so that comparisons solve the
+    programme again for any density.
 
     Attributes:
         lengths: tokens of the profile's documents, ascending whole blocks of 64; published are 2k, 4k and 8k.
         validation: tokens of the documents that decide between plans, none of the lengths; published is 12k.
-        samples: documents of each length.
         density: bound of MoA's density, see `bound_limits`.
-        seed: draws the documents.
-        data: digest of the text that facts are hidden in.
-        dtype: of the model.
     """
 
-    lengths: tuple[int, ...]
-    validation: int
-    samples: int
-    density: float
-    seed: int
-    data: str
-    dtype: str
+    method = METHOD
 
-    def __post_init__(self) -> None:
+    density: float = option(0.5, help="Bound of MoA's density: blocks of the last row over all.", above=0, high=1)
+    samples: int = option(16, help="Documents of each length.", low=1)
+    lengths: tuple[int, ...] = option((), help="Tokens of the profile's documents; default: 1/4, 1/2, 1 context.")
+    validation: int | None = option(None, help="Tokens of the documents that decide; default: 1.5 contexts, or 0.75.")
+
+    def check(self) -> None:
+        super().check()
+        check_extra("eval", "a search of MoA")
+        if not self.lengths:
+            quarters = (self.context // part // BLOCK * BLOCK for part in (4, 2, 1))
+            object.__setattr__(self, "lengths", tuple(quarters))
         lengths = list(self.lengths)
-        if not lengths or lengths != sorted(set(lengths)) or min(lengths) < _LEAST_TOKENS:
+        if lengths != sorted(set(lengths)) or min(lengths) < _LEAST_TOKENS:
             raise ValueError(f"lengths must ascend from {_LEAST_TOKENS} tokens at least, got {lengths}")
         if any(length % BLOCK for length in lengths):
             raise ValueError(f"lengths must be whole blocks of {BLOCK} tokens, got {lengths}")
-        if self.validation < _LEAST_TOKENS or self.validation in lengths:
+        if self.validation is not None and (self.validation < _LEAST_TOKENS or self.validation in lengths):
             raise ValueError(
                 f"validation must be a new length of {_LEAST_TOKENS} tokens at least, got {self.validation} beside "
                 f"{lengths}"
             )
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {self.samples}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self) | {"lengths": list(self.lengths)}
+    @property
+    def longest(self) -> int:
+        return max(*self.lengths, self.validation or 0)
 
+    def validated_at(self, model: EvalModel) -> int:
+        """Tokens of the documents that decide: one and a half of the longest length, or three quarters where the model
+        does not reach so far."""
+        if self.validation is not None:
+            return self.validation
+        tokens = self.lengths[-1] * 3 // 2
+        return (tokens if tokens <= model.longest else self.lengths[-1] * 3 // 4) // BLOCK * BLOCK
 
-def default_lengths(context: int) -> tuple[int, ...]:
-    """A quarter, a half and all of a context, in whole blocks."""
-    return tuple(context // part // BLOCK * BLOCK for part in (4, 2, 1))
+    def made(self, model: EvalModel, documents: Sequence[Sequence[int]]) -> dict[str, Any]:
+        found = super().made(model, documents) | {"validation": self.validated_at(model)}
+        # Its lengths say it.
+        del found["context"]
+        return found
 
+    def run(
+        self, model: EvalModel, documents: Sequence[Sequence[int]], *, progress: Progress | None = None
+    ) -> HeadRules:
+        """Searches; ``made["found"]`` has the number of plans on the front, the loss of the one that was kept and of
+        the dense model at the validation length, and its densities at the longest length, as MoA counts them and by
+        area.
 
-def default_validation(context: int, longest: int) -> int:
-    """One and a half of a context, or three quarters where a model of ``longest`` tokens does not reach so far."""
-    tokens = context * 3 // 2
-    return (tokens if tokens <= longest else context * 3 // 4) // BLOCK * BLOCK
+        Raises:
+            ValueError: no plan can meet the density, or the texts are too short.
+        """
+        base, sizes, validation = model.model, describe_model(model.model.config), self.validated_at(model)
+        layers = [layer.layer for layer in probe(base)]
+        bound_limits(self.lengths, np.repeat(np.arange(len(layers)), sizes["kv_heads"]), self.density)
+        samples = {n: self._documents(model, documents, n) for n in (*self.lengths, validation)}
 
+        found = []
+        for length in self.lengths:
+            advance = progress(f"profile at {length}", self.samples) if progress else None
+            seen = []
+            for document in samples[length]:
+                seen.append(sample_influence(base, answer_greedily(base, document)))
+                if advance is not None:
+                    advance(1)
+            found.append({layer: torch.stack([one[layer] for one in seen]).mean(0) for layer in layers})
+        rules: list[list[dict[str, Any]]] = [
+            [{"influence": [_rounded(by_layer[layer][head]) for by_layer in found]} for head in range(sizes["heads"])]
+            if layer in layers
+            else []
+            for layer in range(sizes["layers"])
+        ]
+        profile = Profile.of(HeadRules(METHOD, sizes, rules, self.made(model, documents)))
 
-def make_plan(
-    subject: EvalModel,
-    haystacks: Sequence[Sequence[int]],
-    settings: ProfileSettings,
-    *,
-    progress: Progress | None = None,
-) -> Plan:
-    """Profiles a model, solves MoA's programme and keeps the best plan of its Pareto front.
+        advance = progress("optimise", programmes(len(self.lengths))) if progress else None
+        plans = bounded_plans(profile, self.density, advance)
+        advance = progress(f"validate at {validation}", self.samples * (len(plans) + 1)) if progress else None
+        answered = [answer_greedily(base, document) for document in samples[validation]]
+        dense = _mean_loss(base, answered, advance)
+        losses = []
+        for spans in plans:
+            with model.attached(selectors(spans)):
+                losses.append(_mean_loss(base, answered, advance))
+        best = losses.index(min(losses))
+        summary = {"plans": len(plans), "loss": losses[best], "dense_loss": dense}
+        summary |= _densities(plans[best], self.lengths[-1])
+        group = sizes["heads"] // sizes["kv_heads"]
+        for layer, spans in plans[best].items():
+            rules[layer] = [asdict(spans[head // group]) | rule for head, rule in enumerate(rules[layer])]
+        return self.rules(model, documents, rules, summary)
 
-    Args:
-        subject: the model.
-        haystacks: token ids of texts to hide facts in.
-        settings: what to do; all of it is kept in the plan.
-        progress: called with a description and a number of steps, returns what is told of finished steps.
-
-    Returns:
-        The plan: alpha, beta and influence by length and distance of each head. ``made["found"]`` has the number of
-        plans on the front, the loss of the one that was kept and of the dense model at the validation length, and its
-        densities at the longest length, as MoA counts them and by area.
-
-    Raises:
-        ValueError: no plan can meet the density, or the texts are too short.
-    """
-    model, config = subject.model, subject.model.config
-    layers = [layer.layer for layer in probe(model)]
-    sizes = describe(config)
-    bound_limits(settings.lengths, np.repeat(np.arange(len(layers)), sizes["kv_heads"]), settings.density)
-    documents = {
-        length: _documents(subject, haystacks, length, settings) for length in (*settings.lengths, settings.validation)
-    }
-
-    found = []
-    for length in settings.lengths:
-        advance = progress(f"profile at {length}", settings.samples) if progress else None
-        samples = []
-        for document in documents[length]:
-            samples.append(sample_influence(model, answer_greedily(model, document)))
-            if advance is not None:
-                advance(1)
-        found.append({layer: torch.stack([sample[layer] for sample in samples]).mean(0) for layer in layers})
-    rules: list[list[dict[str, Any]]] = [
-        [{"influence": [_rounded(by_layer[layer][head]) for by_layer in found]} for head in range(sizes["heads"])]
-        if layer in layers
-        else []
-        for layer in range(sizes["layers"])
-    ]
-    profile = Profile.of(Plan(METHOD, sizes, rules, settings.to_dict()))
-
-    advance = progress("optimise", programmes(len(settings.lengths))) if progress else None
-    plans = bounded_plans(profile, settings.density, advance)
-    advance = progress(f"validate at {settings.validation}", settings.samples * (len(plans) + 1)) if progress else None
-    answered = [answer_greedily(model, document) for document in documents[settings.validation]]
-    dense = _mean_loss(model, answered, advance)
-    losses = []
-    for spans in plans:
-        with subject.observed(selectors(spans)):
-            losses.append(_mean_loss(model, answered, advance))
-    best = losses.index(min(losses))
-    summary = {"plans": len(plans), "loss": losses[best], "dense_loss": dense}
-    summary |= _densities(plans[best], settings.lengths[-1])
-    group = sizes["heads"] // sizes["kv_heads"]
-    for layer, spans in plans[best].items():
-        rules[layer] = [asdict(spans[head // group]) | rule for head, rule in enumerate(rules[layer])]
-    return Plan(METHOD, sizes, rules, settings.to_dict() | {"found": summary})
+    def _documents(self, model: EvalModel, haystacks: Sequence[Sequence[int]], length: int) -> list[RetrievalDocument]:
+        long_enough = [text for text in haystacks if len(text) >= length]
+        if not long_enough:
+            longest = max(map(len, haystacks), default=0)
+            raise ValueError(f"data must hold a text of {length} tokens, got at most {longest}; use a longer one")
+        made = []
+        for number in range(self.samples):
+            rng = random.Random(f"{self.seed} moa {length} {number}")
+            text = rng.choice(long_enough)
+            made.append(training_document(model.tokenizer, text, length, rng, bos_token_id=model.bos_token_id))
+        return made
 
 
 @torch.no_grad()
@@ -241,21 +241,6 @@ def _restore(layer: nn.Module, forward: Callable | None) -> None:
     del layer.forward
     if forward is not None:
         layer.forward = forward
-
-
-def _documents(
-    subject: EvalModel, haystacks: Sequence[Sequence[int]], length: int, settings: ProfileSettings
-) -> list[RetrievalDocument]:
-    long_enough = [text for text in haystacks if len(text) >= length]
-    if not long_enough:
-        longest = max(map(len, haystacks), default=0)
-        raise ValueError(f"data must hold a text of {length} tokens, got at most {longest}; use a longer one")
-    made = []
-    for number in range(settings.samples):
-        rng = random.Random(f"{settings.seed} moa {length} {number}")
-        text = rng.choice(long_enough)
-        made.append(training_document(subject.tokenizer, text, length, rng, bos_token_id=subject.bos_token_id))
-    return made
 
 
 @torch.no_grad()

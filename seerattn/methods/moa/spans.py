@@ -13,12 +13,11 @@ from itertools import product
 
 import numpy as np
 import torch
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
-from seerattn.methods.family import Family, SelectorAt
-from seerattn.methods.head_rules import Plan
+from seerattn.extras import check_extra
+from seerattn.methods.head_rules import HeadRules
+from seerattn.methods.method import SelectorAt, Selectors
 from seerattn.methods.moa.profile import (
     BLOCK,
     Profile,
@@ -95,6 +94,10 @@ def solve(cost: np.ndarray, limits: Sequence[Limit], layers: np.ndarray) -> np.n
     Returns:
         The choice, int ``[units]``; None where no choice keeps the limits. The same for the same arguments.
     """
+    check_extra("eval", "a search of MoA")
+    from scipy import sparse
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     units, rules = cost.shape
     count = int(layers.max()) + 1
     # One variable for each unit and rule, then one for each layer and rule: whether the layer has it.
@@ -223,15 +226,15 @@ def bounded_plans(
     return [profile.spans(choice, rules) for choice in choices]
 
 
-def moa_family(plan: Plan, *, length: int | None = None) -> Family:
+def bounded_selectors(plan: HeadRules, *, length: int | None = None) -> Selectors:
     """MoA at any density, from the profile of a plan.
 
-    The knob bounds the share of the causal area that is computed at one length, averaged over heads. At every bound
+    The setting bounds the share of the causal area that is computed at one length, averaged over heads. At every bound
     the programme is solved again for one objective, the loss at the longest length of the profile; `short_rules` join
     MoA's own. In place of a bound for every length, densities at the profile's lengths and at twice the longest must
     be alike in what exceeds the forced blocks: within a tenth, or .02 where that is more. As nothing but the one bound
-    then depends on the knob, the density at ``length`` cannot fall when the knob rises, up to the solver's gap of 1 %
-    for models of more than about 60 KV heads.
+    then depends on the setting, the density at ``length`` cannot fall when it rises, up to the solver's gap of 1 % for
+    models of more than about 60 KV heads.
 
     Args:
         plan: made by MoA's profile of the model.
@@ -264,10 +267,10 @@ def moa_family(plan: Plan, *, length: int | None = None) -> Family:
 
     sparsest = area_density(1, length)
     settings = {"plan": plan.digest, "length": length}
-    return Family("moa", at, sparsest, 1.0, block_q=BLOCK, block_k=BLOCK, settings=settings)
+    return Selectors(at, sparsest, 1.0, settings=settings)
 
 
-def planned(plan: Plan) -> SelectorAt:
+def planned(plan: HeadRules) -> SelectorAt:
     """The selectors of the rules that a plan chose, None for its layers without full attention.
 
     Raises:

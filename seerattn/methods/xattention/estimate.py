@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattn.methods.family import Family, SelectorAt
-from seerattn.methods.head_rules import Plan
 from seerattn.ops.attention_map import attention_map
 from seerattn.selection.block_indices import BlockIndices, forced_block_mask, num_query_blocks
 from seerattn.selection.map_form import MASS
@@ -165,45 +163,6 @@ def minimum_thresholds(
     lowest = scores.gather(-1, order).masked_fill(~needed, torch.inf).amin(-1, keepdim=True)
     kept = torch.where(scores >= lowest, scores, 0)
     return (kept.sum((-1, -2)) / scores.sum((-1, -2))).amax(0)
-
-
-def xattention_family(*, stride: int = 16, block: int = 128) -> Family:
-    """XAttention; the knob is the threshold of all heads, from 0 to 1."""
-
-    def at(knob: float) -> SelectorAt:
-        selector = XAttentionSelector(knob, stride, block)
-        return lambda layer: selector
-
-    return Family("xattention", at, 0.0, 1.0, block_q=block, block_k=block, settings={"stride": stride})
-
-
-def xattention_profile_family(plan: Plan) -> Family:
-    """XAttention with the thresholds by head of `seerattn plan xattention_profile`, at its stride and block size.
-
-    The knob goes from 0 to 2: up to 1 it is a factor of all thresholds, which are as planned at 1, and from there they
-    go on a straight line to 1 each.
-
-    Raises:
-        ValueError: a plan of another method, or rules that are no thresholds.
-    """
-    if plan.method != METHOD:
-        raise ValueError(f"plan must be one of {METHOD}, got one of {plan.method}")
-    try:
-        thresholds = [[float(rule["threshold"]) for rule in heads] for heads in plan.rules]
-        stride, block = int(plan.made["stride"]), int(plan.made["block"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"plan must have a threshold for every head, a stride and a block, got none: {error}"
-        ) from error
-
-    def at(knob: float) -> SelectorAt:
-        low, high = min(knob, 1.0), max(knob - 1.0, 0.0)
-        scaled = [[low * value + high * (1 - value) for value in layer] for layer in thresholds]
-        selector = XAttentionSelector(scaled, stride, block)
-        return lambda layer: selector if thresholds[layer] else None
-
-    settings = {"stride": stride, "plan": plan.digest}
-    return Family("xattention_profile", at, 0.0, 2.0, block_q=block, block_k=block, settings=settings)
 
 
 def _strips(rows: int, elements: int, device: torch.device) -> Iterator[slice]:

@@ -2,92 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from seerattn.data.windows import Window
-from seerattn.eval.arms import EvalModel
-from seerattn.methods.described import describe
-from seerattn.methods.head_rules import Plan
+from seerattn.data.windows import cut_windows
+from seerattn.methods.head_rules import HeadRules
+from seerattn.methods.minference.search import draw_windows
+from seerattn.methods.search import Progress, Search
 from seerattn.methods.xattention.estimate import METHOD, minimum_thresholds
+from seerattn.options import option
 
 if TYPE_CHECKING:
     from seerattn.hf.capture import AttentionCall
+    from seerattn.hf.eval_model import EvalModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThresholdSettings:
-    """What defines a profile beside the model.
+class XAttentionSearch(Search):
+    """Finds the minimum thresholds of every head while dense attention runs, the largest over the windows."""
 
-    Attributes:
-        stride: of the antidiagonals.
-        block: block size in tokens.
-        coverage: share of the true mass that the thresholds are to hold.
-        context: tokens of a window.
-        windows: number of windows.
-        seed: draws the windows.
-        data: digest of the text that they are drawn from.
-        dtype: of the model.
-    """
+    method = METHOD
 
-    stride: int
-    block: int
-    coverage: float
-    context: int
-    windows: int
-    seed: int
-    data: str
-    dtype: str
+    stride: int = option(16, help="Distance of the antidiagonals in tokens.", low=1)
+    block: int = option(128, help="Block size in tokens, a multiple of the stride.", low=1)
+    coverage: float = option(0.9, help="Share of the true mass that the thresholds are to hold.", above=0, high=1)
+    windows: int = option(4, help="Windows to search on, drawn from all of the data.", low=1)
 
+    def run(
+        self, model: EvalModel, documents: Sequence[Sequence[int]], *, progress: Progress | None = None
+    ) -> HeadRules:
+        """Searches; ``made["found"]`` has the least and the largest threshold."""
+        found: dict[int, Tensor] = {}
 
-def profile_plan(
-    subject: EvalModel,
-    windows: Sequence[Window],
-    settings: ThresholdSettings,
-    *,
-    progress: Callable[[str, int], Callable[[int], None]] | None = None,
-) -> Plan:
-    """Finds the minimum thresholds of every head while dense attention runs, the largest over the windows.
+        def see(call: AttentionCall) -> None:
+            threshold = minimum_thresholds(
+                call.query,
+                call.key,
+                scale=call.scale,
+                softcap=call.softcap,
+                sinks=call.sinks,
+                stride=self.stride,
+                block=self.block,
+                coverage=self.coverage,
+            ).cpu()
+            found[call.layer] = torch.maximum(threshold, found.get(call.layer, threshold))
 
-    Args:
-        subject: the model.
-        windows: texts, run one after the other.
-        settings: what is looked for.
-        progress: called with a description and a number of windows, returns what is told of finished ones.
-    """
-    from seerattn.hf.capture import watch_attention
-
-    found: dict[int, Tensor] = {}
-
-    def see(call: AttentionCall) -> None:
-        threshold = minimum_thresholds(
-            call.query,
-            call.key,
-            scale=call.scale,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            stride=settings.stride,
-            block=settings.block,
-            coverage=settings.coverage,
-        ).cpu()
-        found[call.layer] = torch.maximum(threshold, found.get(call.layer, threshold))
-
-    advance = progress("thresholds", len(windows)) if progress else None
-    with torch.inference_mode(), watch_attention(subject.model, see):
-        for window in windows:
-            input_ids = torch.tensor([window.input_ids], device=subject.device)
-            subject.model.base_model(input_ids=input_ids, use_cache=False)
-            if advance is not None:
-                advance(1)
-    model = describe(subject.model.config)
-    rules = [
-        [{"threshold": round(value, 6)} for value in found[layer].tolist()] if layer in found else []
-        for layer in range(model["layers"])
-    ]
-    every = torch.cat(list(found.values()))
-    summary = {"least threshold": float(every.min()), "largest threshold": float(every.max())}
-    return Plan(METHOD, model, rules, asdict(settings) | {"found": summary})
+        cut = cut_windows(documents, context=self.context, count=None, bos_token_id=model.bos_token_id)
+        windows = draw_windows(cut, self.windows, self.seed)
+        model.watch(windows, see, advance=progress and progress("thresholds", len(windows)))
+        layers = model.model.config.get_text_config().num_hidden_layers
+        rules = [
+            [{"threshold": round(value, 6)} for value in found[layer].tolist()] if layer in found else []
+            for layer in range(layers)
+        ]
+        every = torch.cat(list(found.values()))
+        summary = {"least threshold": float(every.min()), "largest threshold": float(every.max())}
+        return self.rules(model, documents, rules, summary)

@@ -1,0 +1,126 @@
+"""BLASST: blocks whose scores are negligible beside the running maximum of the online softmax (arXiv 2512.12087)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from seerattn.methods.method import Method, SelectorAt, Selectors
+from seerattn.options import option
+from seerattn.selection.block_indices import (
+    BlockIndices,
+    causal_block_mask,
+    forced_block_mask,
+    num_query_blocks,
+)
+from seerattn.selection.selector import AttentionContext
+
+if TYPE_CHECKING:
+    from seerattn.hf.eval_model import EvalModel
+
+# Logits held at once.
+_STRIP_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+
+
+@dataclass(frozen=True)
+class BlasstSelector:
+    """Blocks that a threshold on the online softmax would not skip.
+
+    FlashAttention walks the key blocks of a query block in order and keeps the largest score that each query has met.
+    A block is skipped where every query's largest score in it, less the largest that the query has met so far, that
+    block included, is below ``log(threshold)``: its probabilities would be below the threshold, beside one that is
+    there already. The published kernel has computed the scores by then and saves softmax, values and their product.
+    Here the rule makes lists, in a pass of its own over all scores, so that it can be compared at equal density; its
+    time is that of both. Blocks are walked from the first to the last. The first block and the diagonal are kept.
+
+    Attributes:
+        threshold: in (0, 1]; published are thresholds that fall as one over the length of the prompt.
+        block_q: query block size in tokens.
+        block_k: key block size in tokens.
+    """
+
+    threshold: float
+    block_q: int = 64
+    block_k: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+
+    @torch.no_grad()
+    def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
+        """See `Selector.select`."""
+        q_len, k_len, sizes = q.shape[2], k.shape[2], (self.block_q, self.block_k)
+        start = k_len - q_len
+        geometry = (start, q_len, num_query_blocks(start, q_len, self.block_q), -(-k_len // self.block_k), *sizes)
+        causal = causal_block_mask(*geometry)[0].to(q.device)
+        forced = forced_block_mask(*geometry, sink_blocks=1)[0].to(q.device)
+        reach = largest_excess(q, k, context, block_q=self.block_q, block_k=self.block_k)
+        mask = (reach >= math.log(self.threshold)) | forced
+        return BlockIndices.from_mask(
+            mask & causal, block_q=self.block_q, block_k=self.block_k, q_start=start, q_len=q_len
+        )
+
+
+def largest_excess(q: Tensor, k: Tensor, context: AttentionContext, *, block_q: int, block_k: int) -> Tensor:
+    """How near a block comes to what was met before it, fp32 ``[B, H, Nq, Nk]``; -inf where nothing is causal.
+
+    Of each query, its largest score in the block less the largest in all blocks up to that one; of a query block, the
+    largest of its queries. A sink is met before all keys.
+    """
+    batch, heads, q_len = q.shape[:3]
+    k_len, kv_heads = k.shape[2], k.shape[1]
+    start, columns = k_len - q_len, -(-k.shape[2] // block_k)
+    places = torch.arange(start, k_len, device=q.device)
+    first, last = start // block_q, (k_len - 1) // block_q
+    rows = last - first + 1
+    found = torch.full((batch, heads, rows, columns), -torch.inf, device=q.device)
+    grouped = (q * context.scale).unflatten(1, (kv_heads, -1))
+    at_once = max(1, _STRIP_ELEMENTS["cpu" if q.device.type == "cpu" else "cuda"] // (batch * heads * block_q * k_len))
+    sinks = None if context.sinks is None else context.sinks.float().view(1, kv_heads, -1, 1)
+    for begin in range(0, rows, at_once):
+        low = max((first + begin) * block_q - start, 0)
+        high = min((first + min(begin + at_once, rows)) * block_q - start, q_len)
+        strip = grouped[:, :, :, low:high]
+        logits = (strip.flatten(2, 3) @ k.mT).float().unflatten(2, strip.shape[2:4])
+        if context.softcap is not None:
+            logits = context.softcap * torch.tanh(logits / context.softcap)
+        future = torch.arange(k_len, device=q.device) > places[low:high, None]
+        logits = logits.masked_fill(future, -torch.inf)
+        logits = torch.nn.functional.pad(logits, (0, columns * block_k - k_len), value=-torch.inf)
+        largest = logits.unflatten(-1, (columns, block_k)).amax(-1)
+        met = largest.cummax(-1).values
+        if sinks is not None:
+            met = torch.maximum(met, sinks[..., None])
+        # A query that has met nothing has nothing in the block either.
+        excess = (largest - met).nan_to_num(-torch.inf, neginf=-torch.inf).flatten(1, 2)
+        block_of = places[low:high] // block_q - first
+        found.scatter_reduce_(2, block_of[:, None].expand_as(excess), excess, "amax")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blasst(Method):
+    """BLASST; its setting is the threshold."""
+
+    id = "blasst"
+    title = "BLASST"
+    kind = "training-free"
+
+    block_q: int = option(64, help="Query block size in tokens.", low=1)
+    block_k: int = option(64, help="Key block size in tokens.", low=1)
+
+    @property
+    def block_sizes(self) -> tuple[int, int]:
+        return self.block_q, self.block_k
+
+    def selectors(self, model: EvalModel | None = None, *, context: int = 0) -> Selectors:
+        def at(threshold: float) -> SelectorAt:
+            selector = BlasstSelector(threshold, self.block_q, self.block_k)
+            return lambda layer: selector
+
+        return Selectors(at, 1.0, 1e-38, scale="log", settings=self.settings())
