@@ -1,6 +1,6 @@
 """Makes the pictures of docs/figures a third of their size, in 256 colours; to be run when they were drawn anew.
 
-    .venv/bin/python docs/pack_figures.py
+.venv/bin/python docs/pack_figures.py
 """
 
 from __future__ import annotations

@@ -27,4 +27,4 @@ def table(page: str, head: str) -> list[list[str]]:
 
 def records(*names: str) -> list[Result]:
     """The rows of these files of records."""
-    return read_results([ROOT / "research" / "records" / f"{name}.jsonl" for name in names])
+    return read_results([ROOT / "research" / "records" / f"{name}.jsonl.xz" for name in names])

@@ -4,59 +4,70 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
+from seerattn.results.record import KINDS as ORDER
 from seerattn.results.record import Result
 
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
+
 BUDGETS = ("density", "time")
-# In the order of tables, with their titles there.
+# Titles of the kinds in tables.
 KINDS = {
     "dense": "Dense",
     "oracle": "Oracle: chooses by the true map",
-    "gate": "Learned gates",
-    "system": "Systems without a trained gate",
-    "floor": "Floors: look at no query and no key",
+    "learned": "Learned gates",
+    "training-free": "Training-free: look at the prompt alone",
+    "static": "Static baselines: look at no query and no key",
 }
 # What tells sets of documents apart, in the cells of results.
 _DOCUMENTS = ("data", "windows", "min_tokens", "dtype", "documents", "pairs", "chains", "hops")
-FLOORS = ("streaming", "a_shape", "tri_shape", "random")
-# A realised density this near to the one asked for is equal to it, as where knobs are turned (eval/compare.py).
+# A realised density this near to the one asked for is equal to it, as where settings are tuned (`seerattn compare`).
 SAME_DENSITY = 0.01
-# What names of selectors and gates end with where budgets share a density among heads (eval/arms.py, `Arm.kind`).
+# What names of lines end with where budgets share a density among heads.
 PER_HEAD = ", budgets per head"
-# How tables name the error of a share of right answers (`results/statistics.py`, `proportion`).
-SHARE_ERROR = "± is the standard error of the share, adjusted as by Agresti and Coull: taken at (right + 1) / (n + 2)."
+BLOCK = 64
 
 
-def group(results: Iterable[Result], *names: str) -> dict[tuple, list[Result]]:
-    """Results by the values of these attributes, in order of first appearance."""
-    groups: dict[tuple, list[Result]] = {}
-    for result in results:
-        groups.setdefault(tuple(getattr(result, name) for name in names), []).append(result)
+def group(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Results, or what is made of them, by a key, in order of first appearance."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
+
+
+def by_line(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Results by the name of their line, in the order of tables: by kind, then by name, numbers by their value."""
+    groups = group(results, lambda r: r.line)
+
+    def place(line: str) -> tuple:
+        parts = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", line)]
+        return ORDER.index(groups[line][0].kind), parts
+
+    return {line: groups[line] for line in sorted(groups, key=place)}
 
 
 def latest(results: Iterable[Result]) -> list[Result]:
     """The last result of each place in a table: gates that were trained or calibrated anew replace the former.
 
-    Gates that share densities by budgets are named so from here on, as oracles are: with equal heads they are another
-    way of choosing blocks.
+    What shares densities by budgets is named so from here on: with equal heads it is another way of choosing blocks.
     """
     found: dict[str, Result] = {}
     for r in map(_with_budgets, results):
-        weights, policy = {"model": r.weights.get("model", "")}, {"last_rows_dense": last_rows_dense(r)}
-        cell = {name: value for name, value in r.cell.items() if name != "budgets"}
-        place = replace(r, weights=weights, policy=policy, cell=cell, samples={}).key
+        weights, settings = {"model": r.weights.get("model", "")}, {"last_rows_dense": last_rows_dense(r)}
+        place = replace(r, weights=weights, settings=settings, samples={}).key
         found.pop(place, None)
         found[place] = r
     return list(found.values())
 
 
 def _with_budgets(result: Result) -> Result:
-    if result.gates is None or "budgets" not in result.cell or result.gates.endswith(PER_HEAD):
-        return result
-    return replace(result, gates=result.gates + PER_HEAD)
+    named = "budgets" not in result.settings or result.name.endswith(PER_HEAD)
+    return result if named else replace(result, name=result.name + PER_HEAD)
 
 
 def panels(results: Iterable[Result]) -> dict[tuple, list[Result]]:
@@ -67,18 +78,35 @@ def panels(results: Iterable[Result]) -> dict[tuple, list[Result]]:
     Returns:
         Results by (model, text, context, the rest).
     """
-    results = list(results)
-    groups: dict[tuple, list[Result]] = {}
-    for r in results:
-        rest = {name: r.cell.get(name) for name in _DOCUMENTS}
-        base = (r.model, r.text, r.context, json.dumps([rest, r.weights.get("model"), r.seed]))
-        groups.setdefault(base, []).append(r)
     found: dict[tuple, list[Result]] = {}
-    for (*place, rest), rows in groups.items():
-        budgets = list(dict.fromkeys(budget(r) for r in rows if r.selector != "dense")) or [BUDGETS[0]]
+    for (*place, rest), rows in group(results, _documents).items():
+        budgets = list(dict.fromkeys(budget(r) for r in rows if r.kind != "dense")) or [BUDGETS[0]]
         for of in budgets:
-            found[(*place, f"{of} {rest}")] = [r for r in rows if r.selector == "dense" or budget(r) == of]
+            found[(*place, f"{of} {rest}")] = [r for r in rows if r.kind == "dense" or budget(r) == of]
     return found
+
+
+def titled(results: Iterable[Result], title: Callable[[Result], str]) -> dict[str, list[Result]]:
+    """Results by title, in the order of texts, tasks and contexts; sets of other documents have titles of their own."""
+    found: dict[tuple, list[Result]] = {}
+    taken: dict[str, int] = {}
+    for (_, text, context, _), panel in panels(results).items():
+        for name, rows in group(panel, title).items():
+            taken[name] = number = taken.get(name, 0) + 1
+            place = text, rows[0].cell.get("task", ""), context, number
+            found[(*place, f"{name} ({number})" if number > 1 else name)] = rows
+    return {place[-1]: found[place] for place in sorted(found)}
+
+
+def _documents(r: Result) -> tuple:
+    rest = {name: r.cell.get(name) for name in _DOCUMENTS}
+    return r.model, r.text, r.context, json.dumps([rest, r.weights.get("model"), r.seed])
+
+
+def at_density(results: Iterable[Result], *whats: str) -> list[Result]:
+    """Finite results of these quantities at equal density, without dense last rows."""
+    found = (r for r in results if r.what in whats and r.value is not None)
+    return [r for r in found if budget(r) == "density" and not last_rows_dense(r)]
 
 
 def paired(results: Iterable[Result]) -> dict[str, float]:
@@ -94,12 +122,12 @@ def perplexity_key(result: Result) -> str:
 
 def last_rows_dense(result: Result) -> int:
     """Query-block rows at the end of the prompt that kept every block."""
-    return (result.policy or {}).get("last_rows_dense", 0)
+    return result.settings.get("last_rows_dense", 0)
 
 
 def budget(result: Result) -> str:
-    """What was made equal between the ways of choosing blocks, among `BUDGETS`."""
-    return result.cell.get("budget", BUDGETS[0])
+    """What was made equal between methods, among `BUDGETS`; policies of their own stand beside equal densities."""
+    return "time" if result.cell.get("budget") == "time" else "density"
 
 
 def asked(result: Result) -> float | None:
@@ -107,10 +135,27 @@ def asked(result: Result) -> float | None:
     return result.cell["share"] if budget(result) == "time" else result.density
 
 
+def density_label(density: float | None) -> str:
+    """A nominal density as tables and figures write it."""
+    return "own policy" if density is None else f"{density:g}"
+
+
+def asked_label(result: Result) -> str:
+    """What was asked of one result; "" for the dense model."""
+    of_time = " of the time" if budget(result) == "time" else ""
+    return "" if result.kind == "dense" else density_label(asked(result)) + of_time
+
+
 def realised(rows: Iterable[Result]) -> float | None:
     """Realised density of a cell, a mean of its results; None for the dense model and where it was not recorded."""
-    found = [r.realised_density for r in rows if kind(r) != "dense" and r.realised_density is not None]
+    found = [r.realised_density for r in rows if r.kind != "dense" and r.realised_density is not None]
     return sum(found) / len(found) if found else None
+
+
+def ends(values: Iterable[float]) -> str:
+    """The least and the greatest of some densities, as text."""
+    found = [f"{value:.3f}" for value in values]
+    return " to ".join(dict.fromkeys((min(found), max(found)))) if found else ""
 
 
 def same_density(one: float, other: float) -> bool:
@@ -127,30 +172,17 @@ def reached(rows: Sequence[Result]) -> bool:
     return density is None or (rows[0].density is not None and same_density(density, rows[0].density))
 
 
+def missed(rows: Sequence[Result]) -> str:
+    """The realised density of a cell that has not the one asked for; "" where it has, and of the dense model."""
+    return "" if rows[0].kind == "dense" or reached(rows) else f"{realised(rows):.3f}"
+
+
 def right_answers(rows: Iterable[Result]) -> tuple[int, int]:
     """Right answers that shares of them stand for, and all answers."""
     counts = [(round(r.value * r.n), r.n) for r in rows]
     return sum(right for right, _ in counts), sum(n for _, n in counts)
 
 
-def kind(result: Result) -> str:
-    """The kind of a way of choosing blocks, among `KINDS`.
-
-    Names of variants, such as "oracle-32", begin with that of their kind.
-    """
-    if result.gates is not None:
-        return "gate"
-    name = result.selector.replace("-", "_")
-    if name.startswith(FLOORS):
-        return "floor"
-    return next((of for of in ("dense", "oracle") if name.startswith(of)), "system")
-
-
-def arms(results: Iterable[Result]) -> list[str]:
-    """Names of all ways of choosing blocks, by kind and name."""
-    order = list(KINDS)
-    place = {
-        r.arm: (order.index(kind(r)), [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", r.arm)])
-        for r in results
-    }
-    return sorted(place, key=place.__getitem__)
+def is_finetuned(result: Result) -> bool:
+    """Whether a result is of a model that was trained further, or stands beside those."""
+    return "training" in result.cell

@@ -2,21 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 from matplotlib.container import ErrorbarContainer
+from rows import lines, of, section
 
-from seerattn.report import style
-from seerattn.report.cost import cost_section, cost_tables, measured, over
-from seerattn.report.gap import closed
-from seerattn.report.names import map_name, map_of, name_of, teacher_of
+from seerattn.report.figures import teachers
+from seerattn.report.names import map_name, map_of
 from seerattn.report.parts import Table
 from seerattn.report.select import PER_HEAD, latest
-from seerattn.report.table import render_tables
-from seerattn.report.teachers_figure import draw_teachers
+from seerattn.report.tables.cost import compared, over
+from seerattn.report.tables.gap import closed
 from seerattn.results.record import Result
-from seerattn.selection.map_form import PUBLISHED, MapForm
+from seerattn.selection.map_form import MapForm
 
 DENSE = (3.0, 3.5)
 TOKENS = 100
@@ -26,68 +25,56 @@ LOSSES = {
     "oracle sum:2": ((0.01, 0.01), (0.04, 0.06)),
     "oracle sum:2, budgets per head": ((0.00, 0.01), (0.03, 0.05)),
     "streaming": ((0.06, 0.08), (0.20, 0.24)),
-    "gate fine": ((0.02, 0.03), (0.08, 0.12)),
-    "gate fine, budgets": ((0.02, 0.02), (0.07, 0.10)),
-    "gate power-2": ((0.03, 0.05), (0.11, 0.15)),
+    "fine": ((0.02, 0.03), (0.08, 0.12)),
+    "fine, budgets per head": ((0.02, 0.02), (0.07, 0.10)),
+    "power-2": ((0.03, 0.05), (0.11, 0.15)),
 }
 # Log-probabilities of the answers to two documents, at density .1.
-ANSWERS = {"dense": (-4.0, -6.0), "streaming": (-20.0, -26.0), "gate fine": (-5.0, -9.0)}
-ANSWERS |= {"gate fine, budgets": (-5.0, -6.5), "oracle sum:2": (-3.0, -6.0)}
+ANSWERS = {"dense": (-4.0, -6.0), "streaming": (-20.0, -26.0), "fine": (-5.0, -9.0)}
+ANSWERS |= {"fine, budgets per head": (-5.0, -6.5), "oracle sum:2": (-3.0, -6.0)}
 
 
-def result(what: str, arm: str, density: float | None, value: float, *, cell: dict, **more) -> Result:
-    gates = arm.removeprefix("gate ").removesuffix(", budgets") if arm.startswith("gate ") else None
-    policy = None if arm == "dense" else {"policy": "TopK", "density": density, "last_rows_dense": 0}
-    if gates is not None and not arm.endswith(", budgets"):
-        policy["heads"] = "equal"
-    return Result(
-        what=what,
-        value=value,
-        selector="gate" if gates else arm,
-        gates=gates,
-        density=density,
-        policy=policy,
-        realised_density=1.0 if arm == "dense" else round(density + (0.001 if "budgets" in arm else 0.006), 3),
-        model="m",
-        device="a GPU",
-        cell=cell | ({"budgets": "b7e1"} if "budgets" in arm else {}),
-        **more,
-    )
+def result(what: str, name: str, density: float | None, value: float, **more) -> Result:
+    shared = name.endswith(PER_HEAD)
+    realised = 1.0 if density is None else round(density + (0.001 if shared else 0.006), 3)
+    values = of(name) | {"model": "m", "device": "a GPU", "realised_density": realised}
+    return Result(what=what, value=value, density=density, **values | more)
 
 
-def perplexity(arm: str, density: float | None, nats: Sequence[float], text: str = "books") -> list[Result]:
+def perplexity(name: str, density: float | None, nats: Sequence[float], text: str = "books") -> list[Result]:
     losses = [TOKENS * (base + more) for base, more in zip(DENSE, nats)]
     more = {"n": 2 * TOKENS, "unit": "tokens", "context": 8192, "text": text, "cell": {"data": "abc"}}
     value = math.exp(sum(losses) / (2 * TOKENS))
     samples = {"documents": [0, 1], "losses": losses, "tokens": [TOKENS, TOKENS]}
-    row = result("perplexity", arm, density, value, samples=samples, stderr=1.0, **more)
-    if arm == "dense":
+    row = result("perplexity", name, density, value, samples=samples, stderr=1.0, **more)
+    if name == "dense":
         return [row]
     base = math.exp(sum(DENSE) / 2)
-    return [row, result("perplexity_difference", arm, density, value - base, stderr=0.25, **more)]
+    return [row, result("perplexity_difference", name, density, value - base, stderr=0.25, **more)]
 
 
-def answers(arm: str, density: float | None, found: Sequence[float], context: int = 4096) -> list[Result]:
+def answers(name: str, density: float | None, found: Sequence[float], context: int = 4096) -> list[Result]:
     cell = {"task": "passkey", "data": "def", "documents": 1}
     more = {"n": 1, "unit": "documents", "context": context, "text": "books", "seed": 1}
     return [
-        result("accuracy", arm, density, 0.0, cell=cell | {"depth": depth}, samples={"log_prob": [value]}, **more)
+        result("accuracy", name, density, 0.0, cell=cell | {"depth": depth}, samples={"log_prob": [value]}, **more)
         for depth, value in zip((0.1, 0.9), found)
     ]
 
 
 def made_up() -> list[Result]:
     rows = perplexity("dense", None, (0, 0)) + answers("dense", None, ANSWERS["dense"])
-    for arm, of in LOSSES.items():
-        for density, nats in zip((0.2, 0.1), of):
-            rows += perplexity(arm, density, nats)
-        if arm in ANSWERS:
-            rows += answers(arm, 0.1, ANSWERS[arm])
+    for name, losses in LOSSES.items():
+        for density, nats in zip((0.2, 0.1), losses):
+            rows += perplexity(name, density, nats)
+        if name in ANSWERS:
+            rows += answers(name, 0.1, ANSWERS[name])
     return latest(rows)
 
 
 def by_start(start: str, rows: Sequence[Result] | None = None) -> Table:
-    return next(table for table in cost_tables(made_up() if rows is None else rows) if table.title.startswith(start))
+    tables = section(made_up() if rows is None else rows, "cost").parts
+    return next(table for table in tables if table.title.startswith(start))
 
 
 def percent(nats: float) -> float:
@@ -105,12 +92,12 @@ def test_a_cost_is_the_ratio_of_perplexities_with_the_error_of_paired_losses() -
 def test_the_short_table_matches_a_written_out_one() -> None:
     table = by_start("In short")
     # One of the gates has no budgets, so lines say which.
-    assert table.title == "In short: 8192 tokens, m"
-    # Answers were asked for at .1 alone, and the line of gates with budgets stands for them.
-    assert table.head == ["", "books 0.1 (0.101 to 0.106)", "gap closed, books 0.1", "passkey 4k 0.1 (0.101 to 0.106)"]
+    assert table.title == "In short: 8,192 tokens, m"
     base, gap = math.exp(3.25), math.exp(0.22) - math.exp(0.04)
     shares = [f"{(math.exp(0.22) - math.exp(nats)) / gap:.0%}" for nats in (0.085, 0.13)]
-    assert table.body == [
+    assert lines(table) == [
+        # Answers were asked for at .1 alone, and the line of gates with budgets stands for them.
+        ["", "books 0.1 (0.101 to 0.106)", "gap closed, books 0.1", "passkey 4k 0.1 (0.101 to 0.106)"],
         ["dense", f"{base:.2f}", "", "-5.00"],
         ["best oracle: power 2, budgets per head", f"{percent(0.04):+.1f} ± 1.0 %", "100%", ""],
         ["gates: fine, budgets per head", f"{percent(0.085):+.1f} ± 1.6 %", shares[0], "-0.8 ± 0.2"],
@@ -122,39 +109,48 @@ def test_the_short_table_matches_a_written_out_one() -> None:
 
 
 def test_the_short_table_says_once_what_all_gates_have() -> None:
-    table = by_start("In short", [r for r in made_up() if r.arm != "power-2"])
-    assert [line[0] for line in table.body][2:] == ["gates: fine", "streaming"]
+    table = by_start("In short", [r for r in made_up() if r.name != "power-2"])
+    assert [line.name for line in table.lines][2:] == ["gates: fine", "streaming"]
     assert "All gates with budgets per head." in table.notes[0] and "All gates" not in by_start("In short").notes[0]
 
 
-def test_the_long_tables_have_every_arm_and_both_kinds_of_heads() -> None:
-    table = by_start("Perplexity over dense")
-    assert table.head == ["selector", "books 0.2 (0.201 to 0.206)", "books 0.1 (0.101 to 0.106)"]
-    assert [line[0] for line in table.body] == [
+def test_the_long_tables_have_every_line_and_both_kinds_of_heads() -> None:
+    head, *body = lines(by_start("Perplexity over dense"))
+    assert head == ["method", "books 0.2 (0.201 to 0.206)", "books 0.1 (0.101 to 0.106)"]
+    assert [line[0] for line in body] == [
         "dense",
-        "oracle, published map",
-        "oracle, power 2",
-        "oracle, power 2, budgets per head",
-        "fine",
-        "fine, budgets per head",
-        "power-2",
+        "oracle by published map",
+        "oracle by power 2",
+        "oracle by power 2, budgets per head",
+        "gates: fine",
+        "gates: fine, budgets per head",
+        "gates: power-2",
         "streaming",
     ]
-    assert table.body[4][1:] == [f"{percent(0.025):+.2f} ± 0.51 %", f"{percent(0.10):+.2f} ± 2.21 %"]
-    told = {line[0]: line[1] for line in by_start("Answers").body}
+    assert body[4][1:] == [f"{percent(0.025):+.2f} ± 0.51 %", f"{percent(0.10):+.2f} ± 2.21 %"]
+    told = {line[0]: line[1] for line in lines(by_start("Answers"))[1:]}
     # -1 and -3 against dense; -1 and -.5.
-    assert told["fine"] == "-2.00 ± 1.00" and told["fine, budgets per head"] == "-0.75 ± 0.25"
-    assert set(told) == {"dense", "oracle, power 2", "fine", "fine, budgets per head", "streaming"}
+    assert told["gates: fine"] == "-2.00 ± 1.00" and told["gates: fine, budgets per head"] == "-0.75 ± 0.25"
+    assert set(told) == {"dense", "oracle by power 2", "gates: fine", "gates: fine, budgets per head", "streaming"}
     assert told["dense"] == "-5.00"
 
 
+def test_what_budgets_change_is_told_of_lines_that_have_both() -> None:
+    head, *body = lines(by_start("Budgets per head over equal heads"))
+    assert [line[0] for line in body] == ["oracle by power 2", "gates: fine"] and len(head) == 4
+    # At .1 the gates lose .07 and .10 instead of .08 and .12, and answer by 0 and 2.5 nats better.
+    assert body[1][2].split()[0] == f"{percent(-0.015):+.2f}" and body[1][3] == "+1.25 ± 1.25"
+
+
 def test_costs_are_told_where_several_maps_were_compared_and_of_rows_without_losses_without_errors() -> None:
-    one_map = [r for r in made_up() if "sum:2" not in r.selector]
-    assert not cost_tables(one_map) and cost_section(one_map) is None
-    assert "Perplexity over dense" in render_tables(made_up())
-    bare = [r if r.what != "perplexity" else type(r)(**{**vars(r), "samples": {}}) for r in made_up()]
-    line = next(line for line in by_start("Perplexity", bare).body if line[0] == "fine")
-    assert line[2] == f"{percent(0.10):+.2f} %"
+    one_map = [r for r in made_up() if "target" not in r.settings]
+    assert not section(one_map, "cost").parts
+    bare = [r if r.what != "perplexity" else replace(r, samples={}) for r in made_up()]
+    assert fine(by_start("Perplexity", bare))[2] == f"{percent(0.10):+.2f} %"
+
+
+def fine(table: Table) -> list[str]:
+    return next(line for line in lines(table) if line[0] == "gates: fine")
 
 
 @pytest.mark.parametrize(
@@ -163,94 +159,63 @@ def test_costs_are_told_where_several_maps_were_compared_and_of_rows_without_los
      {"losses": [1.0, 2.0], "tokens": [0, 0]}, {"losses": [1e6, 2e6], "tokens": [1, 1]}],
     ids=str,
 )  # fmt: skip
-def test_damaged_samples_cost_an_error_and_no_report(samples: dict, tmp_path: Path) -> None:
-    rows = [
-        type(r)(**{**vars(r), "samples": {"documents": [0, 1]} | samples}) if r.arm == "fine" and r.samples else r
-        for r in made_up()
-    ]
-    line = next(line for line in by_start("Perplexity", rows).body if line[0] == "fine")
-    assert line[2] == f"{percent(0.10):+.2f} %"
-    draw_teachers(rows, tmp_path)
-    assert not cost_tables([type(r)(**{**vars(r), "density": None}) for r in rows])
+def test_damaged_samples_cost_an_error_and_no_report(samples: dict) -> None:
+    damaged = {"documents": [0, 1]} | samples
+    rows = [replace(r, samples=damaged) if r.name == "fine" and r.samples else r for r in made_up()]
+    assert fine(by_start("Perplexity", rows))[2] == f"{percent(0.10):+.2f} %"
+    assert all(map(teachers.draw, teachers.groups(rows)))
+    assert not section([replace(r, density=None) for r in rows], "cost").parts
 
 
 def test_gates_with_budgets_and_with_equal_heads_stand_apart_and_replace_their_former() -> None:
     rows = made_up()
-    arms = {r.arm for r in rows if r.gates}
-    assert arms == {"fine", f"fine{PER_HEAD}", "power-2"}
-    anew = [r for r in perplexity("gate fine, budgets", 0.1, (0.0, 0.0)) if r.what == "perplexity"]
-    anew = [type(r)(**{**vars(r), "cell": r.cell | {"budgets": "other"}}) for r in anew]
-    found = [r for r in latest([*rows, *anew]) if (r.what, r.arm, r.density) == ("perplexity", f"fine{PER_HEAD}", 0.1)]
+    assert {r.name for r in rows if r.method == "gate"} == {"fine", f"fine{PER_HEAD}", "power-2"}
+    anew = [r for r in perplexity("fine, budgets per head", 0.1, (0.0, 0.0)) if r.what == "perplexity"]
+    anew = [replace(r, settings={"budgets": "other"}) for r in anew]
+    found = [r for r in latest([*rows, *anew]) if (r.what, r.name, r.density) == ("perplexity", f"fine{PER_HEAD}", 0.1)]
     assert [r.value for r in found] == [pytest.approx(math.exp(3.25))]
     assert latest(rows) == rows
 
 
 def test_the_gap_ends_at_the_best_oracle_of_its_density() -> None:
     rows = [r for r in made_up() if r.what == "perplexity"]
-    row = next(r for r in rows if r.arm == "power-2" and r.density == 0.1)
+    row = next(r for r in rows if r.name == "power-2" and r.density == 0.1)
     found = closed(row, rows)
-    assert found.oracle == f"oracle sum:2{PER_HEAD}"
+    assert found.oracle.name == f"oracle sum:2{PER_HEAD}"
     assert found.share == pytest.approx((math.exp(0.22) - math.exp(0.13)) / (math.exp(0.22) - math.exp(0.04)))
-    published = closed(row, [r for r in rows if "sum" not in r.selector])
-    assert published.oracle == "oracle"
+    published = closed(row, [r for r in rows if "target" not in r.settings])
+    assert published.oracle.name == "oracle"
     assert published.share == pytest.approx((math.exp(0.22) - math.exp(0.13)) / (math.exp(0.22) - math.exp(0.12)))
-    table = render_tables(made_up())
-    assert "Share of the gap from streaming to the best oracle that is closed" in table
-    assert f"The best: oracle sum:2{PER_HEAD} at 0.2, oracle sum:2{PER_HEAD} at 0.1." in table
+    (table,) = section(made_up(), "gap").parts
+    name = "oracle by power 2, budgets per head"
+    assert f"{name} at 0.2, {name} at 0.1" in table.groups["8,192 tokens"]
 
 
-@pytest.mark.parametrize(
-    ("gates", "form"),
-    [
-        ("published", PUBLISHED),
-        ("largest-salient", PUBLISHED),
-        ("mass", MapForm("sum", 1)),
-        ("power-2", MapForm("sum", 2)),
-        ("power-4-fine", MapForm("sum", 4)),
-        ("power-2.5", MapForm("sum", 2.5)),
-        ("power-0", None),
-        ("power-4k", None),
-        ("massive", None),
-        ("fine", None),
-    ],
-)
-def test_names_of_gates_tell_their_teacher(gates: str, form: MapForm | None) -> None:
-    (row, _) = perplexity(f"gate {gates}", 0.1, (0, 0))
-    assert teacher_of(row) == form and map_of(row) is None
+def test_oracles_are_told_by_the_map_that_records_name() -> None:
+    (row, _) = perplexity("oracle sum:4", 0.1, (0, 0))
+    assert map_of(row) == MapForm("sum", 4) and map_name(MapForm("max", 2)) == "max:2"
+    assert map_of(replace(row, method="gate", kind="learned")) is None
 
 
-def test_names_of_oracles_tell_their_map() -> None:
-    names = {"oracle": "oracle", "oracle sum:4": "oracle by power 4", "oracle sum:inf": "oracle by largest row"}
-    names |= {f"oracle sum:1{PER_HEAD}": f"oracle by mass{PER_HEAD}", "oracle-32": "oracle-32"}
-    for selector, name in names.items():
-        assert name_of(perplexity(selector, 0.1, (0, 0))[0]) == name
-    assert map_of(perplexity("oracle-32", 0.1, (0, 0))[0]) is None
-    assert map_name(MapForm("max", 2)) == "max:2"
-
-
-def test_the_figure_shows_maps_and_gates_with_errors_at_realised_densities(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn = {}
-    monkeypatch.setattr(style, "save", lambda figure, folder, name: drawn.update({name: figure}) or [])
-    draw_teachers(made_up(), tmp_path)
-    left, right = drawn["teachers"].axes
-    lines = [{c.get_label(): c for c in axes.containers if isinstance(c, ErrorbarContainer)} for axes in (left, right)]
-    assert set(lines[0]) == {"published", "power 2", "_power 2, per head", "streaming"}
-    assert set(lines[1]) == {"fine", "_fine, per head", "power-2", "streaming"}
+def test_the_figure_shows_maps_and_gates_with_errors_at_realised_densities() -> None:
+    (one,) = teachers.groups(made_up())
+    left, right = teachers.draw(one).axes
+    found = [{c.get_label(): c for c in axes.containers if isinstance(c, ErrorbarContainer)} for axes in (left, right)]
+    shared = f"_oracle sum:2{PER_HEAD}"
+    assert set(found[0]) == {"oracle", "oracle by power 2", shared, "streaming"}
+    assert set(found[1]) == {"gates: fine", f"_fine{PER_HEAD}", "gates: power-2", "streaming"}
     assert left.get_ylim() == right.get_ylim() and left.get_xlim() == right.get_xlim()
-    points = lines[0]["_power 2, per head"][0].get_xydata().tolist()
+    points = found[0][shared][0].get_xydata().tolist()
     assert points == [pytest.approx([0.201, percent(0.005)]), pytest.approx([0.101, percent(0.04)])]
-    bars = lines[0]["published"][2][0].get_segments()
+    bars = found[0]["oracle"][2][0].get_segments()
     assert bars[1][1][1] - bars[1][0][1] == pytest.approx(2 * 100 * math.exp(0.12) * 0.02)
-    colours = [{name: line[0].get_color() for name, line in of.items()} for of in lines]
-    assert colours[0]["power 2"] == colours[0]["_power 2, per head"] == colours[1]["power-2"]
-    assert len({*colours[0].values(), *colours[1].values()}) == 4
-    assert lines[0]["power 2"][0].get_linestyle() == "-" and lines[0]["_power 2, per head"][0].get_linestyle() == "--"
-    assert not draw_teachers([r for r in made_up() if "sum" not in r.selector], tmp_path)
+    # Budgets per head look like the same line with equal heads, but for their dashes.
+    equal, budgets = found[0]["oracle by power 2"][0], found[0][shared][0]
+    assert equal.get_color() == budgets.get_color() != found[0]["oracle"][0].get_color()
+    assert (equal.get_linestyle(), budgets.get_linestyle()) == ("-", "--")
+    assert not teachers.groups([r for r in made_up() if "target" not in r.settings])
 
 
 def test_models_are_told_apart() -> None:
     rows = made_up()
-    other = [type(r)(**{**vars(r), "model": "other"}) for r in rows]
-    assert [one.model for one in measured([*rows, *other])] == ["m", "other"]
+    assert [one.model for one in compared([*rows, *(replace(r, model="other") for r in rows)])] == ["m", "other"]

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rows import lines as lines_of
+from rows import of, section, written
 
-from seerattn.report import style, write_report
-from seerattn.results.file import ResultsFile
+from seerattn.report import write_report
 from seerattn.results.record import Result
 
 HERE = {"device": "some GPU", "dtype": "bfloat16"}
@@ -14,7 +15,13 @@ PER_HEAD = {"block_q": 64, "block_k": 64, "mask_heads": 32, "share": "head"}
 
 
 def result(what: str, value: float | None, context: int, impl: str, cell: dict | None = None, **more) -> Result:
-    values = {"n": 3, "unit": "runs", "model": "m", "selector": "dense", "text": "random", "realised_density": 1.0}
+    values = of(more.pop("name", "dense")) | {
+        "n": 3,
+        "unit": "runs",
+        "model": "m",
+        "text": "random",
+        "realised_density": 1.0,
+    }
     return Result(what=what, value=value, context=context, cell=HERE | {"impl": impl} | (cell or {}), **values | more)
 
 
@@ -30,39 +37,40 @@ def attention() -> list[Result]:
             cell = PER_HEAD | {"clock": "device"}
             for impl, cost in (("triton", 1.2), ("flash4", 1.6)):
                 time = dense * density * cost
-                rows.append(
-                    result("attention_ms", time, tokens, impl, cell | {"rows_alike": 1}, selector="random", **more)
-                )
-            gate = {"selector": "gate", "gates": "paper"}
+                rows.append(result("attention_ms", time, tokens, impl, cell | {"rows_alike": 1}, name="random", **more))
+            gate = {"name": "paper"}
             rows.append(result("selection_ms", 0.05, tokens, "triton", cell, **gate, **more))
     return rows
 
 
-def pooled() -> list[Result]:
+def maps() -> list[Result]:
     rows = []
     for tokens, factor in ((8192, 1), (32768, 16)):
         for impl, ms, memory in (("triton", 1.5, 80.0), ("pytorch", 30.0, 20000.0), ("flash", 2.0, 0.0)):
             cell = {"map": impl != "flash", "block_q": 64, "block_k": 64}
             failed = impl == "pytorch" and factor > 1
             more = {"samples": {"error": ["out of memory"]}} if failed else {}
-            rows.append(result("pooled_ms", None if failed else ms * factor, tokens, impl, cell, **more))
+            rows.append(result("attention_map_ms", None if failed else ms * factor, tokens, impl, cell, **more))
             rows.append(result("extra_memory_mib", None if failed else memory, tokens, impl, cell, **more))
     return rows
 
 
-def test_pooled_figure_and_table_tell_which_map_was_made(tmp_path, drawn) -> None:
-    other = [replace(r, cell=r.cell | {"form": "sum:2"}, value=5.0) for r in pooled() if r.cell["impl"] == "triton"]
-    report(tmp_path, pooled() + other)
-    (legend,) = drawn["pooled"].legends
-    assert [t.get_text() for t in legend.get_texts()][:3] == [
-        "seerattn, triton",
-        "plain PyTorch",
-        "seerattn, triton sum:2",
-    ]
-    assert [p.get_height() for p in drawn["pooled"].axes[0].patches].count(5.0) == 2
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert "| triton, with the map |  | 1.5 (1.33x) | 24 (1.33x) |\n" in table
-    assert "| triton, with the map sum:2 |  | 5 (0.40x) | 5 (6.40x) |\n" in table
+def test_figure_and_table_of_the_map_tell_which_was_made(tmp_path, drawn) -> None:
+    other = [replace(r, cell=r.cell | {"form": "sum:2"}, value=5.0) for r in maps() if r.cell["impl"] == "triton"]
+    report(tmp_path, maps() + other)
+    labels = [t.get_text() for t in drawn["attention_map"].legends[0].get_texts()]
+    assert labels[1:] == ["seerattn, triton", "plain PyTorch", "seerattn, triton sum:2"]
+    assert {y for _, y in lines(drawn["attention_map"].axes[0])["seerattn, triton sum:2"]} == {5.0}
+    table = by_title(maps() + other, "Attention with the map of blocks, ms")
+    assert ["triton, with the map", "", "1.5 (1.33x)", "24 (1.33x)"] in table
+    assert ["triton, with the map sum:2", "", "5 (0.40x)", "5 (6.40x)"] in table
+
+
+def by_title(rows: list[Result], title: str) -> list[list[str]]:
+    """The table of this title, as text."""
+    (table,) = [t for t in section(rows, "speed").parts if t.title.startswith(f"{title}:")]
+    assert table.title.endswith(": m, bfloat16, some GPU")
+    return lines_of(table)
 
 
 def models() -> list[Result]:
@@ -73,7 +81,7 @@ def models() -> list[Result]:
         rows.append(result("peak_memory_gib", 20.0, tokens, "flash", layers))
         rows.append(result("peak_memory_gib", 33.0, tokens, "flash", layers | {"work": "forward"}))
         rows.append(result("tokens_per_second", tokens / dense, tokens, "flash", layers | {"work": "forward"}))
-        gate = {"selector": "gate", "gates": "paper", "density": 0.1, "realised_density": 0.1, "seed": 0}
+        gate = {"name": "paper", "density": 0.1, "realised_density": 0.1, "seed": 0}
         rows.append(result("ttft_s", dense / 4, tokens, "triton", layers | PER_HEAD, **gate))
         rows.append(result("peak_memory_gib", 21.0, tokens, "triton", layers | PER_HEAD, **gate))
     return rows
@@ -88,11 +96,11 @@ def training() -> list[Result]:
         rows.append(result("attention_training_ms", dense / 2, tokens, "cudnn", cell))
         sparse = {"density": 0.1, "realised_density": 0.102, "seed": 0}
         cell = cell | PER_HEAD | {"rows_alike": 1}
-        rows.append(result("attention_training_ms", dense / 8, tokens, "gluon", cell, selector="random", **sparse))
+        rows.append(result("attention_training_ms", dense / 8, tokens, "gluon", cell, name="random", **sparse))
 
         layer = {"work": "fine-tuning layer"}
         rows.append(result("finetune_layer_ms", dense, tokens, "flash", layer))
-        gate = sparse | {"selector": "gate", "gates": "paper"}
+        gate = sparse | {"name": "paper"}
         for share, cost in ((0.1, 0.25), (1.0, 0.5)):
             cell = layer | PER_HEAD | {"target_share": share}
             rows.append(result("finetune_layer_ms", dense * cost, tokens, "gluon", cell, **gate))
@@ -113,18 +121,7 @@ def steps(ms: float | None, tokens: int, impl: str, cell: dict, **more) -> list[
 
 
 def report(tmp_path, rows):
-    path = tmp_path / "r.jsonl"
-    file = ResultsFile(path)
-    for row in rows:
-        file.append(row)
-    return write_report([path], tmp_path / "out")
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> dict:
-    figures = {}
-    monkeypatch.setattr(style, "save", lambda figure, folder, name: figures.update({name: figure}) or [])
-    return figures
+    return write_report([written(tmp_path / "r.jsonl", rows)], tmp_path / "out")
 
 
 def lines(axes) -> dict:
@@ -166,19 +163,12 @@ def test_breakdown_stacks_selection_under_the_fastest_sparse_attention(tmp_path,
         assert f"{0.05 + dense * 0.1 * 1.2:.3g}" in [t.get_text() for t in axes.texts]
 
 
-def test_pooled_figure_shows_time_and_memory_and_what_ran_out_of_it(tmp_path, drawn) -> None:
-    report(tmp_path, pooled())
-    times, memory = drawn["pooled"].axes
-    assert sorted(p.get_height() for p in times.patches) == [1.5, 2.0, 24.0, 30.0, 32.0]
-    assert sorted(p.get_height() for p in memory.patches) == [80.0, 80.0, 20000.0]
-    assert [t.get_text() for t in memory.texts].count("out of memory") == 1
-    assert [t.get_text() for t in memory.texts].count("0") == 2
-    (legend,) = drawn["pooled"].legends
-    assert [t.get_text() for t in legend.get_texts()] == [
-        "seerattn, triton",
-        "plain PyTorch",
-        "FlashAttention-2 (no map)",
-    ]
+def test_figure_of_the_map_shows_time_and_memory_of_what_had_room(tmp_path, drawn) -> None:
+    report(tmp_path, maps())
+    times, memory = (lines(axes) for axes in drawn["attention_map"].axes)
+    assert times["seerattn, triton"].tolist() == [[8192, 1.5], [32768, 24.0]]
+    assert times["plain PyTorch"].tolist() == [[8192, 30.0]]
+    assert set(memory) == {"seerattn, triton", "plain PyTorch"} and "FlashAttention-2 (no map)" in times
 
 
 def test_ttft_figure_shows_seconds_speed_up_and_memory_of_prefills_alone(tmp_path, drawn) -> None:
@@ -201,67 +191,65 @@ def test_figures_of_other_devices_stand_alone(tmp_path, drawn) -> None:
     assert same == pytest.approx(again)
 
 
-def test_speed_tables_match_written_out_ones(tmp_path) -> None:
-    report(tmp_path, attention() + pooled() + models())
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert (
-        "### Attention alone, ms: m, bfloat16, some GPU\n\n"
-        "|  | sparsity | 8k | 32k |\n"
-        "| --- | ---: | ---: | ---: |\n"
-        "| FlashAttention-2 |  | 2 (1.00x) | 24 (1.00x) |\n"
-        "| cuDNN |  | 1 (2.00x) | 12 (2.00x) |\n"
-        "| triton, random blocks, 64x64 per head | 0.5 | 1.2 (1.67x) | 14.4 (1.67x) |\n"
-    ) in table
-    assert "| plain PyTorch, with the map |  | 30 (0.07x) | out of memory |\n" in table
-    assert "| FlashAttention-2, plain forward, 32 layers |  | 32,768 | 16,384 |\n" in table
-    assert "| gates paper, triton, 64x64 per head, 32 layers | 0.9 | 0.0625 (4.00x) | 0.5 (4.00x) |\n" in table
+HEAD = ["", "sparsity", "8k", "32k"]
 
 
-def test_tables_of_training_match_written_out_ones(tmp_path) -> None:
-    report(tmp_path, training() + models())
-    table = (tmp_path / "out" / "table.md").read_text()
-    head = "|  | sparsity | 8k | 32k |\n| --- | ---: | ---: | ---: |\n"
-    attention = (
-        "### Attention, forward and backward, ms: m, bfloat16, some GPU\n\n"
-        f"{head}"
-        "| FlashAttention-2 |  | 8 (1.00x) | 96 (1.00x) |\n"
-        "| cuDNN |  | 4 (2.00x) | 48 (2.00x) |\n"
-        "| gluon, random blocks, 64x64 per head | 0.9 | 1 (8.00x) | 12 (8.00x) |\n"
+def test_speed_tables_match_written_out_ones() -> None:
+    rows = attention() + maps() + models()
+    assert by_title(rows, "Attention alone, ms")[:4] == [
+        HEAD,
+        ["FlashAttention-2", "", "2 (1.00x)", "24 (1.00x)"],
+        ["cuDNN", "", "1 (2.00x)", "12 (2.00x)"],
+        ["triton, random blocks, 64x64 per head", "0.5", "1.2 (1.67x)", "14.4 (1.67x)"],
+    ]
+    assert ["plain PyTorch, with the map", "", "30 (0.07x)", "out of memory"] in by_title(
+        rows, "Attention with the map of blocks, ms"
     )
-    layer = (
-        "### Fine-tuning, attention of one layer with backward, ms: m, bfloat16, some GPU\n\n"
-        f"{head}"
-        "| FlashAttention-2 |  | 8 (1.00x) | 96 (1.00x) |\n"
-        "| gates paper, gluon, 64x64 per head, 10% of the targets | 0.9 | 2 (4.00x) | 24 (4.00x) |\n"
-        "| gates paper, gluon, 64x64 per head, 100% of the targets | 0.9 | 4 (2.00x) | 48 (2.00x) |\n"
-    )
+    forward = ["FlashAttention-2, plain forward, 32 layers", "", "32,768", "16,384"]
+    assert forward in by_title(rows, "Tokens a second")
+    first = ["gates paper, triton, 64x64 per head, 32 layers", "0.9", "0.0625 (4.00x)", "0.5 (4.00x)"]
+    assert first in by_title(rows, "Time to first token, s")
+
+
+def test_tables_of_training_match_written_out_ones() -> None:
+    rows = training() + models()
+    assert by_title(rows, "Attention, forward and backward, ms") == [
+        HEAD,
+        ["FlashAttention-2", "", "8 (1.00x)", "96 (1.00x)"],
+        ["cuDNN", "", "4 (2.00x)", "48 (2.00x)"],
+        ["gluon, random blocks, 64x64 per head", "0.9", "1 (8.00x)", "12 (8.00x)"],
+    ]
+    gates = "gates paper, gluon, 64x64 per head"
+    assert by_title(rows, "Fine-tuning, attention of one layer with backward, ms") == [
+        HEAD,
+        ["FlashAttention-2", "", "8 (1.00x)", "96 (1.00x)"],
+        [f"{gates}, 10% of the targets", "0.9", "2 (4.00x)", "24 (4.00x)"],
+        [f"{gates}, 100% of the targets", "0.9", "4 (2.00x)", "48 (2.00x)"],
+    ]
     # Speed-ups are over the same number of layers.
-    step = (
-        "### Fine-tuning, a step without the optimizer, ms: m, bfloat16, some GPU\n\n"
-        f"{head}"
-        "| FlashAttention-2, 4 layers |  | 32 (1.00x) | 384 (1.00x) |\n"
-        "| cuDNN, 4 layers |  | 16 (2.00x) | out of memory |\n"
-        "| gates paper, gluon, 64x64 per head, 10% of the targets, 4 layers | 0.9 | 8 (4.00x) | 96 (4.00x) |\n"
-        "| FlashAttention-2, 8 layers |  | 64 (1.00x) | 768 (1.00x) |\n"
-        "| cuDNN, 8 layers |  | 32 (2.00x) | out of memory |\n"
-        "| gates paper, gluon, 64x64 per head, 10% of the targets, 8 layers | 0.9 | 16 (4.00x) | 192 (4.00x) |\n"
-    )
-    assert all(f"{whole}\n" in table for whole in (attention, layer, step))
+    assert by_title(rows, "Fine-tuning, a step without the optimizer, ms") == [
+        HEAD,
+        ["FlashAttention-2, 4 layers", "", "32 (1.00x)", "384 (1.00x)"],
+        ["cuDNN, 4 layers", "", "16 (2.00x)", "out of memory"],
+        [f"{gates}, 10% of the targets, 4 layers", "0.9", "8 (4.00x)", "96 (4.00x)"],
+        ["FlashAttention-2, 8 layers", "", "64 (1.00x)", "768 (1.00x)"],
+        ["cuDNN, 8 layers", "", "32 (2.00x)", "out of memory"],
+        [f"{gates}, 10% of the targets, 8 layers", "0.9", "16 (4.00x)", "192 (4.00x)"],
+    ]
     # Tokens and memory stand in one table with prefills and distillation, so their lines name the work.
-    speed = (
-        "| FlashAttention-2, fine-tuning step, 4 layers |  | 256,000 | 85,333 |\n"
-        "| cuDNN, fine-tuning step, 4 layers |  | 512,000 | out of memory |\n"
-        "| gates paper, gluon, 64x64 per head, fine-tuning step, 10% of the targets, 4 layers | 0.9 "
-        "| 1,024,000 | 341,333 |\n"
-    )
-    memory = (
-        "| FlashAttention-2, fine-tuning step, 4 layers |  | 20.5 | 20.5 |\n"
-        "| cuDNN, fine-tuning step, 4 layers |  | 20.5 | out of memory |\n"
-        "| gates paper, gluon, 64x64 per head, fine-tuning step, 10% of the targets, 4 layers | 0.9 | 20.5 | 20.5 |\n"
-    )
-    assert f"### Tokens a second: m, bfloat16, some GPU\n\n{head}{speed}" in table
-    assert f"### Peak memory, GiB: m, bfloat16, some GPU\n\n{head}{memory}" in table
-    assert "| FlashAttention-2, plain forward, 32 layers |  | 33 | 33 |\n" in table
+    step = f"{gates}, fine-tuning step, 10% of the targets, 4 layers"
+    assert by_title(rows, "Tokens a second")[1:4] == [
+        ["FlashAttention-2, fine-tuning step, 4 layers", "", "256,000", "85,333"],
+        ["cuDNN, fine-tuning step, 4 layers", "", "512,000", "out of memory"],
+        [step, "0.9", "1,024,000", "341,333"],
+    ]
+    memory = by_title(rows, "Peak memory, GiB")
+    assert memory[1:4] == [
+        ["FlashAttention-2, fine-tuning step, 4 layers", "", "20.5", "20.5"],
+        ["cuDNN, fine-tuning step, 4 layers", "", "20.5", "out of memory"],
+        [step, "0.9", "20.5", "20.5"],
+    ]
+    assert ["FlashAttention-2, plain forward, 32 layers", "", "33", "33"] in memory
 
 
 def test_training_draws_no_figure_of_prefills_or_attention_alone(tmp_path, drawn) -> None:
@@ -273,9 +261,9 @@ def test_training_draws_no_figure_of_prefills_or_attention_alone(tmp_path, drawn
 
 
 def test_figures_of_benchmarks_are_the_same_byte_for_byte(tmp_path) -> None:
-    rows = attention() + pooled() + models()
+    rows = attention() + maps() + models()
     first, second = report(tmp_path / "a", rows), report(tmp_path / "b", rows)
-    figures = ("speedup", "breakdown", "pooled", "ttft")
+    figures = ("speedup", "breakdown", "attention_map", "ttft")
     names = ["report.html", "table.md", *(f"{name}.{kind}" for name in figures for kind in ("png", "svg"))]
     assert [p.name for p in first] == names and all(p.stat().st_size > 500 for p in first)
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from seerattn import AttnGateConfig, attach
 from seerattn.data.text import read_documents
 from seerattn.report import write_report
-from seerattn.report.finetuned import REFERENCE
+from seerattn.report.tables.finetuned import REFERENCE
 from seerattn.results.environment import fingerprint
 from seerattn.results.file import read_results
 

@@ -1,4 +1,4 @@
-"""Tables and curves of fine-tuning runs, against written out ones."""
+"""Tables and curves of training runs, against written out ones."""
 
 import json
 import math
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rows import lines, of, tables, written
 
-from seerattn.report import style, write_report
-from seerattn.report.curves import Curve, smoothed
-from seerattn.results.file import ResultsFile
+from seerattn.report import write_report
+from seerattn.report.curves import Curve
+from seerattn.report.figures.curves import smoothed
 from seerattn.results.record import Result
 
 TOKENS = [1000, 3000]
@@ -31,15 +32,12 @@ def perplexity(training: dict, sparsity: float | None, losses: list[float], *, w
         "model": "m",
         "context": 32768,
         "text": "books",
-        "selector": "dense" if dense else "gate",
-        "gates": None if dense else "gates",
         "density": density,
         "realised_density": 1.0 if dense else density + 0.002,
         "weights": {"model": weights},
-        "policy": None if dense else {"policy": "TopK", "density": density, "last_rows_dense": 0},
         "cell": {"data": "abc", "windows": 1, "dtype": "float32", "training": TRAINED | training},
     }
-    return Result(**values | more)
+    return Result(**of("dense" if dense else "gates") | values | more)
 
 
 def rows() -> list[Result]:
@@ -56,65 +54,64 @@ def rows() -> list[Result]:
 
 
 def report_of(tmp_path: Path, results: list[Result], curves: str = "") -> list[Path]:
-    tmp_path.mkdir(exist_ok=True)
-    file = ResultsFile(tmp_path / "results.jsonl")
-    for row in results:
-        file.append(row)
-    paths = [tmp_path / "results.jsonl"]
+    paths = [written(tmp_path / "results.jsonl", results)]
     if curves:
         (tmp_path / "curves.jsonl").write_text(curves)
         paths.append(tmp_path / "curves.jsonl")
     return write_report(paths, tmp_path / "out")
 
 
-def test_table_of_finetuned_models_matches_a_written_out_one(tmp_path: Path) -> None:
-    written = report_of(tmp_path, rows())
-    table = (tmp_path / "out" / "table.md").read_text()
+def test_table_of_finetuned_models_matches_a_written_out_one() -> None:
     base = math.exp(3.0)
     # Losses of the documents are .02 and 0 higher: .005 a token, and residuals from that of .015 * 1000 and
     # .005 * 3000 tokens, with the factor n / (n - 1) = 2 (Cochran, section 6.3).
     value = math.exp(3.005)
     theirs = np.array([value * (3.02 - 3.005) * 1000, value * (3.0 - 3.005) * 3000])
     error = 100 * math.sqrt(2 * (theirs**2).sum()) / 4000 / base
-    assert (
-        "### Fine-tuned: perplexity, books, 32768 tokens, m\n\n"
-        "Columns are the sparsity asked for, realised in brackets; the first one is dense attention.\n\n"
-        "2 documents, 4000 tokens; in brackets the difference from dense, ± its paired standard error.\n\n"
-        "| trained | 0 | 0.5 (0.498) | 0.9 (0.898) |\n"
-        "| --- | ---: | ---: | ---: |\n"
-        f"| dense | {base:.2f} |  |  |\n"
-        f"| gates after |  | {math.exp(3.1):.2f} (+10.52 ± 0.00 %) | {math.exp(3.2):.2f} (+22.14 ± 0.00 %) |\n"
-    ) in table
-    assert f"| together |  |  | {value:.2f} (+0.50 ± {error:.2f} %) |\n" in table
-    # Run dense, the model stands in the column of the sparsity that it was trained at.
-    assert f"| together, run dense |  |  | {math.exp(3.15):.2f} (+16.18 ± " in table
-    # They stand in no other table and in no other figure.
-    assert "### Perplexity" not in table and not [p for p in written if p.stem == "perplexity"]
+    found = tables(rows())
+    table = found["Fine-tuned: perplexity, m, books"]
+    after, dense = "gates after", f"{math.exp(3.15):.2f}"
+    *body, run_dense = lines(table)
+    assert body == [
+        ["trained", "sparsity", "32,768 tokens"],
+        ["dense", "0", f"{base:.2f}"],
+        [after, "0.5 (0.498)", f"{math.exp(3.1):.2f} (+10.52 ± 0.00 %)"],
+        [after, "0.9 (0.898)", f"{math.exp(3.2):.2f} (+22.14 ± 0.00 %)"],
+        ["together", "0.9 (0.898)", f"{value:.2f} (+0.50 ± {error:.2f} %)"],
+        ["whole", "0.9 (0.898)", f"{math.exp(3.01):.2f} (+1.01 ± 0.00 %)"],
+    ]
+    assert run_dense[:2] == ["together, run dense", "0, trained at 0.9"]
+    assert run_dense[2].startswith(f"{dense} (+16.18 ± ")
+    assert table.notes[0] == "2 documents, 4,000 tokens."
+    # They stand in no other table.
+    assert not [title for title in found if title.startswith(("Perplexity", "Share"))]
 
 
-def test_partial_targets_are_compared_with_whole_ones_at_the_same_sparsity(tmp_path: Path) -> None:
-    report_of(tmp_path, rows())
-    table = (tmp_path / "out" / "table.md").read_text()
-    part = table[table.index("### Fine-tuned: targets of some rows, m") :]
+def test_a_finetuned_model_has_the_sparsity_that_was_asked_for_or_else_the_realised_one() -> None:
+    together = {"name": "together", "sparsity": 0.9} | TOGETHER
+    for more, label in (({"realised_density": None}, "0.9"), ({"density": None}, "0.898 (0.898)")):
+        row = perplexity(together, 0.9, [3.0, 3.0], weights="c9", **more)
+        assert lines(tables([row])["Fine-tuned: perplexity, m, books"])[1][1] == label
+
+
+def test_partial_targets_are_compared_with_whole_ones_at_the_same_sparsity() -> None:
+    (head, first, second) = lines(tables(rows())["Fine-tuned: targets of some rows, m"])
     whole, some = math.exp(3.01), math.exp(3.005)
-    assert "| sparsity and target | books, 32,768 |\n" in part
-    assert f"| 0.9, 100% of the rows | {whole:.3f} |\n" in part
-    assert f"| 0.9, 10% of the rows | {some:.3f} ({100 * (some / whole - 1):+.2f} ± " in part
+    assert head == ["sparsity and target", "books, 32,768"] and first == ["0.9, 100% of the rows", f"{whole:.3f}"]
     # Gates that were added afterwards have no target during training.
-    assert part.count("\n| 0.") == 2
+    assert second[0] == "0.9, 10% of the rows"
+    assert second[1].startswith(f"{some:.3f} ({100 * (some / whole - 1):+.2f} ± ")
 
 
-def test_retrieval_of_finetuned_models_adds_up_the_depths(tmp_path: Path) -> None:
+def test_retrieval_of_finetuned_models_adds_up_the_depths() -> None:
     found = []
     for depth, right in ((0.1, 3), (0.9, 4)):
         cell = {"task": "passkey", "documents": 4, "depth": depth, "training": TRAINED | {"name": "after"}}
         more = {"what": "accuracy", "unit": "documents", "n": 4, "seed": 1, "samples": {}}
         found.append(perplexity({}, 0.9, [3, 3], weights="a", value=right / 4, cell=cell, **more))
-    report_of(tmp_path, found)
-    table = (tmp_path / "out" / "table.md").read_text()
+    table = tables(found)["Fine-tuned: retrieval, m, books"]
     # 7 of 8, error at 8/10.
-    assert "### Fine-tuned: passkey, books, 32768 tokens, m\n\n8 documents a cell;" in table
-    assert "| after | 0.88 ± 0.14 |\n" in table
+    assert lines(table)[1] == ["after", "0.9 (0.898)", "0.88 ± 0.14"] and table.notes[0] == "8 documents a cell."
 
 
 def curves() -> str:
@@ -129,12 +126,10 @@ def curves() -> str:
     return "".join(json.dumps(record) + "\n" for record in records) + '{"arm": "dense", "st'
 
 
-def test_curves_show_running_means_and_the_difference_from_the_dense_run(tmp_path: Path, monkeypatch) -> None:
-    drawn = {}
-    monkeypatch.setattr(style, "save", lambda figure, folder, name: drawn.setdefault(name, figure) and [])
+def test_curves_show_running_means_and_the_difference_from_the_dense_run(tmp_path: Path, drawn: dict) -> None:
     report_of(tmp_path, rows(), curves())
     losses, difference, gates = ({line.get_label(): line for line in axes.lines} for axes in drawn["curves"].axes)
-    together, after = "together, sparsity 0.9", "after, gates alone"
+    together, after = "together-0.9", "after, gates alone"
     assert (list(losses), list(difference), list(gates)) == (["dense"], [together], [together, after])
     assert {text.get_text() for text in drawn["curves"].axes[2].texts} == {together, after}
     # 5 % of 60 records are 3.
@@ -149,13 +144,13 @@ def test_curves_show_running_means_and_the_difference_from_the_dense_run(tmp_pat
     assert drawn["curves"].axes[2].get_ylim() == pytest.approx(expected)
 
 
-def test_names_of_runs_are_words_and_tell_of_rising_sparsity() -> None:
+def test_names_of_runs_tell_of_rising_sparsity() -> None:
     def label(name: str, *sparsities: float) -> str:
         return Curve(name, [{"step": i, "sparsity": s} for i, s in enumerate(sparsities)]).label
 
-    assert label("together-0.9-every4", 0.901, 0.901) == "together, sparsity 0.9, every 4"
+    assert label("together-0.9-every4", 0.901, 0.901) == "together-0.9-every4"
     assert label("annealed", 0.0, 0.4, 0.89) == "annealed, sparsity 0 to 0.89"
-    assert label("lr_0.1", 0.5) == "lr, 0.1" and label("dense", 0.0) == "dense"
+    assert label("dense", 0.0) == "dense"
 
 
 def distilled(steps: int) -> str:
@@ -166,9 +161,7 @@ def distilled(steps: int) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def test_distillation_draws_the_loss_of_its_gates_and_of_each_layer(tmp_path: Path, monkeypatch) -> None:
-    drawn = {}
-    monkeypatch.setattr(style, "save", lambda figure, folder, name: drawn.setdefault(name, figure) and [])
+def test_distillation_draws_the_loss_of_its_gates_and_of_each_layer(tmp_path: Path, drawn: dict) -> None:
     log = tmp_path / "gates" / "training.jsonl"
     log.parent.mkdir()
     log.write_text(distilled(20))
@@ -194,8 +187,8 @@ def test_page_holds_curves_and_tables_of_finetuned_models(tmp_path: Path) -> Non
     names = [path.name for path in report_of(tmp_path, rows(), curves())]
     assert names == ["report.html", "table.md", "curves.png", "curves.svg"]
     page = (tmp_path / "out" / "report.html").read_text()
-    section = page[page.index('<section id="finetuned"') :]
-    assert "<svg" in section and "+10.52 ± 0.00 %" in section and '<section id="perplexity"' not in page
+    assert "+10.52 ± 0.00 %" in page[page.index('<section id="finetuned"') :]
+    assert "<svg" in page[page.index('<section id="training"') :] and '<section id="perplexity"' not in page
 
 
 def test_running_mean_matches_numpy() -> None:

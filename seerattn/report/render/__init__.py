@@ -1,0 +1,1 @@
+"""Tables as text: in a terminal, as Markdown and as a page of HTML."""
