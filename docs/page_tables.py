@@ -288,6 +288,7 @@ TABLES = {
     "smollm2-perplexity": Drawn(["smollm2-gates"], report("Perplexity over dense")),
     "smollm2-answers": Drawn(["smollm2-gates"], report("Answers beside dense")),
     "smollm2-budgets": Drawn(["smollm2-gates"], report("Budgets per head")),
+    "smollm2-methods": Drawn(["smollm2-methods"], report("Perplexity: books-test", "Perplexity: proofs-test")),
     "targets-perplexity": Drawn(["smollm2-targets"], report("Perplexity over dense")),
     "targets-answers": Drawn(["smollm2-targets"], report("Answers beside dense")),
     "gemma3-perplexity": Drawn(["gemma3-gates"], report("Perplexity over dense")),
