@@ -5,7 +5,7 @@ OLDEST := .venv-oldest/bin
 # One thread a process keeps small tests fast on few cores; the demo and the benchmark use all of them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo models test test-newest test-oldest test-public test-architectures test-gpu memcheck fuzz lint format docs bench-cpu clean
+.PHONY: demo models test test-newest test-oldest test-public test-architectures test-gpu memcheck fuzz lint format docs bench-cpu wheel clean
 
 demo: .venv/.installed
 	$(BIN)/python research/demo.py
@@ -69,6 +69,13 @@ docs: .venv-docs/.installed
 
 bench-cpu: .venv/.installed
 	$(BIN)/python research/kernels/cpu.py
+
+# Builds a wheel and a source archive into outputs/dist, and tries the wheel where nothing else is installed.
+wheel: .venv/.installed
+	rm -rf outputs/dist
+	$(BIN)/python -m build --outdir outputs/dist .
+	$(BIN)/python research/public_models.py smollm2
+	$(BIN)/python research/try_wheel.py outputs/dist/*.whl
 
 .venv/.installed: pyproject.toml requirements.txt
 	@echo "== installing into .venv =="

@@ -3,7 +3,7 @@
     python examples/choose_density.py                                           # the reference model and a book
     python examples/choose_density.py --model MODEL --gates gates --text held-out.txt --tokens 8192
 
-`seerattn eval perplexity` measures many documents, with errors, and draws the result. This is the same in plain calls.
+`seerattn eval` measures many documents, with errors, and draws the result. This is the same in plain calls.
 """
 
 from __future__ import annotations

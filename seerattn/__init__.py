@@ -11,7 +11,7 @@ from typing import Any
 
 from seerattn import _peft_hook
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "attach": "seerattn.hf.attach",

@@ -1,35 +1,39 @@
 """The learned gate as a selector: torch modules on any device, or one fused op.
 
-This is the one place that knows both the gate and the op, and it is the reference of the op: ``impl="reference"``
+This is the one place that knows both the gate and the op, and it hands the op its reference: ``impl="reference"``
 un-rotates, runs `AttnGate` and lets the policy choose.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from seerattn.gate import attn_gate, pooling
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.pooling import Pooled, pool_blocks
 from seerattn.ops import gate_scores
-from seerattn.ops.resolve import check_impl, implementation
+from seerattn.ops.resolve import check_impl, implementation, refusal
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.budgets import HeadBudgets, share_density
 from seerattn.selection.policies import KeepAll, Knob, Policy, Threshold, TokenBudget, TopK, TopP, rows_k
-from seerattn.selection.selector import AttentionContext, RotaryTables
+from seerattn.selection.selector import AttentionContext, PolicySelector, RotaryTables
 
 
 @dataclass(frozen=True)
-class GateSelector:
+class GateSelector(PolicySelector):
     """The learned gate: scores from un-rotated q and k, blocks by a policy.
 
     Attributes:
         gate: scores the blocks.
         policy: chooses among them.
-        impl: "reference" runs the torch modules, "triton" the fused op; "auto" takes the fused op where it can run.
+        impl: "reference" runs the torch modules, "triton" the fused op; "auto" takes the fused op where it can run, and
+            warns where a GPU cannot run it.
         budgets: share the one density of `TopK` among heads; None shares it equally.
     """
 
@@ -48,8 +52,7 @@ class GateSelector:
         policy = share_density(self.policy, self.budgets, k_len)
         rule = _rule(policy, context.layer, k_len, config.block_q, config.block_k, not config.exclude_forced)
         rotary = context.rotary or RotaryTables()
-        module = implementation("gate_scores", self.impl, q.device, q, k, self.gate, rule, rotary)
-        if module.__name__ != __name__:
+        if _runs_fused(self.impl, q.device, q, k, self.gate, rule, rotary):
             if context.rotary is None:
                 q, k = context.unrotate(q, start), context.unrotate(k, 0)
             return gate_scores.select_blocks(q, k, self.gate, rule, rotary, call_frequencies(self.gate, context))
@@ -64,6 +67,34 @@ class GateSelector:
             layer=context.layer,
             forced_scored=not config.exclude_forced,
         )
+
+
+def _runs_fused(
+    impl: str,
+    device: torch.device,
+    q: Tensor,
+    k: Tensor,
+    gate: AttnGate,
+    rule: gate_scores.Rule | None,
+    rotary: RotaryTables,
+) -> bool:
+    """Whether the fused op serves a call; where "auto" leaves a GPU to the torch modules, it warns with the reason."""
+    call = (q, k, gate, rule, rotary)
+    if implementation("gate_scores", impl, device, *call, reference=attn_gate) is not attn_gate:
+        return True
+    if impl == "auto" and device.type == "cuda":
+        _warn_of_modules(refusal("gate_scores", "triton", device, *call))
+    return False
+
+
+@functools.cache
+def _warn_of_modules(reason: str) -> None:
+    warnings.warn(
+        "gates must be of what the fused op serves to choose blocks by it, got torch modules, which take more time and "
+        f"memory: {reason}; seerattn/ops/gate_scores/README.md says what it serves, and with impl='reference' a "
+        "GateSelector does not ask for it",
+        stacklevel=2,
+    )
 
 
 def call_frequencies(gate: AttnGate, context: AttentionContext) -> Tensor | None:
@@ -105,8 +136,7 @@ def pool(
 ) -> Pooled:
     """Un-rotates vectors after RoPE ``[B, h, n, D]`` from position ``start`` on and pools them; see `pool_blocks`."""
     rotary = context.rotary or RotaryTables()
-    module = implementation("pool_windows", impl, x.device, x, rotary)
-    fused = module.__name__ != __name__
+    fused = implementation("pool_windows", impl, x.device, x, rotary, reference=pooling) is not pooling
     if context.rotary is None or not fused:
         x = context.unrotate(x, start)
     arguments = {"size": size, "start": start, "kinds": kinds, "salience": salience}

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 import reprlib
 import sys
+import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+# What opens a compressed file, by its suffix, and what that raises of one that is damaged.
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)
+
+
+def read_decompressed(path: Path) -> bytes:
+    """What a file holds, decompressed where its suffix says so.
+
+    Raises:
+        ValueError: it is no whole file of its kind.
+        OSError: it cannot be read.
+    """
+    if path.suffix not in OPENERS:
+        return path.read_bytes()
+    try:
+        with OPENERS[path.suffix](path) as file:
+            return file.read()
+    except DAMAGED as error:
+        raise ValueError(f"{path} must be a whole {path.suffix} file, got a damaged one: {error}") from error
 
 
 def visible(text: str) -> str:

@@ -1,8 +1,11 @@
 """The architecture as import rules, and the cost of `import seerattn`."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,38 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "seerattn"
 FILES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 
+# What every room may import of the others. A room is a folder of the package or a module beside them.
+GROUND = {"texts", "outputs", "saving", "locking", "options", "yaml_files", "extras"}
+CORE = GROUND | {"selection", "gate", "ops", "gate_selector"}
+LAW: dict[str, set[str]] = {
+    "texts": set(),
+    "saving": set(),
+    "locking": set(),
+    "extras": set(),
+    "outputs": set(),
+    "options": {"texts"},
+    "yaml_files": {"texts", "extras"},
+    "selection": GROUND,
+    "gate": GROUND | {"selection"},
+    "ops": GROUND | {"selection"},  # two modules of it, see below
+    "gate_selector": GROUND | {"selection", "gate", "ops"},
+    "data": GROUND,
+    "results": GROUND | {"selection"},
+    "hf": CORE | {"data", "results"},
+    "training": CORE | {"data", "results", "hf"},
+    "methods": CORE | {"data", "results", "hf"},
+    "bench": CORE | {"data", "results", "hf", "training"},
+    "eval": CORE | {"data", "results", "hf", "methods"},
+    "report": GROUND | {"selection", "results", "methods"},  # the registry of methods, see below
+    "cli": CORE | {"data", "results", "hf", "training", "methods", "bench", "eval", "report"},
+    # Roots: what is found by name from outside.
+    "_peft_hook": {"hf"},
+    "__main__": {"cli"},
+}
+
 
 def imported(path: Path) -> set[str]:
-    """Absolute names of all modules and names that a file imports anywhere, inside functions too."""
+    """Absolute names of all modules and names that a file imports anywhere: in functions, and by strings."""
     names: set[str] = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
@@ -23,30 +55,73 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} must import by absolute names"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names |= set(named(node.value))
+        elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+            # As in import_module(f"seerattn.methods.{name}"); what is left open counts as the folder.
+            names |= set(named(str(node.values[0].value).rpartition(".")[0]))
     return names
 
 
+def named(text: str) -> Iterator[str]:
+    """The module of ours that a string names, with or without a name in it."""
+    if re.fullmatch(r"seerattn(\.\w+)+(:\w+)?", text):
+        text = text.partition(":")[0]
+        for name in (text, text.rpartition(".")[0]):
+            place = ROOT / name.replace(".", "/")
+            if place != PACKAGE and (place.is_dir() or place.with_suffix(".py").is_file()):
+                yield name
+                return
+
+
+def room(path: Path) -> str:
+    return path.parts[1].removesuffix(".py")
+
+
+def rooms_of(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("seerattn.")}
+
+
 def importers(part: str) -> list[Path]:
-    return [path for path in FILES if path.parts[1] == part]
+    return [path for path in FILES if room(path) == part]
 
 
 def starts(name: str, *prefixes: str) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
-def offences(paths: list[Path], forbidden) -> list[str]:
+def offences(paths: list[Path], forbidden: Callable[[str], bool]) -> list[str]:
     return [f"{path}: {name}" for path in paths for name in sorted(imported(path)) if forbidden(name)]
 
 
-def test_ops_import_of_ours_only_their_two_contracts_and_ops() -> None:
-    allowed = ("seerattn.selection.block_indices", "seerattn.selection.map_form", "seerattn.ops")
-    assert not offences(importers("ops"), lambda n: starts(n, "seerattn") and not starts(n, *allowed))
+@pytest.mark.parametrize("part", sorted(LAW))
+def test_a_room_imports_what_the_law_lets_it(part: str) -> None:
+    allowed = [f"seerattn.{name}" for name in (part, *LAW[part])]
+    assert not offences(importers(part), lambda name: starts(name, "seerattn") and not starts(name, *allowed))
 
 
-@pytest.mark.parametrize("part", ["gate", "selection"])
-def test_gate_and_selection_import_no_kernel(part: str) -> None:
-    allowed = ("seerattn.gate", "seerattn.selection")
-    assert not offences(importers(part), lambda n: starts(n, "seerattn") and not starts(n, *allowed))
+def test_the_law_knows_every_room_and_has_no_circle() -> None:
+    assert {room(path) for path in FILES} - {"__init__"} == set(LAW)
+    list(TopologicalSorter(LAW).static_order())
+
+
+def test_imports_that_are_made_by_strings_are_seen() -> None:
+    assert set(named("seerattn.ops.resolve")) == set(named("seerattn.ops.resolve:IMPLS")) == {"seerattn.ops.resolve"}
+    assert set(named("seerattn.ops.resolve.IMPLS")) == {"seerattn.ops.resolve"}
+    assert not set(named("seerattn")) | set(named("see seerattn.ops.resolve")) | set(named("seerattn.mplstyle"))
+    assert "hf" in rooms_of(imported(Path("seerattn/__init__.py")))  # a table of names
+    assert "seerattn.cli.bench" in imported(Path("seerattn/cli/__init__.py"))  # commands, imported when called
+
+
+def test_ops_import_of_selection_only_its_two_contracts() -> None:
+    allowed = ("seerattn.selection.block_indices", "seerattn.selection.map_form")
+    assert not offences(
+        importers("ops"), lambda name: starts(name, "seerattn.selection") and not starts(name, *allowed)
+    )
+
+
+def test_report_imports_of_methods_only_their_registry() -> None:
+    assert not offences(importers("report"), lambda name: re.match(r"seerattn\.methods\.[a-z_]+\.", name) is not None)
 
 
 def test_implementations_of_an_op_do_not_import_each_other() -> None:

@@ -39,7 +39,7 @@ from seerattn.hf.gates import (
 from seerattn.hf.identity import check_identity, identity, transformers_model
 from seerattn.hf.placement import dense_implementation, set_implementation
 from seerattn.hf.probe import probe
-from seerattn.hf.state import GATES, Attachment, GateTraining, attachment_of, learning
+from seerattn.hf.state import GATES, Attachment, Capture, attachment_of, learning
 from seerattn.selection.policies import policy_from_dict
 
 
@@ -236,7 +236,7 @@ class SeerModel(BaseTuner):
         *args: Any,
         gate_losses: GateLosses | None = None,
         segment_ids: Tensor | None = None,
-        seer_training: GateTraining | None = None,
+        seer_training: Capture | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the model; given `gate_losses`, runs it dense, without a graph, and trains the gates.

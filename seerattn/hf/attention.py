@@ -23,23 +23,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from seerattn.gate.attn_gate import AttnGate
-from seerattn.hf.call import LayerCall
+from seerattn.hf.call import NO_GATE_BLOCK, LayerCall, Prefill
 from seerattn.hf.mask import CallMask, Row, Unservable, make_mask
 from seerattn.hf.meters import density_meters, time_meter
-from seerattn.hf.state import LEARNING, LayerState, Learning, Running, check_filled
+from seerattn.hf.state import LayerState
 from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.crossover import prefer_dense
 from seerattn.selection.block_indices import BlockIndices
-from seerattn.selection.selector import Selector
+from seerattn.selection.selector import Selector, expected_density, needs_length
 
 logger = logging.getLogger(__name__)
 
 # Name of our implementation by the one that it replaces. "flash" and "sdpa" in a name would make transformers look
 # for those libraries.
 IMPLEMENTATIONS = {"sdpa": "seer_attention", "eager": "seer_attention_eager"}
-# Query block of selectors that have no gate to ask.
-_BLOCK_Q = 64
 
 
 def add_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -85,60 +82,35 @@ def seer_attention(
     Raises:
         ValueError: a call that sparse attention cannot follow, unless "auto" may run it dense.
     """
-    windowed = kwargs.get("sliding_window") is not None and kwargs["sliding_window"] < key.shape[2]
-    backends, timed = nullcontext(), nullcontext()
-    if seer is not None and query.shape[2] > 1 and not windowed:
-        mask, state, seer = attention_mask, seer.state, seer.on(query.device)
-        own = isinstance(mask, CallMask)
-        running = mask.running(state.attachment) if own else state.attachment.now()
-        learning = mask.learning if own else LEARNING.get()
-        if state.layer in running.gates:
-            check_filled(running.gates[state.layer], state.layer)
-        if learning is not None:
-            if state.gate is not None:
-                out = _learn(query, key, value, attention_mask, seer, learning, kwargs)
-                if out is not None:
-                    return out, None
-        else:
-            selector = running.selectors.get(state.layer)
-            if selector is not None and not _continues(query, key, attention_mask, running.gates.get(state.layer)):
-                out = _sparse(module, query, key, value, attention_mask, seer, selector, running, kwargs)
-                if out is not None:
-                    return out, None
-                backends = _fastest_backends(query)
-            meter = time_meter(state.attachment)
-            if meter is not None:
-                backends, timed = _fastest_backends(query), meter.measure(state.layer, "attention", query)
+    call, backends, timed = None, nullcontext(), nullcontext()
+    if seer is not None and query.shape[2] > 1 and not _is_windowed(key, kwargs):
+        call = Prefill.of(module, query, key, value, attention_mask, seer, kwargs)
+        out = _sparse(call) if call.capture is None else call.capture.attend(call)
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
+        backends, timed = _dense_contexts(call)
     if isinstance(attention_mask, CallMask):
         attention_mask = attention_mask.tensor
         attention_mask = None if attention_mask is None else attention_mask.to(query.device)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(dense, eager)
     with backends, timed:
-        return attend(module, query, key, value, attention_mask, **kwargs)
+        out, weights = attend(module, query, key, value, attention_mask, **kwargs)
+    if call is not None and call.capture is not None:
+        call.capture.see(call, out)
+    return out, weights
 
 
-def _learn(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: CallMask | Tensor | None,
-    seer: LayerCall,
-    learning: Learning,
-    kwargs: dict[str, Any],
-) -> Tensor | None:
-    """Attention ``[B, T, H, D]`` while gates learn, or None where it is the model's own."""
-    learning.reached = True
-    if kwargs.get("dropout"):
-        raise ValueError(f"attention dropout must be 0 while gates learn, got {kwargs['dropout']}")
-    out = learning.training.attend(query, key, value, _check_mask(mask), seer, logits_of(query, kwargs))
-    return None if out is None else out.transpose(1, 2).contiguous()
+def _is_windowed(key: Tensor, kwargs: dict[str, Any]) -> bool:
+    window = kwargs.get("sliding_window")
+    return window is not None and window < key.shape[2]
 
 
-def _continues(query: Tensor, key: Tensor, mask: CallMask | Tensor | None, gate: AttnGate | None) -> bool:
-    """Whether a call goes on with an answer, as decoding does: fewer queries than a block against a cache."""
-    k_len = mask.k_len if isinstance(mask, CallMask) else key.shape[2]
-    return query.shape[2] < min(k_len, _BLOCK_Q if gate is None else gate.config.block_q)
+def _dense_contexts(call: Prefill) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """In what dense attention runs where it could be sparse: at its fastest if it was compared or is timed."""
+    compared = call.selector is not None or time_meter(call.state.attachment) is not None
+    backends = _fastest_backends(call.query) if compared else nullcontext()
+    return backends, _timed(call.state, "attention", call.query)
 
 
 def _fastest_backends(query: Tensor) -> AbstractContextManager[None]:
@@ -153,91 +125,96 @@ def _fastest_backends(query: Tensor) -> AbstractContextManager[None]:
     return sdpa_kernel(order, set_priority=True)
 
 
-def _sparse(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: CallMask | Tensor | None,
-    seer: LayerCall,
-    selector: Selector,
-    running: Running,
-    kwargs: dict[str, Any],
-) -> Tensor | None:
-    """Sparse prefill ``[B, T, H, D]``, or None where "auto" runs dense: it is faster, or nothing else can follow."""
-    state, auto = seer.state, running.impl == "auto"
-    # None where only the selection can tell.
-    expected = getattr(getattr(selector, "policy", None), "nominal_density", None)
-    own = isinstance(mask, CallMask)
-    k_len = mask.k_len if own else key.shape[2]
-    meters = density_meters(state.attachment)
-    if auto:
-        if own and expected in mask.dense_densities and not meters:
-            return None
-        if prefer_dense(q_len=query.shape[2], k_len=k_len, density=expected or 0.0, device=query.device):
-            if own:
-                mask.dense_densities.add(expected)
-            _log_dense(k_len)
-            _count_dense(state, running, query, mask, k_len)
-            return None
+def _sparse(call: Prefill) -> Tensor | None:
+    """Sparse prefill ``[B, H, T, D]``, or None where the call is dense.
+
+    Nothing selects, or "auto" runs it so: it is faster, or nothing else can follow.
+    """
+    selector = call.selector
+    if selector is None:
+        return None
+    expected = expected_density(selector)
     try:
-        blocks = _choose(module, query, key, mask, seer, selector, kwargs)
+        sparse = _decide(call, expected)
+        blocks = _select(call, selector) if sparse else []
+        if blocks and call.auto and expected is None:
+            sparse = _decide_again(call, blocks)
     except Unservable as reason:
-        if not auto:
+        if not call.auto:
             raise ValueError(f"{reason}; or set_policy(model, None) to run dense") from None
         _log_unservable(str(reason))
-        _count_dense(state, running, query, mask, k_len)
+        sparse = False
+    if not sparse:
+        _count_dense(call)
         return None
-    if auto and expected is None:
-        density = sum(float(b.density().mean()) for b in blocks) / max(1, len(blocks))
-        shape = {"q_len": query.shape[2], "k_len": k_len, "density": density}
-        if blocks and prefer_dense(**shape, device=query.device, selected=True):
-            _count_dense(state, running, query, mask, k_len)
-            return None
-    for meter in meters:
+    for meter in density_meters(call.state.attachment):
         for lists in blocks:
-            meter.add(state.layer, state.heads, lists)
-    impl = "auto" if running.impl == "sparse" else running.impl
-    with _timed(state, "attention", query):
-        out = _attend(query, key[:, :, :k_len], value[:, :, :k_len], mask, blocks, logits_of(query, kwargs), impl)
-    return out.transpose(1, 2).contiguous()
+            meter.add(call.state.layer, call.state.heads, lists)
+    return _attend(call, blocks)
 
 
-def _choose(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    mask: CallMask | Tensor | None,
-    seer: LayerCall,
-    selector: Selector,
-    kwargs: dict[str, Any],
-) -> list[BlockIndices]:
-    """Lists of the whole batch, or one by one of the rows of a batch that is padded elsewhere than on the left.
+def _decide(call: Prefill, expected: float | None) -> bool:
+    """Whether a call runs sparse, before its blocks are known: not where "auto" expects dense to be faster.
+
+    Args:
+        call: the call.
+        expected: density that the selector tells; with None only what choosing costs counts.
 
     Raises:
-        Unservable: the call is not of a kind that sparse attention can follow.
+        Unservable: sparse attention cannot follow the call.
     """
-    mask = _check_mask(mask)
-    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+    if call.auto:
+        found = call.mask.dense_densities if isinstance(call.mask, CallMask) else set()
+        if expected in found or prefer_dense(**call.shape, density=expected or 0.0):
+            found.add(expected)
+            _log_dense(call.k_len)
+            return False
+    _check_servable(call)
+    return True
+
+
+def _decide_again(call: Prefill, blocks: list[BlockIndices]) -> bool:
+    """Whether "auto" runs a call sparse by the density of its blocks, which the selector did not tell before."""
+    density = sum(float(b.density().mean()) for b in blocks) / len(blocks)
+    return not prefer_dense(**call.shape, density=density, selected=True)
+
+
+def _check_servable(call: Prefill) -> None:
+    """Refuses what sparse attention cannot follow.
+
+    Raises:
+        Unservable: the call is of another kind, in a sentence.
+    """
+    mask = call.described_mask
+    if not getattr(call.module, "is_causal", True) or call.kwargs.get("is_causal") is False:
         raise Unservable("attention must be causal, got a module with is_causal=False")
     if not mask.is_causal:
         raise Unservable(
             "attention_mask must be causality and padding alone, got packed documents or a pattern of the model's own, "
             "such as that of images; pass documents one by one"
         )
-    if kwargs.get("dropout"):
-        raise Unservable(f"attention dropout must be 0, got {kwargs['dropout']}")
-    q_len, k_len, rows = query.shape[2], mask.k_len, mask.rows
-    if q_len < k_len and seer.state.found.not_cached is not None:
+    if call.kwargs.get("dropout"):
+        raise Unservable(f"attention dropout must be 0, got {call.kwargs['dropout']}")
+    not_cached = call.state.found.not_cached
+    if call.q_len < call.k_len and not_cached is not None:
         raise Unservable(
-            f"a prompt must come in one call, got {q_len} tokens against a cache, with which layer {seer.state.layer} "
-            f"cannot be followed ({seer.state.found.not_cached})"
+            f"a prompt must come in one call, got {call.q_len} tokens against a cache, with which layer "
+            f"{call.state.layer} cannot be followed ({not_cached})"
         )
-    if q_len < k_len and getattr(getattr(selector, "policy", None), "follows_chunks", False):
+
+
+def _select(call: Prefill, selector: Selector) -> list[BlockIndices]:
+    """Lists of the whole batch, or one by one of the rows of a batch that is padded elsewhere than on the left.
+
+    Raises:
+        Unservable: nobody can tell how the keys of earlier calls were rotated.
+    """
+    mask, q_len, k_len, rows = call.mask, call.q_len, call.k_len, call.mask.rows
+    if q_len < k_len and needs_length(selector):
         _warn_of_chunks()
-    key = key[:, :, :k_len]
-    context = partial(seer.context, **logits_of(query, kwargs), mask=mask)
-    with _timed(seer.state, "index", query):
+    query, key = call.query, call.key[:, :, :k_len]
+    context = partial(call.seer.context, **call.logits, mask=mask)
+    with _timed(call.state, "index", query):
         if rows is not None:
             return [
                 selector.select(*_real(row, query, key), context(row=row.row, q_len=q, k_len=k, slots=row.keys))
@@ -254,21 +231,23 @@ def _choose(
         return [BlockIndices.stack(chosen)]
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: CallMask, blocks: list[BlockIndices], logits: dict, impl: str
-) -> Tensor:
-    """Attention ``[B, H, T, D]`` over the lists of `_choose`; what is padding has zeros."""
-    if mask.rows is None:
-        lengths = None if mask.lengths is None else torch.tensor(mask.lengths)
-        return block_sparse_attention(query, key, value, blocks[0], **logits, lengths=lengths, impl=impl)
-    outs = {}
-    for row, lists in zip(mask.rows, blocks):
-        q, k = _real(row, query, key)
-        v = value[row.row : row.row + 1, :, row.keys.to(value.device)]
-        found = block_sparse_attention(q, k, v, lists, **logits, impl=impl)
-        outs[row.row] = torch.zeros_like(query[:1]).index_copy(2, row.queries.to(query.device), found)
-    padding = torch.zeros_like(query[:1])
-    return torch.cat([outs.get(b, padding) for b in range(query.shape[0])])
+def _attend(call: Prefill, blocks: list[BlockIndices]) -> Tensor:
+    """Attention ``[B, H, T, D]`` over the lists of `_select`; what is padding has zeros."""
+    query, mask, k_len = call.query, call.mask, call.k_len
+    key, value = call.key[:, :, :k_len], call.value[:, :, :k_len]
+    options = call.logits | {"impl": "auto" if call.running.impl == "sparse" else call.running.impl}
+    with _timed(call.state, "attention", query):
+        if mask.rows is None:
+            lengths = None if mask.lengths is None else torch.tensor(mask.lengths)
+            return block_sparse_attention(query, key, value, blocks[0], lengths=lengths, **options)
+        outs = {}
+        for row, lists in zip(mask.rows, blocks):
+            q, k = _real(row, query, key)
+            v = value[row.row : row.row + 1, :, row.keys.to(value.device)]
+            found = block_sparse_attention(q, k, v, lists, **options)
+            outs[row.row] = torch.zeros_like(query[:1]).index_copy(2, row.queries.to(query.device), found)
+        padding = torch.zeros_like(query[:1])
+        return torch.cat([outs.get(b, padding) for b in range(query.shape[0])])
 
 
 def _real(row: Row, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,40 +256,21 @@ def _real(row: Row, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return query[b, :, row.queries.to(query.device)], key[b, :, row.keys.to(key.device)]
 
 
-def logits_of(query: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What makes attention logits of q and k, under the names of our ops."""
-    scale = kwargs.get("scaling")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return {"scale": scale, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
-
-
 def _timed(state: LayerState, part: Literal["index", "attention"], query: Tensor) -> AbstractContextManager[None]:
     """What takes the time of a part of a call, if somebody asked for it."""
     meter = time_meter(state.attachment)
     return nullcontext() if meter is None else meter.measure(state.layer, part, query)
 
 
-def _check_mask(mask: CallMask | Tensor | None) -> CallMask:
-    if not isinstance(mask, CallMask):
-        got = "None" if mask is None else f"shape {list(mask.shape)}"
-        raise Unservable(
-            f"attention_mask must be a 2-D padding mask [B, S] or None, got {got}; sparse attention cannot follow a "
-            "finished mask"
-        )
-    return mask
-
-
-def _count_dense(
-    state: LayerState, running: Running, query: Tensor, mask: CallMask | Tensor | None, k_len: int
-) -> None:
+def _count_dense(call: Prefill) -> None:
     """Counts every causal block of a call that runs dense."""
-    meters = density_meters(state.attachment)
+    meters = density_meters(call.state.attachment)
     if not meters:
         return
-    gate = running.gates.get(state.layer)
-    sizes = (_BLOCK_Q, 64) if gate is None else (gate.config.block_q, gate.config.block_k)
-    shape = {"batch": 1, "heads": state.heads, "block_q": sizes[0], "block_k": sizes[1], "device": query.device}
-    q_len, rows = query.shape[2], [(query.shape[2], k_len)] * query.shape[0]
+    gate, state, mask, q_len = call.running.gates.get(call.state.layer), call.state, call.mask, call.q_len
+    sizes = (NO_GATE_BLOCK, NO_GATE_BLOCK) if gate is None else (gate.config.block_q, gate.config.block_k)
+    shape = {"batch": 1, "heads": state.heads, "block_q": sizes[0], "block_k": sizes[1], "device": call.query.device}
+    rows = [(q_len, call.k_len)] * call.query.shape[0]
     if isinstance(mask, CallMask):
         try:
             if mask.rows is not None:

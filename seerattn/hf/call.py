@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seerattn.hf.mask import CallMask, Unservable
 from seerattn.hf.rotary import gate_frequencies
-from seerattn.hf.state import LayerState, Tables
-from seerattn.selection.selector import AttentionContext, RotaryTables
+from seerattn.hf.state import CAPTURE, Capture, LayerState, Running, Tables, check_filled
+from seerattn.selection.selector import AttentionContext, RotaryTables, Selector
 
 # Tables of neighbouring positions differ by up to 1 in their fastest channel; bf16 rounds theirs by 4e-3.
 _SAME_TABLES = 1e-2
+# Query and key block of what has no gate to ask.
+NO_GATE_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,117 @@ class LayerCall:
         yield steps[None]
         if slots is not None:
             yield slots.cpu()[None]
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """One call of more than one query, of a full-attention layer that was attached to.
+
+    Attributes:
+        module: the attention module.
+        query: post-RoPE ``[B, H, T, D]``.
+        key: post-RoPE ``[B, HKV, S, D]``, a static cache in full.
+        value: ``[B, HKV, S, D]``.
+        mask: what the layer was handed.
+        seer: the layer, and what only its module saw.
+        running: what the layers of this forward run.
+        capture: what this forward shows its attention to, or None.
+        kwargs: what the architecture passes on.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: CallMask | Tensor | None
+    seer: LayerCall
+    running: Running
+    capture: Capture | None
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: CallMask | Tensor | None,
+        seer: LayerCall,
+        kwargs: dict[str, Any],
+    ) -> Prefill:
+        """Finds what the layer runs in this forward, and refuses a gate that nothing filled."""
+        attachment, index = seer.state.attachment, seer.state.layer
+        own = isinstance(mask, CallMask)
+        running = mask.running(attachment) if own else attachment.now()
+        capture = mask.capture if own else CAPTURE.get()
+        if index in running.gates:
+            check_filled(running.gates[index], index)
+        return cls(module, query, key, value, mask, seer.on(query.device), running, capture, kwargs)
+
+    @property
+    def state(self) -> LayerState:
+        """Of the layer."""
+        return self.seer.state
+
+    @property
+    def selector(self) -> Selector | None:
+        """What chooses the blocks of the call; None where that is nothing, or the call goes on with an answer.
+
+        It does so, as decoding does, with fewer queries than a block against a cache. Where attention is captured
+        nothing chooses.
+        """
+        selector = None if self.capture is not None else self.running.selectors.get(self.state.layer)
+        gate = self.running.gates.get(self.state.layer)
+        block_q = NO_GATE_BLOCK if gate is None else gate.config.block_q
+        return None if selector is None or self.q_len < min(self.k_len, block_q) else selector
+
+    @property
+    def q_len(self) -> int:
+        """Query slots, padding included."""
+        return self.query.shape[2]
+
+    @property
+    def k_len(self) -> int:
+        """Key slots, padding included; those of a static cache as far as they are filled."""
+        return self.mask.k_len if isinstance(self.mask, CallMask) else self.key.shape[2]
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What `prefer_dense` asks of the call beside its density."""
+        return {"q_len": self.q_len, "k_len": self.k_len, "device": self.query.device}
+
+    @property
+    def auto(self) -> bool:
+        """Whether the call may also run dense."""
+        return self.running.impl == "auto"
+
+    @property
+    def described_mask(self) -> CallMask:
+        """The mask as the model described it.
+
+        Raises:
+            Unservable: the layer was handed a finished one.
+        """
+        if not isinstance(self.mask, CallMask):
+            got = "None" if self.mask is None else f"shape {list(self.mask.shape)}"
+            raise Unservable(
+                f"attention_mask must be a 2-D padding mask [B, S] or None, got {got}; sparse attention cannot follow "
+                "a finished mask"
+            )
+        return self.mask
+
+    @property
+    def logits(self) -> dict[str, Any]:
+        """What makes attention logits of q and k, under the names of our ops."""
+        return logits_of(self.query, self.kwargs)
+
+
+def logits_of(query: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What makes attention logits of q and k, under the names of our ops, from what an architecture passes on."""
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return {"scale": scale, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
 
 
 def state_key(state: LayerState) -> tuple:

@@ -1,24 +1,29 @@
-"""Watching the attention of a model that runs as always: what searches and profiles over a model are made from."""
+"""Watching the attention of a model that runs dense: what searches, calibrations and measurements of maps are made of.
+
+One way leads to the attention of a model: a `seerattn.hf.state.Capture`, which takes the place of the selectors for the
+length of a ``with`` and is shown every call that they could choose for. Gates learn by one (`seerattn.hf.distillation`,
+`seerattn.hf.finetuning`), and `watch_attention` is another, for all that only looks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch import Tensor
 
-from seerattn.hf.attention import IMPLEMENTATIONS, logits_of, seer_attention
-from seerattn.hf.mask import CallMask, make_mask
-from seerattn.hf.placement import dense_implementation, implementation
-from seerattn.hf.probe import probe
-from seerattn.hf.state import attachment_of
+from seerattn.hf.attach import attach, detach
+from seerattn.hf.mask import CallMask
+from seerattn.hf.state import Attachment, Capture, attachment_of, capturing
+from seerattn.selection.selector import AttentionContext
 
-# "flash" and "sdpa" in a name would make transformers look for those libraries.
-_WATCHED = {dense: f"{ours}_watched" for dense, ours in IMPLEMENTATIONS.items()}
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from seerattn.hf.call import Prefill
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,86 +31,83 @@ class AttentionCall:
     """One call of a full-attention layer and what came out of it.
 
     Attributes:
-        layer: index of the decoder layer.
         query: post-RoPE ``[B, H, T, D]``; the last query is the last key.
         key: post-RoPE ``[B, HKV, S, D]``.
         value: ``[B, HKV, S, D]``.
         output: ``[B, T, H, D]``, the very tensor that the layer goes on with, in the autograd graph if there is one.
-        scale: factor of q.k before the softmax.
-        softcap: tanh soft cap of the logits, or None.
-        sinks: ``[H]`` logits of one more key without a value, or None.
+        context: what a selector would know of the call.
     """
 
-    layer: int
     query: Tensor
     key: Tensor
     value: Tensor
     output: Tensor
-    scale: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
+    context: AttentionContext
+
+    @property
+    def layer(self) -> int:
+        """Index of the decoder layer."""
+        return self.context.layer
+
+    @property
+    def scale(self) -> float:
+        """Factor of q.k before the softmax."""
+        return self.context.scale
+
+    @property
+    def softcap(self) -> float | None:
+        """Tanh soft cap of the logits, or None."""
+        return self.context.softcap
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """``[H]`` logits of one more key without a value, or None."""
+        return self.context.sinks
 
 
 See = Callable[[AttentionCall], None]
 
 
 @contextmanager
-def watch_attention(model: PreTrainedModel, see: See) -> Iterator[None]:
-    """Shows every attention call of more than one query inside the ``with``; the model computes what it always does.
+def watch_attention(model: PreTrainedModel | PeftModel, see: See) -> Iterator[None]:
+    """Shows every attention call of more than one query inside the ``with``, in which the model runs dense.
 
-    Seen are the layers that `attach` would make sparse, so no sliding-window layers. Under gradient checkpointing a
+    Seen are the layers that `attach` would make sparse, so no sliding-window layers. Gates and selectors that the model
+    has choose nothing meanwhile; a model that has none computes what it always does. Under gradient checkpointing a
     call is seen again when the backward pass runs it again.
 
     Args:
-        model: a causal language model without gates or selectors; it is left as it was.
+        model: a causal language model; it is left as it was.
         see: called after each attention, before the layer goes on.
 
     Raises:
-        ValueError: the model cannot be served or has selectors; inside the ``with``, a batch with padding, packed
-            documents, or another mask than causality.
+        ValueError: the model cannot be served; inside the ``with``, a batch with padding, packed documents, or another
+            mask than causality.
     """
-    if attachment_of(model) is not None:
-        raise ValueError("model must have no gates or selectors to be watched, got one with some; detach them first")
-    layers = probe(model)
-    with ExitStack() as stack:
-        stack.enter_context(implementation(model, _WATCHED[dense_implementation(model)]))
-        for layer in layers:
-            hook = partial(_show_to, layer=layer.layer, see=see)
-            stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield
+    plain = attachment_of(model) is None
+    if plain:
+        attach(model, lambda layer: None)
+    try:
+        with capturing(_Watching(attachment_of(model), see)):
+            yield
+    finally:
+        if plain:
+            detach(model)
 
 
-def _show_to(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], *, layer: int, see: See
-) -> tuple[tuple, dict[str, Any]]:
-    return args, kwargs | {"seer_watch": (layer, see)}
+@dataclass(frozen=True, eq=False)
+class _Watching(Capture):
+    attachment: Attachment
+    show: See
 
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: CallMask | Tensor | None,
-    *,
-    dense: str,
-    seer_watch: tuple[int, See] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    out, weights = seer_attention(module, query, key, value, attention_mask, dense=dense, **kwargs)
-    if seer_watch is not None and query.shape[2] > 1:
-        mask = attention_mask
+    def see(self, call: Prefill, output: Tensor) -> None:
+        if call.state.attachment is not self.attachment:
+            return  # another model that runs meanwhile
+        mask, k_len = call.mask, call.k_len
         if not isinstance(mask, CallMask) or not mask.is_whole or not mask.is_causal:
             raise ValueError(
                 "attention_mask must be None, or ones, while attention is watched, got padding, packed documents or "
                 "an overlay; run rows one by one"
             )
-        layer, see = seer_watch
-        key, value = key[:, :, : mask.k_len], value[:, :, : mask.k_len]
-        see(AttentionCall(layer, query, key, value, out, **logits_of(query, kwargs)))
-    return out, weights
-
-
-for _dense, _name in _WATCHED.items():
-    AttentionInterface.register(_name, partial(_attend, dense=_dense))
-    AttentionMaskInterface.register(_name, partial(make_mask, dense=_dense))
+        context = call.seer.context(row=None, q_len=call.q_len, k_len=k_len, mask=mask, **call.logits)
+        self.show(AttentionCall(call.query, call.key[:, :, :k_len], call.value[:, :, :k_len], output, context))

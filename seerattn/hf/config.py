@@ -113,7 +113,7 @@ class SeerConfig(PeftConfig):
         if here != there:
             raise ValueError(
                 f"budgets must be those of the gates, with {here:.200}, got budgets for {there:.200}; make them with "
-                "seerattn eval calibrate --budgets"
+                "seerattn calibrate --budgets"
             )
         return budgets
 

@@ -17,11 +17,12 @@ from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.pooling import Pooled
 from seerattn.gate_selector import pooled_inputs
 from seerattn.hf.mask import CallMask, document_numbers
+from seerattn.hf.state import Capture
 from seerattn.ops.attention_map import attention_map
 from seerattn.selection.block_indices import num_query_blocks
 
 if TYPE_CHECKING:
-    from seerattn.hf.call import LayerCall
+    from seerattn.hf.call import LayerCall, Prefill
 
 
 class GateLoss(Protocol):
@@ -54,7 +55,7 @@ class GateLoss(Protocol):
         ...
 
 
-class GateLosses:
+class GateLosses(Capture):
     """Dense attention that collects the gates' losses of one forward; the base model is left alone.
 
     Not a dataclass: wrappers such as FSDP would pass on a copy of one.
@@ -86,11 +87,23 @@ class GateLosses:
         self.target_share, self.seed, self.step = target_share, seed, step
         self._rows: dict[int, list[tuple[int, Tensor, dict[str, Tensor]]]] = {}
 
+    def attend(self, call: Prefill) -> Tensor | None:
+        """See `Capture.attend`; layers without a gate are the model's own."""
+        if call.state.gate is None:
+            return None
+        self.reached = True
+        if call.kwargs.get("dropout"):
+            raise ValueError(f"attention dropout must be 0 while gates learn, got {call.kwargs['dropout']}")
+        return self.learn(call.query, call.key, call.value, call.described_mask, call.seer, call.logits)
+
     @torch.no_grad()
-    def attend(
+    def learn(
         self, query: Tensor, key: Tensor, value: Tensor, mask: CallMask, call: LayerCall, logits: dict[str, Any]
     ) -> Tensor | None:
-        """See `GateTraining.attend`; left-padded batches may be given where the whole target is learned."""
+        """Attention of one layer with a gate, see `attend`, and the loss of its gate on the way.
+
+        Left-padded batches may be given where the whole target is learned.
+        """
         check_whole(query, mask)
         if self.target_share < 1:
             check_unpadded(mask)

@@ -63,10 +63,10 @@ class SparseTraining(GateLosses):
         self.blocks: dict[int, list[list[BlockIndices]]] = {}
         self._groups: list[list[Group]] | None = None
 
-    def attend(
+    def learn(
         self, query: Tensor, key: Tensor, value: Tensor, mask: CallMask, call: LayerCall, logits: dict[str, Any]
     ) -> Tensor | None:
-        """See `GateTraining.attend`; differentiable in all but the choice of the blocks."""
+        """See `GateLosses.learn`; differentiable in all but the choice of the blocks."""
         check_whole(query, mask)
         check_unpadded(mask)
         device, state = query.device.type, call.state

@@ -76,7 +76,8 @@ def check_sizes(base: Any, layers: Sequence[int] | None) -> None:
         raise ValueError(f"base_model of gates must hold the sizes of their model, got {type(base).__name__}")
     for field in _SIZES:
         value = base.get(field)
-        whole = isinstance(value, list) and value and (layers is None or len(value) == len(layers))
+        by_layer = isinstance(value, list) and field != "num_hidden_layers"
+        whole = by_layer and value and (layers is None or len(value) == len(layers))
         each = value if whole else [value]
         if not all(isinstance(size, int) and not isinstance(size, bool) and 0 < size <= 1 << 24 for size in each):
             raise ValueError(f"{field} in base_model of gates must be a positive number, got {str(value)[:40]}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-from seerattn.hf.state import LEARNING, Attachment, Running, Tables
+from seerattn.hf.state import CAPTURE, Attachment, Running, Tables
 
 # Query rows of a mask that are compared with causality at once: 64 MiB of booleans at 128k keys.
 _STRIP = 512
@@ -42,7 +42,7 @@ class CallMask:
     every layer finds it, also one that gradient checkpointing runs again in another thread.
 
     Attributes:
-        learning: the training of the forward, or None.
+        capture: what the forward shows its attention to, or None.
         dense_densities: densities for which a layer of this forward found dense attention faster: the other layers
             need not ask, which took 17 us each of a short prompt.
         tables: rotary tables of cached keys, by rotation and row.
@@ -59,7 +59,7 @@ class CallMask:
         self._dense = dense
         self._arguments = arguments
         self._running: dict[Attachment, Running] = {}
-        self.learning = LEARNING.get()
+        self.capture = CAPTURE.get()
         self.dense_densities: set[float | None] = set()
         self.tables: dict[Any, Tables] = {}
         self.positions_end: int | None = None

@@ -1,6 +1,6 @@
 """Proves, on the model at hand, what attachment assumes of its attention layers.
 
-There is no table of architectures. A forward of 16 tokens through a spy finds the layers that reach the attention
+There is no table of architectures. A forward of 16 tokens through a recorder finds the layers that reach the attention
 interface, and `seerattn.hf.proof` proves each. Two more forwards show what a layer does against a cache, and one at
 positions beyond the original length what a RoPE that depends on the length does there.
 
@@ -28,9 +28,9 @@ from seerattn.hf.mask import CallMask, make_mask
 from seerattn.hf.placement import dense_implementation, execution_device, implementation
 from seerattn.hf.proof import (
     MARKER,
-    SPY,
+    RECORDER,
+    Recorder,
     Seen,
-    Spy,
     cached_reason,
     check_inputs,
     prove_attention,
@@ -52,13 +52,13 @@ def _spy_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     reached = kwargs.pop(MARKER, None) == id(module)
-    SPY.get().calls.append(Seen(module, query, key, value, attention_mask, kwargs, reached))
+    RECORDER.get().calls.append(Seen(module, query, key, value, attention_mask, kwargs, reached))
     batch, heads, tokens, _ = query.shape
     return value.new_zeros(batch, tokens, heads, value.shape[-1]), None
 
 
 def _spy_mask(**arguments: Any) -> CallMask | Tensor | None:
-    return make_mask(dense=SPY.get().dense, **arguments)
+    return make_mask(dense=RECORDER.get().dense, **arguments)
 
 
 AttentionInterface.register(PROBE, _spy_attention)
@@ -118,7 +118,7 @@ def _probe(model: PreTrainedModel) -> list[AttentionLayer]:
         raise ValueError(f"model must be a decoder-only language model, got {name}, an encoder-decoder")
     dense = dense_implementation(model)
     names = {module: key for key, module in model.named_modules()}
-    with _watching(model, dense) as spy:
+    with _watching(model, dense) as recorder:
         try:
             _forward(model, _ids(model))
         except _CALL_ERRORS as error:
@@ -126,7 +126,7 @@ def _probe(model: PreTrainedModel) -> list[AttentionLayer]:
                 f"model must run with an attention function and a mask that are not its own, got {name}, in which that "
                 f"ends in {type(error).__name__}: {str(error)[:200]}"
             ) from error
-        calls = spy.take()
+        calls = recorder.take()
         if not calls:
             raise ValueError(
                 f"model must call its attention through the transformers attention interface, got {name}, which does "
@@ -141,10 +141,10 @@ def _probe(model: PreTrainedModel) -> list[AttentionLayer]:
         if not full:
             raise ValueError(f"model must have full-attention layers, got {name}, whose layers are all sliding-window")
         _check_numbers(full, names, name)
-        layers = [_prove(call, spy, names[call.module], name, dense) for call in full]
+        layers = [_prove(call, recorder, names[call.module], name, dense) for call in full]
         if not full[0].query.is_meta:
-            _prove_beyond(model, spy, layers, name)
-            layers = _prove_cached(model, spy, layers, full)
+            _prove_beyond(model, recorder, layers, name)
+            layers = _prove_cached(model, recorder, layers, full)
     return layers
 
 
@@ -159,15 +159,17 @@ def _check_numbers(calls: list[Seen], names: dict[nn.Module, str], model: str) -
             raise ValueError(f"attention modules must {what}, got {found} for {times} of them in {model}")
 
 
-def _prove(call: Seen, spy: Spy, name: str, model: str, dense: str) -> AttentionLayer:
+def _prove(call: Seen, recorder: Recorder, name: str, model: str, dense: str) -> AttentionLayer:
     where = f"{model}, at {name}"
     check_inputs(call, where)
     if call.query.is_meta:
-        tables = rotary_tables(call, spy, where)
-        rotation = None if tables is None else replace(whole_rotation(call, tables[0], spy, where), function=unproven)
+        tables = rotary_tables(call, recorder, where)
+        rotation = (
+            None if tables is None else replace(whole_rotation(call, tables[0], recorder, where), function=unproven)
+        )
     else:
         prove_attention(call, dense, where)
-        rotation = prove_rotation(call, spy, where)
+        rotation = prove_rotation(call, recorder, where)
     return AttentionLayer(
         name=name,
         module=call.module,
@@ -179,7 +181,7 @@ def _prove(call: Seen, spy: Spy, name: str, model: str, dense: str) -> Attention
     )
 
 
-def _prove_beyond(model: PreTrainedModel, spy: Spy, layers: list[AttentionLayer], name: str) -> None:
+def _prove_beyond(model: PreTrainedModel, recorder: Recorder, layers: list[AttentionLayer], name: str) -> None:
     """Proves rotations that depend on the length once more, where the model rotates long calls."""
     by_module = {layer.module: layer for layer in layers if layer.rotation and layer.rotation.depends_on_length}
     if not by_module:
@@ -187,28 +189,28 @@ def _prove_beyond(model: PreTrainedModel, spy: Spy, layers: list[AttentionLayer]
     original = max(layer.rotation.original_length for layer in by_module.values())
     ids = _ids(model)
     _forward(model, ids, position_ids=original + torch.arange(ids.shape[1], device=ids.device)[None])
-    for call in spy.take():
+    for call in recorder.take():
         if call.module in by_module:
-            prove_rotation(call, spy, f"{name}, at {by_module[call.module].name} beyond {original} tokens")
+            prove_rotation(call, recorder, f"{name}, at {by_module[call.module].name} beyond {original} tokens")
 
 
 def _prove_cached(
-    model: PreTrainedModel, spy: Spy, layers: list[AttentionLayer], whole: list[Seen]
+    model: PreTrainedModel, recorder: Recorder, layers: list[AttentionLayer], whole: list[Seen]
 ) -> list[AttentionLayer]:
     """Finds, of every layer, why it could not be followed against a cache."""
     first, second = _ids(model).tensor_split(2, dim=1)
     reasons: dict[nn.Module, str | None] = {}
     try:
         cache = getattr(_forward(model, first, use_cache=True), "past_key_values", None)
-        spy.take()
+        recorder.take()
         if cache is not None:
             _forward(model, second, use_cache=True, past_key_values=cache)
-            calls = {call.module: call for call in spy.take()}
+            calls = {call.module: call for call in recorder.take()}
             for layer, one_shot in zip(layers, whole):
                 if layer.module in calls:
-                    reasons[layer.module] = cached_reason(layer, calls[layer.module], one_shot, spy)
+                    reasons[layer.module] = cached_reason(layer, calls[layer.module], one_shot, recorder)
     except _CALL_ERRORS as error:
-        spy.take()
+        recorder.take()
         reasons = {layer.module: f"{type(error).__name__}: {str(error)[:100]}" for layer in layers}
     return [replace(layer, not_cached=reasons.get(layer.module, "it keeps no cache")) for layer in layers]
 
@@ -231,19 +233,19 @@ def _kept(modules: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _watching(model: PreTrainedModel, dense: str) -> Iterator[Spy]:
-    spy = Spy(dense)
-    token = SPY.set(spy)
+def _watching(model: PreTrainedModel, dense: str) -> Iterator[Recorder]:
+    recorder = Recorder(dense)
+    token = RECORDER.set(recorder)
 
     def see_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        spy.inputs[module] = (args, kwargs)
+        recorder.inputs[module] = (args, kwargs)
         return args, kwargs | {MARKER: id(module)}
 
     def see_tables(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        spy.tables.append((module, args, kwargs, output))
+        recorder.tables.append((module, args, kwargs, output))
 
     with ExitStack() as stack:
-        stack.callback(SPY.reset, token)
+        stack.callback(RECORDER.reset, token)
         stack.enter_context(torch.no_grad())
         stack.enter_context(implementation(model, PROBE))
         stack.enter_context(_kept([module for module in model.modules() if _is_rotary(module)]))
@@ -256,7 +258,7 @@ def _watching(model: PreTrainedModel, dense: str) -> Iterator[Spy]:
                 hasattr(module, "layer_idx") or "position_embeddings" in inspect.signature(module.forward).parameters
             ):
                 stack.callback(module.register_forward_pre_hook(see_inputs, with_kwargs=True).remove)
-        yield spy
+        yield recorder
 
 
 def _is_rotary(module: nn.Module) -> bool:

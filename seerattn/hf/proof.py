@@ -1,6 +1,6 @@
 """The proofs of one attention layer: what it computes is what our ops compute, and its rotation can be undone.
 
-Each runs on what a spy saw of a short forward and refuses with the reason that it found.
+Each runs on what a recorder saw of a short forward and refuses with the reason that it found.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from seerattn.hf.attention import logits_of
-from seerattn.hf.call import LayerCall
+from seerattn.hf.call import LayerCall, logits_of
 from seerattn.hf.mask import CallMask, Unservable
 from seerattn.hf.rotary import Rotation
 from seerattn.hf.state import Attachment, AttentionLayer, LayerState, Tables
@@ -46,7 +45,7 @@ class Seen(NamedTuple):
 
 
 @dataclass
-class Spy:
+class Recorder:
     """What forwards showed, of a model whose attention was ``dense`` before."""
 
     dense: str
@@ -60,7 +59,7 @@ class Spy:
         return calls
 
 
-SPY: ContextVar[Spy] = ContextVar("seerattn_spy")
+RECORDER: ContextVar[Recorder] = ContextVar("seerattn_recorder")
 
 
 def check_inputs(call: Seen, where: str) -> None:
@@ -113,21 +112,21 @@ def prove_attention(call: Seen, dense: str, where: str) -> None:
         )
 
 
-def prove_rotation(call: Seen, spy: Spy, where: str) -> Rotation | None:
+def prove_rotation(call: Seen, recorder: Recorder, where: str) -> Rotation | None:
     """Finds how a layer rotates and proves that it can be undone; None if it does not rotate.
 
     Raises:
         ValueError: the layer rotates in a way that cannot be found or undone.
     """
-    tables = rotary_tables(call, spy, where)
+    tables = rotary_tables(call, recorder, where)
     if tables is None:
-        _prove_still(call, spy, where)
+        _prove_still(call, recorder, where)
         return None
     cos, sin = tables
-    raw = _again(call, spy, position_embeddings=(torch.ones_like(cos), torch.zeros_like(sin)))
+    raw = _again(call, recorder, position_embeddings=(torch.ones_like(cos), torch.zeros_like(sin)))
     if torch.equal(raw.query, call.query) and torch.equal(raw.key, call.key):
         return None
-    rotation = _find_rotation(call, cos, sin, spy, where)
+    rotation = _find_rotation(call, cos, sin, recorder, where)
     for turned, still in ((call.query, raw.query), (call.key, raw.key)):
         error = _error(rotation.unrotate(turned, cos, sin), still)
         if not error <= TOLERANCE[turned.dtype]:
@@ -138,13 +137,13 @@ def prove_rotation(call: Seen, spy: Spy, where: str) -> Rotation | None:
     return rotation
 
 
-def rotary_tables(call: Seen, spy: Spy, where: str) -> Tables | None:
+def rotary_tables(call: Seen, recorder: Recorder, where: str) -> Tables | None:
     """The rotary tables that a module was given, None if it takes none.
 
     Raises:
         ValueError: it was given something else.
     """
-    tables = spy.inputs[call.module][1].get("position_embeddings")
+    tables = recorder.inputs[call.module][1].get("position_embeddings")
     if tables is not None and not (
         isinstance(tables, tuple)
         and len(tables) == 2
@@ -157,21 +156,21 @@ def rotary_tables(call: Seen, spy: Spy, where: str) -> Tables | None:
     return tables
 
 
-def cached_reason(layer: AttentionLayer, call: Seen, one_shot: Seen, spy: Spy) -> str | None:
+def cached_reason(layer: AttentionLayer, call: Seen, one_shot: Seen, recorder: Recorder) -> str | None:
     """Why a layer cannot be followed against a cache; None if cached keys are those of one call, and tell their tables.
 
     Args:
         layer: what was proven of it.
         call: of the second half of the tokens, against a cache of the first.
         one_shot: of all tokens.
-        spy: what the second half showed.
+        recorder: what the second half showed.
     """
     if call.key.shape != one_shot.key.shape or not isinstance(call.mask, CallMask):
         return f"its cache gives keys {list(call.key.shape)} for {list(one_shot.key.shape)}"
     if not _error(call.key, one_shot.key) <= OUTPUT_TOLERANCE[call.key.dtype]:
         return "its cache holds other keys than one call has"
-    _, kwargs = spy.inputs[layer.module]
-    state = LayerState(layer, Attachment(spy.dense, {layer.layer: layer}))
+    _, kwargs = recorder.inputs[layer.module]
+    state = LayerState(layer, Attachment(recorder.dense, {layer.layer: layer}))
     again = LayerCall(state, kwargs.get("position_embeddings"), kwargs.get("position_ids"))
     lengths = {"row": None, "q_len": call.query.shape[2], "k_len": call.key.shape[2]}
     try:
@@ -181,13 +180,13 @@ def cached_reason(layer: AttentionLayer, call: Seen, one_shot: Seen, spy: Spy) -
     return None
 
 
-def _prove_still(call: Seen, spy: Spy, where: str) -> None:
+def _prove_still(call: Seen, recorder: Recorder, where: str) -> None:
     """Proves that a layer that is given no rotary tables does not rotate by itself."""
     rotary = [name for name, _ in call.module.named_buffers() if name.endswith(("inv_freq", "embed_positions"))]
-    _, kwargs = spy.inputs[call.module]
+    _, kwargs = recorder.inputs[call.module]
     ids = kwargs.get("position_ids")
     moved = {} if ids is None else {"position_ids": ids + 7}
-    again = _again(call, spy, **moved)
+    again = _again(call, recorder, **moved)
     if rotary or not (torch.equal(again.query, call.query) and torch.equal(again.key, call.key)):
         raise ValueError(
             f"attention modules must take rotary tables (cos, sin) as position_embeddings, got {where}, which makes "
@@ -195,19 +194,19 @@ def _prove_still(call: Seen, spy: Spy, where: str) -> None:
         )
 
 
-def _again(call: Seen, spy: Spy, **changed: Any) -> Seen:
+def _again(call: Seen, recorder: Recorder, **changed: Any) -> Seen:
     """What the attention function is given when the module runs with other keywords."""
-    args, kwargs = spy.inputs[call.module]
-    before = spy.take()
+    args, kwargs = recorder.inputs[call.module]
+    before = recorder.take()
     call.module(*args, **kwargs | changed)
-    found = spy.take()[-1]
-    spy.calls = before
-    spy.inputs[call.module] = (args, kwargs)
+    found = recorder.take()[-1]
+    recorder.calls = before
+    recorder.inputs[call.module] = (args, kwargs)
     return found
 
 
-def _find_rotation(call: Seen, cos: Tensor, sin: Tensor, spy: Spy, where: str) -> Rotation:
-    whole = whole_rotation(call, cos, spy, where)
+def _find_rotation(call: Seen, cos: Tensor, sin: Tensor, recorder: Recorder, where: str) -> Rotation:
+    whole = whole_rotation(call, cos, recorder, where)
     x = torch.randn(call.query.shape, generator=torch.Generator().manual_seed(0)).to(call.query.device)
     for width in (whole.width, 2 * cos.shape[-1], cos.shape[-1]):
         if width > whole.width:
@@ -222,13 +221,13 @@ def _find_rotation(call: Seen, cos: Tensor, sin: Tensor, spy: Spy, where: str) -
     raise ValueError(f"the rotary function must be undone by negating the sine, which {where} does not allow")
 
 
-def whole_rotation(call: Seen, cos: Tensor, spy: Spy, where: str) -> Rotation:
+def whole_rotation(call: Seen, cos: Tensor, recorder: Recorder, where: str) -> Rotation:
     """The rotation of all channels of a head; nothing of it is proven."""
     function = rotary_function(call.module)
     if function is None:
         raise ValueError(f"the modeling file must have an apply_rotary_pos_emb, which {where} lacks")
     # A sharded model moves them to the device of a layer.
-    made = next((t for t in spy.tables if isinstance(t[3], tuple) and _same_tensor(t[3][0], cos)), None)
+    made = next((t for t in recorder.tables if isinstance(t[3], tuple) and _same_tensor(t[3][0], cos)), None)
     if made is None:
         raise ValueError(f"the rotary tables must come from a rotary module of the decoder, got others in {where}")
     embedding, args, kwargs, _ = made

@@ -2,7 +2,7 @@
 
 Every attention layer that was attached to has a `LayerState`; all of a model share one `Attachment`. What the layers
 run is a `Running`, which is replaced as a whole: a forward takes it once, with its mask, and is never run half by one
-policy and half by another. `policy` and `learning` put something else in its place for one context, so requests that
+policy and half by another. `policy` and `capturing` put something else in its place for one context, so requests that
 are served side by side do not see each other.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -25,8 +25,7 @@ from seerattn.selection.policies import Policy
 from seerattn.selection.selector import Selector
 
 if TYPE_CHECKING:
-    from seerattn.hf.call import LayerCall
-    from seerattn.hf.mask import CallMask
+    from seerattn.hf.call import Prefill
 
 # Rotary tables (cos, sin).
 Tables = tuple[Tensor, Tensor]
@@ -222,17 +221,18 @@ def check_fits(policy: Policy | None, attachment: Attachment) -> None:
     budgets = attachment.budgets.get(attachment.active)
     if budgets is not None and shares_density(policy):
         budgets.check(policy.density)
-    for name in ("density", "threshold", "p"):
-        knob = getattr(policy, name, None)
-        if knob is None or isinstance(knob, (int, float)):
-            continue
-        for layer, gate in attachment.gates().items():
-            heads = len(knob[layer]) if layer < len(knob) else 0
-            if heads != gate.mask_heads:
-                raise ValueError(
-                    f"{name} must be one number, or one a head of every layer, got {heads} for layer {layer} with "
-                    f"{gate.mask_heads}; calibrate the policy on this model"
-                )
+    if policy is None or policy.knob is None:
+        return
+    name, knob = policy.knob
+    if isinstance(knob, (int, float)):
+        return
+    for layer, gate in attachment.gates().items():
+        heads = len(knob[layer]) if layer < len(knob) else 0
+        if heads != gate.mask_heads:
+            raise ValueError(
+                f"{name} must be one number, or one a head of every layer, got {heads} for layer {layer} with "
+                f"{gate.mask_heads}; calibrate the policy on this model"
+            )
 
 
 _POLICIES: ContextVar[tuple[tuple[Attachment, Running], ...]] = ContextVar("seerattn_policies", default=())
@@ -274,57 +274,55 @@ def check_gated(model: nn.Module, policy: Policy | None) -> Attachment:
     return attachment
 
 
-class GateTraining(Protocol):
-    """What attends in the layers with a gate while the gates learn."""
+class Capture:
+    """What is shown the attention of a forward in place of its selectors; see `capturing`.
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: CallMask, call: LayerCall, logits: dict[str, Any]
-    ) -> Tensor | None:
-        """Attention of one layer ``[B, H, T, D]``, or None to leave it to the model's own dense attention.
-
-        Args:
-            query: post-RoPE ``[B, H, T, D]``.
-            key: post-RoPE ``[B, HKV, S, D]``.
-            value: ``[B, HKV, S, D]``.
-            mask: of the forward.
-            call: of the layer.
-            logits: scale, softcap and sinks, under the names of our ops.
-        """
-        ...
-
-
-@dataclass(eq=False)
-class Learning:
-    """The training of one forward; not a keyword of the model, which some decoder layers do not pass on.
+    Shown is each call that a selector could choose for: of more than one query, in a full-attention layer that was
+    attached to. Gates learn by it (`GateLosses`, `SparseTraining`), and so does a model show what it computes
+    (`watch_attention`).
 
     Attributes:
-        training: attends in place of the selectors.
-        reached: whether a layer with a gate saw it.
+        reached: whether a layer took part, as captures count it.
     """
 
-    training: GateTraining
-    reached: bool = False
+    reached = False
+
+    def attend(self, call: Prefill) -> Tensor | None:
+        """Attention of one layer ``[B, H, T, D]``, or None to leave it to the model's own dense attention."""
+        return None
+
+    def see(self, call: Prefill, output: Tensor) -> None:
+        """Called with what the model's own attention gave, ``[B, T, H, D]``, before the layer goes on."""
 
 
-LEARNING: ContextVar[Learning | None] = ContextVar("seerattn_learning", default=None)
+CAPTURE: ContextVar[Capture | None] = ContextVar("seerattn_capture", default=None)
 
 
 @contextmanager
-def learning(training: GateTraining) -> Iterator[None]:
-    """Lets ``training`` attend in the layers with gates of the forward inside the ``with``.
+def capturing(capture: Capture) -> Iterator[None]:
+    """Shows ``capture`` the attention of the forwards inside the ``with``, in this thread or asyncio task alone.
 
-    A layer that gradient checkpointing runs again, in whatever thread, finds it with the mask of its forward.
+    A layer that gradient checkpointing runs again, in whatever thread, finds it with the mask of its forward. It is not
+    a keyword of the model, which some decoder layers do not pass on.
+    """
+    token = CAPTURE.set(capture)
+    try:
+        yield
+    finally:
+        CAPTURE.reset(token)
+
+
+@contextmanager
+def learning(training: Capture) -> Iterator[None]:
+    """Lets the gates of the forward inside the ``with`` learn by ``training``.
 
     Raises:
         ValueError: on the way out, no layer with a gate was reached.
     """
-    current = Learning(training)
-    token = LEARNING.set(current)
-    try:
+    training.reached = False
+    with capturing(training):
         yield
-    finally:
-        LEARNING.reset(token)
-    if not current.reached:
+    if not training.reached:
         raise ValueError("the forward must reach at least one layer with a gate, got none; attach gates first")
 
 

@@ -28,9 +28,9 @@ IMPLS: dict[str, dict[str, str]] = {
         "triton": "seerattn.ops.attention_map.triton_fwd",
         "reference": "seerattn.ops.attention_map.reference",
     },
-    # The reference of these is torch modules, outside of `ops`.
-    "gate_scores": {"triton": "seerattn.ops.gate_scores.triton_select", "reference": "seerattn.gate_selector"},
-    "pool_windows": {"triton": "seerattn.ops.gate_scores.triton_pool", "reference": "seerattn.gate_selector"},
+    # The reference of these is torch modules, which their caller hands over: see `implementation`.
+    "gate_scores": {"triton": "seerattn.ops.gate_scores.triton_select"},
+    "pool_windows": {"triton": "seerattn.ops.gate_scores.triton_pool"},
 }
 
 # Not chosen by "auto": betas of pinned versions, which compile for 4 to 8 s at the first call of every form.
@@ -39,27 +39,43 @@ ON_REQUEST = ("flash4",)
 
 def check_impl(op: str, impl: str) -> None:
     """Refuses a name that no implementation of ``op`` has."""
-    if impl not in ("auto", *IMPLS[op]):
-        raise ValueError(f"impl must be one of {', '.join(('auto', *IMPLS[op]))} for {op}, got {impl!r}")
+    if impl not in ("auto", *_names(op)):
+        raise ValueError(f"impl must be one of {', '.join(('auto', *_names(op)))} for {op}, got {impl!r}")
 
 
-def implementation(op: str, impl: str, device: torch.device, *args: Any, **kwargs: Any) -> ModuleType:
+def implementation(
+    op: str, impl: str, device: torch.device, *args: Any, reference: ModuleType | None = None, **kwargs: Any
+) -> ModuleType:
     """The module that serves a call of ``op`` with these arguments.
+
+    Args:
+        op: name of the op.
+        impl: "auto" or the name of an implementation.
+        device: where the call runs.
+        args: of the call.
+        reference: the caller's own, of an op that has none here.
+        kwargs: of the call.
 
     Raises:
         ValueError: an explicit ``impl`` that does not exist or cannot run; nothing is substituted for it.
     """
     check_impl(op, impl)
     if impl == "auto":
-        candidates = (import_module(IMPLS[op][name]) for name in _available(op, device))
+        candidates = (_module(op, name, reference) for name in _available(op, device))
         return next(m for m in candidates if not hasattr(m, "refusal") or m.refusal(*args, **kwargs) is None)
-    reason = _missing(impl, device)
-    if reason is None:
-        module = import_module(IMPLS[op][impl])
-        reason = module.refusal(*args, **kwargs) if hasattr(module, "refusal") else None
+    reason = refusal(op, impl, device, *args, **kwargs)
     if reason is not None:
         raise ValueError(f"impl={impl!r} cannot run this {op}: {reason}; use another impl, or 'auto'")
-    return module
+    return _module(op, impl, reference)
+
+
+def refusal(op: str, impl: str, device: torch.device, *args: Any, **kwargs: Any) -> str | None:
+    """Why one implementation cannot serve a call of ``op``, in a sentence; None if it can."""
+    reason = _missing(impl, device)
+    if reason is not None or impl == "reference":
+        return reason
+    module = _module(op, impl, None)
+    return module.refusal(*args, **kwargs)
 
 
 def preferred(op: str, impl: str, device: torch.device) -> str:
@@ -68,9 +84,18 @@ def preferred(op: str, impl: str, device: torch.device) -> str:
     return next(_available(op, device)) if impl == "auto" else impl
 
 
+def _names(op: str) -> tuple[str, ...]:
+    """Implementations of an op in their order; each has a reference, here or with its caller."""
+    return tuple(dict.fromkeys((*IMPLS[op], "reference")))
+
+
+def _module(op: str, impl: str, reference: ModuleType | None) -> ModuleType:
+    return reference if reference is not None and impl == "reference" else import_module(IMPLS[op][impl])
+
+
 def _available(op: str, device: torch.device) -> Iterator[str]:
     """Implementations that "auto" may choose on a device; Triton's interpreter is for tests and never chosen."""
-    for name in IMPLS[op]:
+    for name in _names(op):
         if name in ON_REQUEST:
             continue
         if name == "reference" or (device.type == "cuda" and _missing(name, device) is None):

@@ -95,14 +95,20 @@ class Policy(ABC):
         mask = self._keep(scores.masked_fill(hidden[:, None], -torch.inf), rows) | rows.forced
         return BlockIndices.from_mask(mask, block_q=block_q, block_k=block_k, q_start=q_start, q_len=q_len)
 
-    @cached_property
+    @property
     def nominal_density(self) -> float | None:
         """Density that the policy names, averaged over layers and heads; None where only scores can tell."""
-        density = getattr(self, "density", None)
-        if density is None or isinstance(density, (int, float)):
-            return density
-        values = [value for row in density for value in row]
-        return sum(values) / len(values)
+        return None
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether a prompt that comes in chunks gets other blocks than one that comes at once."""
+        return False
+
+    @property
+    def knob(self) -> tuple[str, Knob] | None:
+        """Name and value of the field that may have a value for each layer and head, if there is one."""
+        return None
 
     @abstractmethod
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
@@ -164,10 +170,23 @@ class TopK(Policy):
             del values["heads"]
         return values
 
+    @cached_property
+    def nominal_density(self) -> float:
+        """See `Policy.nominal_density`."""
+        if isinstance(self.density, (int, float)):
+            return self.density
+        values = [value for row in self.density for value in row]
+        return sum(values) / len(values)
+
     @property
-    def follows_chunks(self) -> bool:
-        """Whether a prompt that comes in chunks gets other blocks than one that comes at once."""
+    def needs_length(self) -> bool:
+        """See `Policy.needs_length`."""
         return self.rule == "same_k" and self.length is None
+
+    @property
+    def knob(self) -> tuple[str, Knob]:
+        """See `Policy.knob`."""
+        return "density", self.density
 
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
         if self.rule == "same_k":
@@ -212,6 +231,11 @@ class Threshold(Policy):
             raise ValueError(f"on must be 'softmax' or 'score', got {short(self.on)}")
         _values("threshold", self.threshold)
 
+    @property
+    def knob(self) -> tuple[str, Knob]:
+        """See `Policy.knob`."""
+        return "threshold", self.threshold
+
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
         level = scores if self.on == "score" else _softmax(scores)
         return level > _at_layer(self.threshold, rows.layer, scores)
@@ -226,6 +250,11 @@ class TopP(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share("p", self.p)
+
+    @property
+    def knob(self) -> tuple[str, Knob]:
+        """See `Policy.knob`."""
+        return "p", self.p
 
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
         mass, order = _softmax(scores).sort(dim=-1, descending=True, stable=True)
@@ -264,7 +293,7 @@ def policy_from_dict(values: dict) -> Policy:
 def rows_k(tokens: int, block_q: int, block_k: int, density: float) -> int:
     """The ``k`` that realises the density nearest to ``density`` in a prompt of ``tokens``.
 
-    The official code takes the floor of the continuous solution ``(1 - sqrt(1 - density)) Nq``, which at 4k tokens
+    The official code rounds down the continuous solution ``(1 - sqrt(1 - density)) Nq``, which at 4k tokens
     and density .1 realises .092; the nearest ``k`` errs to either side.
     """
     realised = _realised(tokens, block_q, block_k)

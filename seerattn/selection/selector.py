@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from seerattn.selection.block_indices import BlockIndices
+from seerattn.selection.policies import Policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,11 @@ class AttentionContext:
 
 @runtime_checkable
 class Selector(Protocol):
-    """Chooses key blocks for the queries of one unpadded call."""
+    """Chooses key blocks for the queries of one unpadded call.
+
+    `select` is all that it needs. It may also have ``expected_density()`` and ``needs_length``, see the functions of
+    these names.
+    """
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
         """Chooses blocks.
@@ -78,11 +83,44 @@ class Selector(Protocol):
         ...
 
 
+def expected_density(selector: Selector) -> float | None:
+    """The density that a selector tells before it has seen a call, averaged over layers and heads.
+
+    ``impl="auto"`` then knows where dense attention is faster and has no block chosen. None, as of a selector without
+    ``expected_density()``, is told by the blocks once they are chosen.
+    """
+    tell = getattr(selector, "expected_density", None)
+    return None if tell is None else tell()
+
+
+def needs_length(selector: Selector) -> bool:
+    """Whether a prompt that comes in chunks gets other blocks than one that comes at once, which users are told.
+
+    False of a selector without ``needs_length``.
+    """
+    return getattr(selector, "needs_length", False)
+
+
+class PolicySelector:
+    """What a selector that leaves the choice to its `policy` can tell of it; the base class of such selectors."""
+
+    policy: Policy
+
+    def expected_density(self) -> float | None:
+        """See `seerattn.selection.selector.expected_density`."""
+        return self.policy.nominal_density
+
+    @property
+    def needs_length(self) -> bool:
+        """See `seerattn.selection.selector.needs_length`."""
+        return self.policy.needs_length
+
+
 @dataclass(frozen=True)
 class LastRowsDense:
     """Any selector, with every causal block in the last query-block rows of a call.
 
-    The same as `Policy.last_rows_dense`, for selectors that have no policy.
+    The same as `Policy.last_rows_dense`, for selectors that have no policy. Neither counts in the expected density.
 
     Attributes:
         selector: chooses the blocks of the other rows.
@@ -91,6 +129,15 @@ class LastRowsDense:
 
     selector: Selector
     rows: int
+
+    def expected_density(self) -> float | None:
+        """See `seerattn.selection.selector.expected_density`."""
+        return expected_density(self.selector)
+
+    @property
+    def needs_length(self) -> bool:
+        """See `seerattn.selection.selector.needs_length`."""
+        return needs_length(self.selector)
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
         """See `Selector.select`."""

@@ -35,7 +35,7 @@ def shown(text: str) -> list[str]:
 def fault(words: list[str], *, whole: bool) -> str | None:
     """What is wrong with the words after `seerattn`; None if nothing is.
 
-    With ``whole`` every option that the command needs must be there, unless an ellipsis stands for it.
+    With ``whole`` every option that the command needs must be there, unless an ellipsis or a file stands for it.
     """
     if not words or words[0].startswith(("-", "[", "COMMAND", ".")):
         return None
@@ -51,8 +51,10 @@ def fault(words: list[str], *, whole: bool) -> str | None:
     given = {word.partition("=")[0] for word in rest if re.match(r"--\w", word)}
     if given - known:
         return f"no option {sorted(given - known)}"
-    open_ended = "--help" in given or any(re.search(r"\.\.\.|\$|\[OPTIONS\]", word) for word in rest)
-    missing = [p.opts[0] for p in parameters if p.required and not given & set(p.opts)]
+    open_ended = given & {"--help", "--config"} or any(re.search(r"\.\.\.|\$|\[OPTIONS\]", word) for word in rest)
+    # An option that a file may give instead is known by its help.
+    needed = [p for p in parameters if p.required or (p.help or "").endswith("Must be given.")]
+    missing = [p.opts[0] for p in needed if not given & set(p.opts)]
     if whole and missing and not open_ended and not isinstance(found, TyperGroup):
         return f"needs {missing}"
     return None
@@ -91,9 +93,7 @@ def test_wrong_commands_are_seen() -> None:
     assert not faults(page.format(""))
     assert "no option" in faults(page.format("--budget"))[0]
     assert "no command" in faults("```\ntorchrun -m seerattn distil --model M\n```")[0]
-    assert "no command" in faults("```\nseerattn eval perplexities --model M\n```")[0]
+    assert "no command" in faults("```\nseerattn bench attentions --output o\n```")[0]
     assert "needs ['--data'" in faults("```\nseerattn distill --model M --context 1 --steps 1 --output o\n```")[0]
-    assert "no option" in faults("`seerattn eval calibrate --bugets`")[0]
-    assert not faults("`seerattn eval calibrate --budgets`") and not faults(
-        "```\nseerattn distill ... # --nonsense\n```"
-    )
+    assert "no option" in faults("`seerattn bench ttft --bugets`")[0]
+    assert not faults("`seerattn bench ttft --gates`") and not faults("```\nseerattn distill ... # --nonsense\n```")

@@ -18,7 +18,8 @@ WORDS = [
     "", " ", "-1", "0", "1", "7", "1.5", "1e999", "nan", "-inf", "9" * 25, "9" * 5000, "x", "[/]", "[red]", "\ud800",
     "\x1b[2J", "\u00e9\u202e", "a,b", ",", "0.5,0.5", "0:0", "1:2:3", "64x", "0x10", "\uff11", "true", "None", "--",
     "a=b=c", "../x", "/dev/null", "/", ".", "~", "/none/x", "notes.txt", "settings.json", "r.jsonl", "model", "gates",
-    "plan.json", "docs.jsonl", "maps.npz", "recipe.yaml", "cpu", "cuda", "cuda:99", "meta", "mps", "hpu", "cpu:7",
+    "gate,gates=gates", "name=x", "tasks=passkey,n=1",
+    "plan.json", "docs.jsonl", "maps.npz", "experiment.yaml", "cpu", "cuda", "cuda:99", "meta", "mps", "hpu", "cpu:7",
     "float16", "dense", "gate", "oracle", "triton", "flash4", "new/deep/out", "x" * 300,
 ]  # fmt: skip
 VALUES: list[Any] = [

@@ -165,7 +165,7 @@ def test_every_path_rejects_gates_that_miss_a_layer(folder: Path, named: bool) -
 
 
 def test_config_rejects_unknown_gate_fields() -> None:
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(ValueError, match="got 'block'"):
         SeerConfig(gate={"block": 64})
     with pytest.raises(ValueError, match="policy must be one of"):
         SeerConfig(policy={"policy": "Magic"})
@@ -466,6 +466,10 @@ HOSTILE_CONFIGS = {
     "layers that are none": {"layers": ["0", 1.5]},
     "sizes that are none": {"base_model": {"hidden_size": "x"}},
     "a head that is none": {"base_model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": -4}},
+    "numbers of layers": {
+        "base_model": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        | {"num_hidden_layers": [2, 2]}
+    },
     "no sizes": {"base_model": None},
 }
 

@@ -31,11 +31,11 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> list[BlockIndices]:
     """The blocks that the op was called with."""
     calls, op = [], attention.block_sparse_attention
 
-    def spy(q, k, v, blocks, **kwargs):
+    def watching(q, k, v, blocks, **kwargs):
         calls.append(blocks)
         return op(q, k, v, blocks, **kwargs)
 
-    monkeypatch.setattr(attention, "block_sparse_attention", spy)
+    monkeypatch.setattr(attention, "block_sparse_attention", watching)
     return calls
 
 
@@ -227,6 +227,27 @@ def test_thresholds_run_dense_once_the_selection_says_that_it_is_nearly_full(
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     assert not visited
     assert asked == [(0.0, False), (1.0, True)] * 2
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_auto_asks_a_selector_that_tells_its_density_for_no_blocks_where_dense_is_faster(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = []
+
+    class Streaming:
+        def select(self, q, k, context):
+            chosen.append(context.layer)
+            return StreamingSelector(TopK(density=0.9)).select(q, k, context)
+
+    if told:
+        Streaming.expected_density = lambda self: 0.9
+    monkeypatch.setattr(attention, "prefer_dense", lambda **call: call["density"] > 0.5)
+    model, ids = tiny_model("llama"), tokens(1, 200)
+    plain = model(input_ids=ids).logits
+    seerattn.attach(model, Streaming(), impl="auto")
+    assert torch.equal(model(input_ids=ids).logits, plain)
+    assert chosen == ([] if told else [0, 1])
 
 
 @dataclass(frozen=True)

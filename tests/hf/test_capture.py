@@ -1,17 +1,20 @@
-"""What a spy sees, and that a watched model computes what it always does."""
+"""What is seen of watched attention, and that a watched model computes what it always does."""
+
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import EAGER, SUPPORTED, tiny_model, tokens
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 import seerattn
-from seerattn import KeepAll
+from seerattn import AttnGateConfig, BlockIndices, TopK
 from seerattn.hf.capture import AttentionCall, watch_attention
 from seerattn.hf.probe import probe
-from seerattn.methods.oracle import OracleSelector
+from seerattn.hf.state import layer_states
 
 
 def attention(call: AttentionCall) -> Tensor:
@@ -108,7 +111,59 @@ def test_watching_rejects_padding_and_packed_documents() -> None:
             model(tokens(1, 40), position_ids=torch.arange(40)[None] % 25, use_cache=False)
 
 
-def test_watching_rejects_a_model_with_selectors() -> None:
-    model = seerattn.attach(tiny_model("llama"), OracleSelector(KeepAll()))
-    with pytest.raises(ValueError, match="no gates or selectors"), watch_attention(model, lambda call: None):
-        pass
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_the_context_of_a_watched_call_is_that_of_a_selector(name: str) -> None:
+    """Chunks on one cache, whose earlier keys only tables made again can un-rotate."""
+    model, ids = tiny_model(name, torch.float32 if name in EAGER else torch.float64), tokens(1, 140)
+    selected, watched = [], []
+
+    class Looking:
+        def select(self, q: Tensor, k: Tensor, context) -> BlockIndices:
+            selected.append((q, k, context))
+            sizes = {"q_len": q.shape[2], "k_len": k.shape[2], "block_q": 32, "block_k": 32}
+            return BlockIndices.dense(batch=1, heads=q.shape[1], **sizes)
+
+    def run() -> None:
+        cache = DynamicCache(config=model.config)
+        for part in ids.split(70, dim=1):
+            model(part, past_key_values=cache)
+
+    with watch_attention(model, watched.append):
+        run()
+    seerattn.attach(model, Looking(), impl="reference")
+    run()
+    assert len(watched) == len(selected) == 2 * len(layer_states(model))
+    # The selector's later layers see outputs of our own attention.
+    bound = 1e-4 if name in EAGER else 1e-9
+    for call, (q, k, context) in zip(watched, selected):
+        start = k.shape[2] - q.shape[2]
+        assert call.layer == context.layer and call.context.logits.keys() == context.logits.keys()
+        assert call.scale == context.scale and call.softcap == context.softcap
+        assert (call.context.unrotate(call.query, start) - context.unrotate(q, start)).abs().max() < bound
+        assert (call.context.unrotate(call.key, 0) - context.unrotate(k, 0)).abs().max() < bound
+
+
+def test_a_watched_model_with_gates_runs_dense_and_keeps_them() -> None:
+    ids, calls = tokens(1, 133), []
+    dense = tiny_model("llama")(ids).logits
+    gate = AttnGateConfig(block_q=32, block_k=32)
+    model = seerattn.attach(tiny_model("llama"), gate, TopK(density=0.2), impl="sparse").eval()
+    sparse = model(input_ids=ids).logits
+    with watch_attention(model, calls.append):
+        assert torch.equal(model(input_ids=ids).logits, dense)
+        other = tiny_model("llama")
+        seerattn.attach(other, lambda layer: None)
+        other(ids)
+    assert [call.layer for call in calls] == [0, 1]
+    assert torch.equal(model(input_ids=ids).logits, sparse) and not torch.equal(sparse, dense)
+
+
+def test_layers_that_run_again_in_the_backward_pass_are_seen_again() -> None:
+    model, calls, ids = tiny_model("llama"), [], tokens(1, 70)
+    for layer in model.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    with watch_attention(model, calls.append):
+        loss = model(ids, labels=ids, use_cache=False).loss
+        assert [call.layer for call in calls] == [0, 1]
+        loss.backward()
+    assert [call.layer for call in calls] == [0, 1, 1, 0]

@@ -315,9 +315,9 @@ def test_documents_of_similar_length_are_attended_to_without_a_copy(monkeypatch:
     inputs: list[tuple[Tensor, ...]] = []
 
     class Watching(SparseTraining):
-        def attend(self, query: Tensor, key: Tensor, value: Tensor, *args) -> Tensor | None:
+        def learn(self, query: Tensor, key: Tensor, value: Tensor, *args) -> Tensor | None:
             inputs.append((query, key, value))
-            return super().attend(query, key, value, *args)
+            return super().learn(query, key, value, *args)
 
     for lengths in ([7 * BLOCK + 5], [4 * BLOCK, 7 * BLOCK, 5 * BLOCK]):
         at = torch.cat([torch.arange(n) for n in lengths])[None]

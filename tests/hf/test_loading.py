@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_corpus import write_model
 from tiny_models import ROTARY, SUPPORTED, tiny_model
 
-from seerattn.eval.arms import choose_device, load_eval_model
+from seerattn.hf.eval_model import choose_device, load_eval_model
 from seerattn.hf.loading import read_config, read_model, read_tokenizer
 
 CPU = torch.device("cpu")
@@ -170,9 +170,9 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_allowed(
         with pytest.raises(ValueError, match="code of its own; read that code, then allow it with --trust-remote-code"):
             reader(str(folder))
     assert not marker.exists()
-    subject = load_eval_model(str(folder), device=CPU, trust_remote_code=True)
-    assert marker.exists() and type(subject.model).__name__ == "OwnModel"
-    assert type(subject.tokenizer).__name__ == "OwnTokenizer"
+    loaded = load_eval_model(str(folder), device=CPU, trust_remote_code=True)
+    assert marker.exists() and type(loaded.model).__name__ == "OwnModel"
+    assert type(loaded.tokenizer).__name__ == "OwnTokenizer"
 
 
 @pytest.mark.parametrize("name", ["nosuch", "meta", "mps:7", "cuda:99", "cuda:-1", "xpu:9", "hpu", "", "\udc80"])

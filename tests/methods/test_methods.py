@@ -12,6 +12,7 @@ from tiny_models import tiny_model, tokens
 from seerattn import attach, detach
 from seerattn.data.windows import cut_windows
 from seerattn.eval.tune import Curve, realised_density
+from seerattn.gate import AttnGateConfig
 from seerattn.hf.eval_model import EvalModel
 from seerattn.methods import describe_methods, make_method, methods
 from seerattn.methods.a_shape import AShape
@@ -241,6 +242,17 @@ def test_an_oracle_is_told_by_its_map_and_the_published_one_by_none() -> None:
         of_map[str(method)] = method.settings().get("target"), method.selectors().at(0.5)(0).target
     assert of_map == {"oracle": (None, PUBLISHED), "oracle sum:2": ("sum:2", MapForm("sum", 2))}
     assert "target" not in make_method("oracle", {}).settings()
+
+
+def test_gates_that_tell_no_form_have_the_blocks_that_they_are_loaded_with(model, tmp_path) -> None:
+    gated = attach(tiny_model("llama"), AttnGateConfig(rope=False))
+    gated.save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    values = json.loads(config.read_text())
+    del values["gate"]
+    config.write_text(json.dumps(values))
+    loaded = next(iter(model.gates(tmp_path).gates.values())).config
+    assert Gate(gates=tmp_path).block_sizes == (loaded.block_q, loaded.block_k)
 
 
 @pytest.mark.parametrize(

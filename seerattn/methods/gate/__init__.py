@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from seerattn.selection.budgets import shares_density
 from seerattn.selection.policies import Policy, Threshold, TopK, TopP
 
 if TYPE_CHECKING:
+    from seerattn.gate import AttnGateConfig
     from seerattn.hf.eval_model import EvalModel, LoadedGates
 
 GatePolicy = Literal["top_k", "equal_top_k", "row_share", "threshold", "head_thresholds", "top_p", "saved"]
@@ -54,13 +56,17 @@ class Gate(Method):
     def weights(self) -> Path:
         return self.gates
 
+    @cached_property
+    def form(self) -> AttnGateConfig:
+        """Form of the gates, read once."""
+        from seerattn.gate import AttnGateConfig
+        from seerattn.hf.config import SeerConfig
+
+        return AttnGateConfig.from_dict(SeerConfig.from_pretrained(str(self.gates)).gate)
+
     @property
     def block_sizes(self) -> tuple[int, int]:
-        from seerattn.gate import AttnGateConfig
-        from seerattn.hf.config import check_gate_folder
-
-        form = AttnGateConfig.from_dict(check_gate_folder(self.gates)["gate"])
-        return form.block_q, form.block_k
+        return self.form.block_q, self.form.block_k
 
     def check_model(self, config: Any) -> None:
         from seerattn.hf.config import check_gate_folder

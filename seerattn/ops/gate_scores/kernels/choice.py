@@ -103,11 +103,11 @@ def top_count(x, candidates, beside, total, need, wanted):
     it ends, by their ordered images, but compared as they are.
     """
     x = tl.where(candidates, tl.maximum(x, SMALLEST), float("-inf"))
-    floor = ordered(tl.zeros_like(need).to(tl.float32) + SMALLEST)
-    high = tl.maximum(ordered(row_max(x)), floor)
+    lowest = ordered(tl.zeros_like(need).to(tl.float32) + SMALLEST)
+    high = tl.maximum(ordered(row_max(x)), lowest)
     low = ordered(row_min(tl.where(candidates, x, float("inf"))))
     key = tl.where(beside, float("inf"), x)
-    low = tl.where(need == total, floor, low)
+    low = tl.where(need == total, lowest, low)
     low = tl.where(need == 0, ordered(tl.zeros_like(need).to(tl.float32) + float("inf")), low)
     high = tl.where((need == 0) | (need == total), low, high)
     while tl.max((low < high).to(tl.int32), axis=0) > 0:
