@@ -21,7 +21,7 @@ from seerattn.ops import gate_scores
 from seerattn.ops.resolve import check_impl, implementation, refusal
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.budgets import HeadBudgets, share_density
-from seerattn.selection.policies import KeepAll, Knob, Policy, Threshold, TokenBudget, TopK, TopP, rows_k
+from seerattn.selection.policies import KeepAll, Policy, Setting, Threshold, TokenBudget, TopK, TopP, rows_k
 from seerattn.selection.selector import AttentionContext, PolicySelector, RotaryTables
 
 
@@ -150,28 +150,28 @@ def _rule(
     """A policy as the op takes it; None for policies of others."""
     match policy:
         case KeepAll():
-            kind, knob = "share", 1.0
+            kind, setting = "share", 1.0
         case TopK(rule="same_k"):
             tokens = policy.prompt_tokens(tokens)
-            kind, knob = "count", _at_layer(policy.density, layer)
-            counts = [float(rows_k(tokens, block_q, block_k, share)) for share in _values(knob)]
-            knob = tuple(counts) if isinstance(knob, tuple) else counts[0]
+            kind, setting = "count", _at_layer(policy.density, layer)
+            counts = [float(rows_k(tokens, block_q, block_k, share)) for share in _values(setting)]
+            setting = tuple(counts) if isinstance(setting, tuple) else counts[0]
         case TopK():
-            kind, knob = "share", _at_layer(policy.density, layer)
+            kind, setting = "share", _at_layer(policy.density, layer)
         case TokenBudget():
-            kind, knob = "count", float(-(-policy.tokens // block_k))
+            kind, setting = "count", float(-(-policy.tokens // block_k))
         case Threshold():
-            kind, knob = policy.on, _at_layer(policy.threshold, layer)
+            kind, setting = policy.on, _at_layer(policy.threshold, layer)
         case TopP():
-            kind, knob = "mass", _at_layer(policy.p, layer)
+            kind, setting = "mass", _at_layer(policy.p, layer)
         case _:
             return None
-    return gate_scores.Rule(kind, knob, policy.sink_blocks, policy.last_rows_dense, forced_scored)
+    return gate_scores.Rule(kind, setting, policy.sink_blocks, policy.last_rows_dense, forced_scored)
 
 
-def _at_layer(knob: Knob, layer: int) -> float | tuple[float, ...]:
-    return float(knob) if isinstance(knob, (int, float)) else tuple(knob[layer])
+def _at_layer(setting: Setting, layer: int) -> float | tuple[float, ...]:
+    return float(setting) if isinstance(setting, (int, float)) else tuple(setting[layer])
 
 
-def _values(knob: float | tuple[float, ...]) -> tuple[float, ...]:
-    return knob if isinstance(knob, tuple) else (knob,)
+def _values(setting: float | tuple[float, ...]) -> tuple[float, ...]:
+    return setting if isinstance(setting, tuple) else (setting,)

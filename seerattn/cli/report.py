@@ -9,7 +9,7 @@ import typer
 
 
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Results files (.jsonl), and block maps (.npz).")],
+    results: Annotated[list[Path], typer.Argument(help="Results (.jsonl, also compressed), and block maps (.npz).")],
     output: Annotated[Path, typer.Option(help="Folder for report.html, table.md and the figures.")] = Path("report"),
 ) -> None:
     """Make a page, tables and figures from results.

@@ -48,7 +48,7 @@ PROBE_TOKENS = 16
 _CALL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError)
 
 
-def _spy_attention(
+def _probed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     reached = kwargs.pop(MARKER, None) == id(module)
@@ -57,12 +57,12 @@ def _spy_attention(
     return value.new_zeros(batch, tokens, heads, value.shape[-1]), None
 
 
-def _spy_mask(**arguments: Any) -> CallMask | Tensor | None:
+def _probed_mask(**arguments: Any) -> CallMask | Tensor | None:
     return make_mask(dense=RECORDER.get().dense, **arguments)
 
 
-AttentionInterface.register(PROBE, _spy_attention)
-AttentionMaskInterface.register(PROBE, _spy_mask)
+AttentionInterface.register(PROBE, _probed_attention)
+AttentionMaskInterface.register(PROBE, _probed_mask)
 
 
 def probe(model: PreTrainedModel) -> list[AttentionLayer]:

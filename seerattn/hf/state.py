@@ -221,13 +221,13 @@ def check_fits(policy: Policy | None, attachment: Attachment) -> None:
     budgets = attachment.budgets.get(attachment.active)
     if budgets is not None and shares_density(policy):
         budgets.check(policy.density)
-    if policy is None or policy.knob is None:
+    if policy is None or policy.setting is None:
         return
-    name, knob = policy.knob
-    if isinstance(knob, (int, float)):
+    name, setting = policy.setting
+    if isinstance(setting, (int, float)):
         return
     for layer, gate in attachment.gates().items():
-        heads = len(knob[layer]) if layer < len(knob) else 0
+        heads = len(setting[layer]) if layer < len(setting) else 0
         if heads != gate.mask_heads:
             raise ValueError(
                 f"{name} must be one number, or one a head of every layer, got {heads} for layer {layer} with "

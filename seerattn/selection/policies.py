@@ -2,7 +2,7 @@
 
 A policy sees scores ``[B, Hm, Nq, Nk]`` (logits over key blocks, -inf where nothing is causal) and returns
 `BlockIndices`. The diagonal is always kept; the first ``sink_blocks`` blocks are kept unless that is 0; both count in
-the density. A knob is one number for the whole model or, as calibration makes them, one a layer and head. The one
+the density. A setting is one number for the whole model or, as calibration makes them, one a layer and head. The one
 density of a `TopK` is shared among heads before it chooses where there are budgets, see `seerattn.selection.budgets`.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, forced_block_mask, num_query_blocks
 
-Knob = float | Sequence[Sequence[float]]
+Setting = float | Sequence[Sequence[float]]
 # Blocks, rows and tokens are counted in 32 bits.
 _MOST = 2**31 - 1
 
@@ -75,7 +75,7 @@ class Policy(ABC):
             q_len: number of queries.
             block_q: query block size in tokens.
             block_k: key block size in tokens.
-            layer: index of the layer, for knobs given per layer.
+            layer: index of the layer, for settings given per layer.
             forced_scored: whether the scores of forced blocks mean anything; if not, they are left out of every
                 softmax.
         """
@@ -106,7 +106,7 @@ class Policy(ABC):
         return False
 
     @property
-    def knob(self) -> tuple[str, Knob] | None:
+    def setting(self) -> tuple[str, Setting] | None:
         """Name and value of the field that may have a value for each layer and head, if there is one."""
         return None
 
@@ -144,7 +144,7 @@ class TopK(Policy):
             where they have none; "equal" gives every head the same.
     """
 
-    density: Knob
+    density: Setting
     rule: Literal["same_k", "row_share"] = "same_k"
     length: int | None = None
     heads: Literal["calibrated", "equal"] = "calibrated"
@@ -184,14 +184,14 @@ class TopK(Policy):
         return self.rule == "same_k" and self.length is None
 
     @property
-    def knob(self) -> tuple[str, Knob]:
-        """See `Policy.knob`."""
+    def setting(self) -> tuple[str, Setting]:
+        """See `Policy.setting`."""
         return "density", self.density
 
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
         if self.rule == "same_k":
             geometry = (self.prompt_tokens(rows.tokens), rows.block_q, rows.block_k)
-            k = _map_knob(self.density, rows.layer, scores, lambda share: rows_k(*geometry, share))
+            k = _map_setting(self.density, rows.layer, scores, lambda share: rows_k(*geometry, share))
         else:
             k = (rows.causal.sum(-1, keepdim=True) * _at_layer(self.density, rows.layer, scores)).ceil()
         return _ranks(scores, rows.forced) < k
@@ -222,7 +222,7 @@ class Threshold(Policy):
             attention probability in the block.
     """
 
-    threshold: Knob
+    threshold: Setting
     on: Literal["softmax", "score"] = "softmax"
 
     def __post_init__(self) -> None:
@@ -232,8 +232,8 @@ class Threshold(Policy):
         _values("threshold", self.threshold)
 
     @property
-    def knob(self) -> tuple[str, Knob]:
-        """See `Policy.knob`."""
+    def setting(self) -> tuple[str, Setting]:
+        """See `Policy.setting`."""
         return "threshold", self.threshold
 
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
@@ -245,15 +245,15 @@ class Threshold(Policy):
 class TopP(Policy):
     """The smallest set of blocks of each row that holds a share ``p`` of the gate's probability mass."""
 
-    p: Knob
+    p: Setting
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share("p", self.p)
 
     @property
-    def knob(self) -> tuple[str, Knob]:
-        """See `Policy.knob`."""
+    def setting(self) -> tuple[str, Setting]:
+        """See `Policy.setting`."""
         return "p", self.p
 
     def _keep(self, scores: Tensor, rows: _Rows) -> Tensor:
@@ -325,17 +325,17 @@ def _softmax(scores: Tensor) -> Tensor:
     return scores.softmax(-1).nan_to_num(0.0)
 
 
-def _at_layer(knob: Knob, layer: int, scores: Tensor) -> float | Tensor:
-    return _map_knob(knob, layer, scores, lambda value: value)
+def _at_layer(setting: Setting, layer: int, scores: Tensor) -> float | Tensor:
+    return _map_setting(setting, layer, scores, lambda value: value)
 
 
-def _map_knob(knob: Knob, layer: int, scores: Tensor, f: Callable[[float], float]) -> float | Tensor:
-    """``f`` of the knob: a number, or ``[Hm, 1, 1]`` where the knob has a value a head."""
-    if isinstance(knob, (int, float)):
-        return f(knob)
-    values = knob[layer] if layer < len(knob) else ()
+def _map_setting(setting: Setting, layer: int, scores: Tensor, f: Callable[[float], float]) -> float | Tensor:
+    """``f`` of the setting: a number, or ``[Hm, 1, 1]`` where the setting has a value a head."""
+    if isinstance(setting, (int, float)):
+        return f(setting)
+    values = setting[layer] if layer < len(setting) else ()
     if len(values) != scores.shape[1]:
-        raise ValueError(f"a knob per head must have {scores.shape[1]} values a layer, got {len(values)}")
+        raise ValueError(f"a setting per head must have {scores.shape[1]} values a layer, got {len(values)}")
     return torch.tensor([f(value) for value in values], device=scores.device, dtype=torch.float32)[:, None, None]
 
 
@@ -344,23 +344,23 @@ def _check_whole(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be a whole number of at least {least}, at most {_MOST}, got {short(value)}")
 
 
-def _check_share(name: str, knob: object) -> None:
-    wrong = [value for value in _values(name, knob) if not 0 < value <= 1]
+def _check_share(name: str, setting: object) -> None:
+    wrong = [value for value in _values(name, setting) if not 0 < value <= 1]
     if wrong:
         raise ValueError(f"{name} must be in (0, 1], got {short(wrong[0])}")
 
 
-def _values(name: str, knob: object) -> list[float]:
-    """The numbers of a knob, of which a list by layer may leave layers empty but not all.
+def _values(name: str, setting: object) -> list[float]:
+    """The numbers of a setting, of which a list by layer may leave layers empty but not all.
 
     Raises:
         ValueError: it is none.
     """
-    rows = knob if isinstance(knob, (list, tuple)) else [[knob]]
+    rows = setting if isinstance(setting, (list, tuple)) else [[setting]]
     values = [value for row in rows for value in (row if isinstance(row, (list, tuple)) else [None])]
     # NaN compares with nothing; a whole number may have more digits than any float.
     if not values or not all(_is_number(value) and abs(value) <= sys.float_info.max for value in values):
-        raise ValueError(f"{name} must be a finite number, or one a layer and head, got {short(knob)}")
+        raise ValueError(f"{name} must be a finite number, or one a layer and head, got {short(setting)}")
     return values
 
 

@@ -141,7 +141,7 @@ def answered(monkeypatch):
     """Everything that models answer, and the prompts that they see, in order."""
     seen = SimpleNamespace(answers=[], prompts=[])
 
-    def spy(name):
+    def watch(name):
         inner = getattr(MiddleCutModel, name)
 
         def call(self, requests, disable_tqdm=True):
@@ -152,7 +152,7 @@ def answered(monkeypatch):
         monkeypatch.setattr(MiddleCutModel, name, call)
 
     for name in ("generate_until", "loglikelihood"):
-        spy(name)
+        watch(name)
     return seen
 
 

@@ -513,7 +513,7 @@ def test_bad_arguments_are_rejected() -> None:
     gate, context, (q, k) = make_gate(PAPER), make_context(65), make_qk(65, 65)
     with pytest.raises(ValueError, match="impl must be one of auto, triton, reference"):
         GateSelector(gate, KeepAll(), "cuda")
-    with pytest.raises(ValueError, match="a knob per head must have 4 values a layer, got 3"):
+    with pytest.raises(ValueError, match="a setting per head must have 4 values a layer, got 3"):
         GateSelector(gate, TopP(p=[[0.5, 0.5, 0.5]]), "triton").select(q, k, context)
     with pytest.raises(ValueError, match=r"salience must be \[4, 32\] for salient pooling, got \[2, 32\]"):
         pool(q, context, start=0, size=8, kinds=("salient",), salience=torch.zeros(2, D, device=DEVICE), impl="triton")

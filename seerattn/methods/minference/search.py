@@ -29,7 +29,6 @@ from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.block_sparse_attention.api import BLOCK_SIZES
 from seerattn.options import option
 from seerattn.selection.block_indices import BlockIndices
-from seerattn.selection.selector import AttentionContext
 from seerattn.texts import parse_json
 
 if TYPE_CHECKING:
@@ -321,7 +320,7 @@ def recalled_mass(call: AttentionCall) -> Tensor:
     heads, kv_heads, k_len = q.shape[1], k.shape[1], k.shape[2]
     if q.shape[0] != 1 or q.shape[2] != k_len:
         raise ValueError(f"a search must see whole windows one by one, got queries {list(q.shape)} and {k_len} keys")
-    context = _context(call)
+    context = call.context
     estimate = Estimate.of(q, k, context, block_q=_SEARCH_BLOCK, block_k=_SEARCH_BLOCK)
     scale = repository_scale(k_len)
     lines = [_search_lines(estimate, rule, scale) for rule in REPOSITORY_LINES]
@@ -380,13 +379,7 @@ def _search_lines(estimate: Estimate, rule: HeadRule, scale: float) -> tuple[Ten
 
 
 def _estimate(call: AttentionCall, settings: MInferenceSearch) -> Estimate:
-    return Estimate.of(call.query, call.key, _context(call), block_q=settings.block_q, block_k=settings.block_k)
-
-
-def _context(call: AttentionCall) -> AttentionContext:
-    return AttentionContext(
-        layer=call.layer, scale=call.scale, softcap=call.softcap, sinks=call.sinks, unrotate=lambda x, start: x.float()
-    )
+    return Estimate.of(call.query, call.key, call.context, block_q=settings.block_q, block_k=settings.block_k)
 
 
 def _block_density(mask: Tensor, estimate: Estimate) -> Tensor:
@@ -402,7 +395,7 @@ def _sparse_output(call: AttentionCall, mask: Tensor, estimate: Estimate) -> Ten
         q_start=call.key.shape[2] - call.query.shape[2],
         q_len=call.query.shape[2],
     )
-    return block_sparse_attention(call.query, call.key, call.value, blocks, **_context(call).logits).float()
+    return block_sparse_attention(call.query, call.key, call.value, blocks, **call.context.logits).float()
 
 
 def _relative_error(out: Tensor, dense: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from seerattn.ops.attention_map import attention_map
 from seerattn.selection.block_indices import BlockIndices, forced_block_mask, num_query_blocks
 from seerattn.selection.map_form import MASS
-from seerattn.selection.policies import Knob
+from seerattn.selection.policies import Setting
 from seerattn.selection.selector import AttentionContext
 
 METHOD = "xattention_profile"  # of plans
@@ -37,7 +37,7 @@ class XAttentionSelector:
         block: query and key block size in tokens.
     """
 
-    threshold: Knob = 0.9
+    threshold: Setting = 0.9
     stride: int = 16
     block: int = 128
 

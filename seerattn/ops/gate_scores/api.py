@@ -79,14 +79,14 @@ class Rule:
         kind: "count" keeps so many blocks of every row, "share" such a share of every row's causal blocks, rounded
             up; both count forced blocks. "softmax" keeps blocks whose softmax over the row's keys exceeds a level,
             "score" those whose score does, "mass" the fewest blocks that hold such a share of the softmax.
-        knob: the number, share, level or mass: one for all heads or one a head.
+        setting: the number, share, level or mass: one for all heads or one a head.
         sink_blocks: first key blocks that every row keeps.
         last_rows_dense: last rows of the call that keep every block.
         forced_scored: whether blocks that are kept anyway take part in a softmax.
     """
 
     kind: Literal["count", "share", "softmax", "score", "mass"]
-    knob: float | tuple[float, ...]
+    setting: float | tuple[float, ...]
     sink_blocks: int = 1
     last_rows_dense: int = 0
     forced_scored: bool = True
@@ -116,8 +116,8 @@ def select_blocks(
     """
     check_qkv(q, k, k)
     heads = gate.mask_heads
-    if isinstance(rule.knob, tuple) and len(rule.knob) != heads:
-        raise ValueError(f"a knob per head must have {heads} values a layer, got {len(rule.knob)}")
+    if isinstance(rule.setting, tuple) and len(rule.setting) != heads:
+        raise ValueError(f"a setting per head must have {heads} values a layer, got {len(rule.setting)}")
     module = implementation("gate_scores", "triton", q.device, q, k, gate, rule, rotary)
     return module.select_blocks(q, k, gate, rule, rotary, inv_freq)
 

@@ -253,7 +253,7 @@ def select_blocks(
         word_stride = -(-num_k_blocks // 32)
         words = torch.empty(batch, heads, num_q_blocks, word_stride, dtype=torch.int32, device=device)
         indices, width = counts, 1
-    per_head = isinstance(rule.knob, tuple)
+    per_head = isinstance(rule.setting, tuple)
     score_and_choose_kernel[(programs,)](
         gate_q,
         gate_q.stride(0),
@@ -262,7 +262,7 @@ def select_blocks(
         k_scales,
         scratch,
         log_totals,
-        on_device(rule.knob, torch.float32, device) if per_head else q_scales,
+        on_device(rule.setting, torch.float32, device) if per_head else q_scales,
         indices,
         counts,
         words,
@@ -280,7 +280,7 @@ def select_blocks(
         first_window,
         num_q_blocks,
         gate.gate_dim**-0.5 * LOG2_E,
-        0.0 if per_head else float(rule.knob),
+        0.0 if per_head else float(rule.setting),
         rule.sink_blocks,
         num_q_blocks - rule.last_rows_dense,
         BM=launch.windows_q,
@@ -351,13 +351,20 @@ def _row_tile(num_k_blocks: int, strip: int, num_warps: int) -> dict[str, int]:
 
 
 def _list_width(rule: Rule, geometry: tuple[int, int, int, int]) -> int:
-    knobs = rule.knob if isinstance(rule.knob, tuple) else (rule.knob,)
-    return _longest_list(rule.kind, max(knobs), rule.sink_blocks, rule.last_rows_dense, *geometry)
+    settings = rule.setting if isinstance(rule.setting, tuple) else (rule.setting,)
+    return _longest_list(rule.kind, max(settings), rule.sink_blocks, rule.last_rows_dense, *geometry)
 
 
 @lru_cache(maxsize=256)
 def _longest_list(
-    kind: str, knob: float, sink_blocks: int, last_rows_dense: int, q_start: int, q_len: int, block_q: int, block_k: int
+    kind: str,
+    setting: float,
+    sink_blocks: int,
+    last_rows_dense: int,
+    q_start: int,
+    q_len: int,
+    block_q: int,
+    block_k: int,
 ) -> int:
     """Blocks that a count or a share keeps of the fullest row; known without looking at a score."""
     block = torch.arange(q_start // block_q, (q_start + q_len - 1) // block_q + 1)
@@ -365,7 +372,7 @@ def _longest_list(
     causal = last // block_k + 1
     first_diagonal = begin // block_k
     forced = causal - first_diagonal + first_diagonal.clamp(max=sink_blocks)
-    kept = (causal * knob).ceil() if kind == "share" else torch.full_like(causal, int(knob))
+    kept = (causal * setting).ceil() if kind == "share" else torch.full_like(causal, int(setting))
     kept = torch.minimum(torch.maximum(kept.long(), forced), causal)
     if last_rows_dense:
         kept[-last_rows_dense:] = causal[-last_rows_dense:]

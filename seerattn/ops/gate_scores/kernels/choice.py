@@ -168,23 +168,23 @@ def top_mass(x, scored, p):
 
 
 @triton.jit
-def wanted_count(knob, num_causal, num_forced, RULE: tl.constexpr):
+def wanted_count(setting, num_causal, num_forced, RULE: tl.constexpr):
     """Blocks that each row keeps, known without its scores: ``[R]``."""
-    count = tl.zeros_like(num_causal) + tl.ceil(knob).to(tl.int32)
+    count = tl.zeros_like(num_causal) + tl.ceil(setting).to(tl.int32)
     if RULE == SHARE:
-        count = tl.ceil(num_causal.to(tl.float32) * knob).to(tl.int32)
+        count = tl.ceil(num_causal.to(tl.float32) * setting).to(tl.int32)
     return tl.maximum(tl.minimum(count, num_causal), num_forced)
 
 
 @triton.jit
-def chosen_by_level(x, scored, knob, RULE: tl.constexpr):
+def chosen_by_level(x, scored, setting, RULE: tl.constexpr):
     """Chosen blocks of rows of scores in units of log 2."""
     if RULE == SOFTMAX:
-        keep = probabilities(x, scored) > knob
+        keep = probabilities(x, scored) > setting
     elif RULE == SCORE:
-        keep = tl.where(scored, x * LN_2, float("-inf")) > knob
+        keep = tl.where(scored, x * LN_2, float("-inf")) > setting
     else:
-        keep = top_mass(x, scored, knob)
+        keep = top_mass(x, scored, setting)
     return keep
 
 

@@ -95,9 +95,9 @@ def _score_tile(
 
 @triton.jit
 def score_and_choose_kernel(
-    gate_q, q_plane, q_scales, keys, k_scales, scratch, log_totals, knobs, indices, counts, words,
+    gate_q, q_plane, q_scales, keys, k_scales, scratch, log_totals, settings, indices, counts, words,
     items, heads, group, q_rows, k_rows, plane_rows, stride, width, word_stride,
-    q_start, q_end, first_window, num_q_blocks, scale, knob, sink_blocks, dense_from,
+    q_start, q_end, first_window, num_q_blocks, scale, setting, sink_blocks, dense_from,
     BM: tl.constexpr, BN: tl.constexpr, WIDTH_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, Q_SUBBLOCKS: tl.constexpr, K_SUBBLOCKS: tl.constexpr,
     PLANES: tl.constexpr, NORMALIZE: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr, FORCED_SCORED: tl.constexpr,
@@ -157,9 +157,9 @@ def score_and_choose_kernel(
             tl.store(log_totals + tl.arange(0, BM), tl.where(live, m + log2(total), float("inf")))
         tl.debug_barrier()
 
-        value = knob
+        value = setting
         if PER_HEAD:
-            value = tl.load(knobs + bh % heads)
+            value = tl.load(settings + bh % heads)
         column = elements(C, P, L)
         for r in range(0, STRIP, R):
             local = r + tl.arange(0, R)
