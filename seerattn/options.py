@@ -81,10 +81,12 @@ def check_options(instance: Any) -> None:
     Raises:
         ValueError: names the option, what it must be, and what came.
     """
-    for name, (_, hint, about) in options_of(type(instance)).items():
+    for name, (known, hint, about) in options_of(type(instance)).items():
         given = getattr(instance, name)
         value = _formed(name, given, hint, about) if about.forms else _converted(given, hint)
-        if not _fits(value, hint) or not all(_allowed(one, about) for one in _each(value)):
+        # None of several is a value where it is the default.
+        nothing = value == () and known.default != ()
+        if nothing or not _fits(value, hint) or not all(_allowed(one, about) for one in _each(value)):
             raise ValueError(f"{name} must be {_described(hint, about)}, got {short(given)}")
         if value is not given:
             object.__setattr__(instance, name, value)

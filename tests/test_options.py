@@ -95,6 +95,7 @@ def test_flags_go_before_a_file_and_a_file_before_defaults(run, tmp_path) -> Non
         ("--steps 1 --lr 0", {"steps": 1, "lr": 0}, "lr must be a number above 0 or none"),
         ("--steps 1 --lr nan", {"steps": 1, "lr": float("nan")}, "lr must be a number above 0 or none"),
         ("--steps 1 --densities .5,2", {"steps": 1, "densities": [0.5, 2]}, "densities must be one or several, each"),
+        ("--steps 1 --densities ,", {"steps": 1, "densities": []}, "densities must be one or several, each"),
         ("--steps 1 --set seed=-1", {"steps": 1, "seed": -1}, "seed must be a whole number at least 0"),
         ("--lr 1", {"lr": 1}, "options must have steps"),
     ],
@@ -103,6 +104,12 @@ def test_a_value_is_refused_in_the_same_sentence_wherever_it_comes_from(run, fla
     assert run(*flags.split()).startswith(told)
     with pytest.raises(ValueError, match=told):
         read_options(Options, values)
+
+
+def test_an_empty_text_is_a_value_and_not_a_flag_that_was_left_out(run) -> None:
+    assert run("--steps", "").startswith("steps must be a whole number")
+    assert run("--steps", "1", "--densities", "").startswith("densities must be one or several, each")
+    assert run("--steps", "1", "--lr", "")[0] == Options(steps=1, lr=None)
 
 
 def test_names_that_are_no_options_are_refused(run, tmp_path) -> None:

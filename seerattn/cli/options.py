@@ -66,9 +66,10 @@ def from_options(command: Callable[..., None]) -> Callable[..., None]:
             values |= parse_options(kind, mine, where="set")
             for name, (_, hint, about) in options_of(kind).items():
                 text = arguments.pop(name) if about.flag else None
-                if text:
-                    values[name] = parse_value(name, text, hint) if isinstance(text, str) else text
-                elif text is False:
+                # What is empty was given, too; a flag that may be repeated comes as an empty list where it was not.
+                if isinstance(text, str):
+                    values[name] = parse_value(name, text, hint)
+                elif text not in (None, []):
                     values[name] = text
         lost = [word for word in words if _name_of(word) not in rest]
         if lost:

@@ -16,6 +16,7 @@ from seerattn.hf.config import save_settings
 from seerattn.methods.head_rules import HeadRules
 from seerattn.results import significance
 from seerattn.results.file import read_results
+from seerattn.results.maps import BlockMaps
 from seerattn.selection import TopK
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -127,9 +128,12 @@ def test_eval_without_a_file_has_the_gates_that_are_given_oracle_and_streaming(f
 
 def test_recall_and_retrieval_measure_every_method_with_and_without_dense_rows(folder, tmp_path) -> None:
     output = tmp_path / "r.jsonl"
-    tasks = ("--tasks", "recall,passkey,n=2,depths=0.5,key_value,n=2,depths=0.5", "--set", "last_rows_dense=0,1")
+    maps = tmp_path / "maps.npz"
+    asked = f"recall,maps={maps},heads=1:2 0:0,passkey,n=2,depths=0.5,key_value,n=2,depths=0.5"
+    tasks = ("--tasks", asked, "--set", "last_rows_dense=0,1")
     args = ("--gates", "mine=@gates-of-model", "--contexts", "300", "--densities", "0.5", "--batch", "2")
     assert flags(folder, *args, *tasks, "--output", str(output)) == 0
+    assert BlockMaps.load(maps).heads == [(1, 2), (0, 0)]
     rows = read_results([output])
     assert {r.line for r in rows if r.what == "target_recall"} == {"mine", "oracle", "streaming"}
     asked = {(r.cell["task"], r.line, r.settings.get("last_rows_dense")) for r in rows if r.what == "accuracy"}
@@ -310,6 +314,8 @@ def test_eval_rejects_bad_experiments_in_a_sentence_before_it_loads_a_model(fold
         (("--gates", "./none"), "gates"),
         (("--gates", "mine=@gates-of-model"), "mine"),
         (("--methods", "streaming:sum:2"), "streaming:sum:2"),
+        (("--tasks", "recall,maps=m.npz,heads=one"), "heads"),
+        (("--tasks", "recall,maps=@docs.jsonl"), "maps"),
     ],
 )
 def test_eval_rejects_options_that_name_nothing(folder, tmp_path, capsys, option, named: str) -> None:

@@ -197,17 +197,17 @@ def test_short_training_documents_hold_as_many_facts_as_fit():
 
 def test_documents_reject_what_cannot_be_built(encoder, haystack):
     rng = random.Random(0)
-    with pytest.raises(ValueError, match="length must be at least"):
+    with pytest.raises(ValueError, match="length"):
         passkey_document(encoder, haystack, 20, 0.5, rng)
-    with pytest.raises(ValueError, match="haystack_ids must hold at least"):
+    with pytest.raises(ValueError, match="haystack_ids"):
         passkey_document(encoder, haystack[:100], 900, 0.5, rng)
-    with pytest.raises(ValueError, match="depth must be in"):
+    with pytest.raises(ValueError, match="depth"):
         passkey_document(encoder, haystack, 900, 1.5, rng)
-    with pytest.raises(ValueError, match="pairs must be at least 1"):
+    with pytest.raises(ValueError, match="pairs"):
         key_value_document(encoder, haystack, 900, rng, pairs=0)
-    with pytest.raises(ValueError, match="chains and hops must be at least 1"):
+    with pytest.raises(ValueError, match="hops"):
         variable_tracking_document(encoder, haystack, 900, rng, hops=0)
-    with pytest.raises(ValueError, match="at most 1000 variables"):
+    with pytest.raises(ValueError, match="variables"):
         variable_tracking_document(encoder, haystack, 900, rng, chains=400)
-    with pytest.raises(ValueError, match="length must be at least 256"):
+    with pytest.raises(ValueError, match="length"):
         training_document(encoder, haystack, 255, rng)

@@ -189,6 +189,8 @@ BAD = {
     "word for a density": ({"densities": "few"}, "densities"),
     "time": ({"times": 0}, "times"),
     "context": ({"contexts": 1}, "contexts"),
+    "no context": ({"contexts": ()}, "contexts"),
+    "no number of dense rows": ({"last_rows_dense": ()}, "last_rows_dense"),
     "batch": ({"batch": 0}, "batch"),
     "endless batch": ({"batch": 10**400}, "batch"),
     "infinite batch": ({"batch": float("inf")}, "batch"),

@@ -377,7 +377,7 @@ def test_tasks_reject_lengths_without_room_and_missing_templates(data_dir) -> No
 def test_the_harness_is_imported_by_need_and_its_absence_is_a_sentence(monkeypatch) -> None:
     code = "import sys, seerattn, seerattn.eval.tasks, seerattn.cli.evaluate; sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    monkeypatch.setattr("seerattn.extras.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"seerattn\[tasks\]"):
         HarnessTask(name="local").check()
 

@@ -30,6 +30,7 @@ from seerattn.methods.vertical_slash import VerticalSlash
 from seerattn.methods.xattention import XAttention
 from seerattn.results.appending import Appended, NotWritten
 from seerattn.results.file import ResultsFile, read_results
+from seerattn.results.maps import BlockMaps
 from seerattn.results.record import Result
 from seerattn.selection import TopK
 
@@ -191,6 +192,29 @@ def test_tasks_share_a_setting_only_on_the_same_text(model, known, data, tmp_pat
     assert sum(row.what == "setting" for row in rows) == 2
     settings = {row.what: row.settings["setting"] for row in rows if "setting" in row.settings}
     assert settings["perplexity"] == settings["target_recall"] != settings["accuracy"]
+
+
+def test_maps_are_of_the_gates_at_the_lowest_density_and_written_again_where_they_are_gone(
+    model, known, data, tmp_path
+) -> None:
+    path, maps = tmp_path / "r.jsonl", tmp_path / "maps.npz"
+    methods = (known["gate"], replace(known["gate"], name="last"), known["streaming"])
+    task = MapRecall(maps=maps, heads=("1:2", "0:0"))
+    experiment = experiment_of(data, *methods, tasks=(task,), densities=(0.7, 0.5, 0.9))
+    run(model, experiment, ResultsFile(path))
+    found = BlockMaps.load(maps)
+    assert (found.gates, found.density, found.heads) == ("last", 0.5, [(1, 2), (0, 0)])
+    before, content = path.read_bytes(), maps.read_bytes()
+    run(model, experiment, ResultsFile(path))
+    assert maps.read_bytes() == content
+    maps.unlink()
+    run(model, experiment, ResultsFile(path))
+    assert BlockMaps.load(maps).density == 0.5 and path.read_bytes() == before
+    # Heads that do not exist are the failure of gates alone, before anything is measured.
+    wrong = replace(experiment, tasks=(replace(experiment.tasks[0], heads=("0:9",), maps=tmp_path / "other.npz"),))
+    outcomes = run(model, wrong, ResultsFile(None))
+    assert [bool(outcome.failure) for outcome in outcomes] == [True] * 6 + [False] * 3
+    assert all("heads" in outcome.failure for outcome in outcomes[:6])
 
 
 def test_a_cell_that_comes_out_elsewhere_is_tuned_on_all_of_its_text(model, known, data, monkeypatch) -> None:

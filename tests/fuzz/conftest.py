@@ -53,10 +53,10 @@ def records() -> list[Result]:
     losses = {"documents": [0, 1], "losses": [3.0, 4.0], "tokens": [50, 49], "head_density": [[0.5, 0.6], [0.7, 0.8]]}
     rows = [replace(blank, samples=losses)]
     for method, density in ((gates, 0.5), (gates, 0.2), (oracle, 0.5), (oracle, 0.2)):
-        arm = method | {"density": density, "realised_density": density}
-        arm |= {"settings": {"policy": "top_k", "setting": density, "last_rows_dense": 0}}
+        told = method | {"density": density, "realised_density": density}
+        told |= {"settings": {"policy": "top_k", "setting": density, "last_rows_dense": 0}}
         block = {"block_q": 64, "block_k": 64, "budget": "density"}
-        rows.append(replace(blank, **arm, value=9.5, samples=losses, cell=blank.cell | block))
+        rows.append(replace(blank, **told, value=9.5, samples=losses, cell=blank.cell | block))
         rows.append(replace(rows[-1], what="perplexity_difference", value=0.5, stderr=0.1, samples={}))
         needle = {"task": "passkey", "depth": 0.5, "documents": 4}
         rows.append(replace(rows[-1], what="accuracy", value=0.5, n=4, cell=blank.cell | needle, seed=0))
@@ -76,8 +76,8 @@ def records() -> list[Result]:
     for what, more in (("attention_ms", {}), ("ttft_s", {"layers": 2}), ("attention_map_ms", {"map": False})):
         rows.append(replace(blank, what=what, cell=bench | more, realised_density=None))
         sparse = bench | more | {"impl": "triton", "block_q": 64, "block_k": 64, "share": "head", "mask_heads": 4}
-        arm = {"method": "random", "kind": "static", "name": "random"} if what == "attention_ms" else gates
-        rows.append(replace(blank, what=what, cell=sparse, density=0.1, realised_density=0.1, **arm))
+        told = {"method": "random", "kind": "static", "name": "random"} if what == "attention_ms" else gates
+        rows.append(replace(blank, what=what, cell=sparse, density=0.1, realised_density=0.1, **told))
     rows.append(
         replace(blank, what="failure", value=None, samples={"error": ["out of memory"]}, cell={"task": "recall"})
     )

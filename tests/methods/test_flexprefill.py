@@ -151,5 +151,5 @@ def test_root_js_divergence_is_zero_for_equal_and_largest_for_disjoint() -> None
 
 @pytest.mark.parametrize("values", [{"gamma": 1.1}, {"gamma": -0.1}, {"tau": -1.0}, {"min_budget": 0}, {"block": 0}])
 def test_flexprefill_rejects_values_out_of_range(values) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(values))} must be"):
+    with pytest.raises(ValueError, match=next(iter(values))):
         FlexPrefillSelector(**values)

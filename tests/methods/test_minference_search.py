@@ -175,7 +175,7 @@ def test_fitted_scales_realise_the_nearest_density_that_a_scale_can(candidate, d
 
 
 def test_search_rejects_a_density_below_the_forced_blocks() -> None:
-    with pytest.raises(ValueError, match=r"density must be at least that of the blocks that every head keeps, 0\.\d+"):
+    with pytest.raises(ValueError, match="density"):
         PaperSearch(replace(SEARCH, density=0.1)).see(random_call())
 
 

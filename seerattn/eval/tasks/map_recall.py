@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seerattn.data.windows import Window
 from seerattn.eval.choice import Choice
-from seerattn.eval.maps import observe_maps
+from seerattn.eval.maps import check_heads, observe_maps
 from seerattn.eval.tasks.perplexity import WindowTask
 from seerattn.eval.tasks.task import Job, Progress, Setup
 from seerattn.hf.eval_model import EvalModel
@@ -136,6 +136,9 @@ class MapRecallJob(Job):
             for choice in choices
         }
         missing = [choice for choice in choices if any(output.find(blank) is None for blank in blanks[choice])]
+        drawn = self._drawn(choices) if missing or not (self.maps and self.maps.exists()) else None
+        if drawn is not None:
+            check_heads(model, drawn.method, self.heads)
         for sizes in dict.fromkeys(choice.method.block_sizes for choice in missing):
             same = [choice for choice in missing if choice.method.block_sizes == sizes]
             watch = Stopwatch(model.device)
@@ -154,16 +157,17 @@ class MapRecallJob(Job):
                             heads = {"heads": recall[:, i].mean(0).tolist()}
                             cell.setdefault(replace(one, cell=one.cell | {"layer": layer}, samples=heads), seconds)
                         cell.setdefault(_summary(blank, recall, density), seconds)
-        self._save_maps(model, choices)
+        if drawn is not None:
+            observe_maps(model, drawn, self.windows[0], self.heads).save(self.maps)
         return [output.find(blank) for choice in choices for blank in blanks[choice]]
 
-    def _save_maps(self, model: EvalModel, choices: Sequence[Choice]) -> None:
-        drawn = [choice for choice in choices if choice.method.kind == "learned" and choice.asked is not None]
-        if self.maps is None or not drawn:
-            return
-        lowest = min(drawn, key=lambda choice: choice.asked)
-        chosen = [choice for choice in drawn if choice.asked == lowest.asked][-1]
-        observe_maps(model, chosen, self.windows[0], self.heads).save(self.maps)
+    def _drawn(self, choices: Sequence[Choice]) -> Choice | None:
+        """The choice whose maps are written, if there is one and they are asked for."""
+        gates = [choice for choice in choices if choice.method.kind == "learned" and choice.asked is not None]
+        if self.maps is None or not gates:
+            return None
+        lowest = min(choice.asked for choice in gates)
+        return [choice for choice in gates if choice.asked == lowest][-1]
 
 
 def _summary(blank: Result, recall: Tensor, density: Tensor) -> Result:
