@@ -162,9 +162,9 @@ def test_gates_afterwards_belong_to_the_dense_model_and_yarn_is_in_its_config(fi
     dense = {
         (r.text, r.context): r.value
         for r in results
-        if (r.what, r.selector, r.cell["training"]["name"]) == ("perplexity", "dense", "dense")
+        if (r.what, r.method, r.cell["training"]["name"]) == ("perplexity", "dense", "dense")
     }
-    again = [r for r in results if (r.what, r.selector) == ("perplexity", "dense")]
+    again = [r for r in results if (r.what, r.method) == ("perplexity", "dense")]
     again = [r for r in again if r.cell["training"]["name"] == "gates afterwards"]
     assert len(again) == 4 and all(r.value == dense[r.text, r.context] for r in again)
 
