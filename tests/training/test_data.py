@@ -87,7 +87,7 @@ def test_local_files_need_no_datasets_and_a_name_says_that_it_is_missing(tmp_pat
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.txt").write_text("text")
     assert read_documents([tmp_path / "a.txt"]) == ["text"]
-    with pytest.raises(ValueError, match="datasets.*install"):
+    with pytest.raises(ValueError, match=r"datasets.*install"):
         read_documents(["owner/name"])
 
 
