@@ -44,6 +44,7 @@ from reference_data import batches_ahead, read_texts, tokenise, train_tokenizer,
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from seerattn.bench.timing import synchronize
 from seerattn.data.retrieval import RetrievalDocument, key_value_document, passkey_document
 
 SIZE_LIMIT = 24_000_000  # bytes of all shipped files
@@ -247,12 +248,6 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
             os.replace(file, output / file.name)
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for the device, so that the host's clock is the device's."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def warm_up(model: LlamaForCausalLM, phases: list[Phase], loss_of: Any, device: torch.device, log: Log) -> int:
     """Compile forward and backward of every phase, without a step; returns the number of micro-batches that fit."""
     micro_batches = 1
@@ -264,7 +259,7 @@ def warm_up(model: LlamaForCausalLM, phases: list[Phase], loss_of: Any, device: 
                 with attention_of(phase), torch.autocast(device.type, torch.bfloat16):
                     loss = loss_of(model, batch[: len(batch) // micro_batches])
                 loss.backward()
-                synchronise(device)
+                synchronize(device)
                 break
             except torch.OutOfMemoryError:
                 micro_batches *= 2
@@ -340,7 +335,7 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
     for phase in phases:
         with attention_of(phase):
             before = elapsed
-            synchronise(device)
+            synchronize(device)
             resumed = marked = time.perf_counter()
             marked_step = step
             while (share := share_done(before + time.perf_counter() - resumed)) < phase.end:
@@ -379,12 +374,12 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
                         tokens_per_second=round(rate),
                     )
                 if before + time.perf_counter() - resumed - validated >= recipe.validate_every:
-                    synchronise(device)
+                    synchronize(device)
                     elapsed = validated = before + time.perf_counter() - resumed
                     scores = validate_and_save(model, tokenizer, validation, recipe, device, log, step, elapsed)
                     before, resumed = elapsed, time.perf_counter()
                     marked, marked_step = resumed, step
-            synchronise(device)
+            synchronize(device)
             elapsed = before + time.perf_counter() - resumed
             phase.batches.close()
             seconds[phase.context] = elapsed - sum(seconds.values())

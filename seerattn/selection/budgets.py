@@ -18,7 +18,7 @@ from reprlib import repr as short  # a value may be of any size
 from typing import TypeGuard
 
 from seerattn.selection.map_form import MapForm
-from seerattn.selection.policies import Policy, TopK
+from seerattn.selection.policies import Policy, TopK, is_number
 
 # Densities by layer and head; empty for layers without a gate.
 Densities = tuple[tuple[float, ...], ...]
@@ -178,7 +178,7 @@ class HeadBudgets:
 
 def shares_density(policy: Policy | None) -> TypeGuard[TopK]:
     """Whether a policy has one density, which budgets are to share among heads."""
-    return isinstance(policy, TopK) and policy.heads == "calibrated" and _is_number(policy.density)
+    return isinstance(policy, TopK) and policy.heads == "calibrated" and is_number(policy.density)
 
 
 def share_density(policy: Policy, budgets: HeadBudgets | None, tokens: int) -> Policy:
@@ -280,8 +280,4 @@ def _is_whole(value: object) -> bool:
 
 def _is_share(value: object) -> bool:
     # NaN compares with nothing.
-    return _is_number(value) and 0 < value <= 1
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number(value) and 0 < value <= 1

@@ -359,10 +359,11 @@ def _values(name: str, setting: object) -> list[float]:
     rows = setting if isinstance(setting, (list, tuple)) else [[setting]]
     values = [value for row in rows for value in (row if isinstance(row, (list, tuple)) else [None])]
     # NaN compares with nothing; a whole number may have more digits than any float.
-    if not values or not all(_is_number(value) and abs(value) <= sys.float_info.max for value in values):
+    if not values or not all(is_number(value) and abs(value) <= sys.float_info.max for value in values):
         raise ValueError(f"{name} must be a finite number, or one a layer and head, got {short(setting)}")
     return values
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a number; a bool is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
