@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seerattn.methods.head_rules import HeadRules, describe_model
 from seerattn.methods.kascade.layers import AnchorSelector, LayerRule, Lists, ReuseSelector
 from seerattn.methods.kascade.search import KascadeSearch
-from seerattn.methods.method import Method, SelectorAt, Selectors
+from seerattn.methods.method import SelectorAt, Selectors
+from seerattn.methods.planned import PlannedMethod
 from seerattn.options import option
 from seerattn.selection.policies import TopK
 from seerattn.selection.selector import Selector
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kascade(Method):
+class Kascade(PlannedMethod):
     """Kascade; its setting is the density of `TopK` in all layers but the first ones, which are dense."""
 
     id = "kascade"
@@ -30,11 +30,6 @@ class Kascade(Method):
 
     plan: Path = option(help="File that seerattn search kascade made.")
     sink_blocks: int = option(1, help="First key blocks that every row keeps.", low=0)
-
-    @cached_property
-    def rules(self) -> HeadRules:
-        """What the file holds."""
-        return HeadRules.load(self.plan, method=self.id)
 
     @cached_property
     def layers(self) -> dict[int, LayerRule]:
@@ -63,7 +58,7 @@ class Kascade(Method):
         return self.rules.made.get("block_q", 64), self.rules.made.get("block_k", 64)
 
     def check_model(self, config: Any) -> None:
-        self.rules.check(describe_model(config))
+        super().check_model(config)
         _ = self.layers
 
     def settings(self) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seerattn.methods.head_rules import HeadRules, describe_model
-from seerattn.methods.method import Method, SelectorAt, Selectors
+from seerattn.methods.method import SelectorAt, Selectors
 from seerattn.methods.minference.patterns import DENSEST, SPARSEST, HeadRule, PatternSelector
 from seerattn.methods.minference.search import MInferenceSearch
+from seerattn.methods.planned import PlannedMethod
 from seerattn.options import option
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MInference(Method):
+class MInference(PlannedMethod):
     """MInference; its setting is a factor on all sizes of its rules."""
 
     id = "minference"
@@ -35,17 +35,12 @@ class MInference(Method):
         return self.block_q, self.block_k
 
     @cached_property
-    def rules(self) -> HeadRules:
-        """What the file holds."""
-        return HeadRules.load(self.plan, method=self.id)
-
-    @cached_property
     def layers(self) -> list[tuple[HeadRule, ...]]:
         """The rules of the heads of each layer."""
         return [tuple(map(HeadRule.from_dict, heads)) for heads in self.rules.rules]
 
     def check_model(self, config: Any) -> None:
-        self.rules.check(describe_model(config))
+        super().check_model(config)
         _ = self.layers
 
     def settings(self) -> dict[str, Any]:

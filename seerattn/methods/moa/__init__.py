@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seerattn.methods.head_rules import HeadRules, describe_model
-from seerattn.methods.method import Method, Selectors
+from seerattn.methods.method import Selectors
 from seerattn.methods.moa.profile import BLOCK, Profile
 from seerattn.methods.moa.search import MoaSearch
 from seerattn.methods.moa.spans import bounded_selectors
+from seerattn.methods.planned import PlannedMethod
 from seerattn.options import option
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoA(Method):
+class MoA(PlannedMethod):
     """MoA; its setting bounds the share of the causal area that is computed at one length."""
 
     id = "moa"
@@ -34,13 +33,8 @@ class MoA(Method):
     def block_sizes(self) -> tuple[int, int]:
         return BLOCK, BLOCK
 
-    @cached_property
-    def rules(self) -> HeadRules:
-        """What the file holds."""
-        return HeadRules.load(self.plan, method=self.id)
-
     def check_model(self, config: Any) -> None:
-        self.rules.check(describe_model(config))
+        super().check_model(config)
         Profile.of(self.rules)
 
     def selectors(self, model: EvalModel | None = None, *, context: int = 0) -> Selectors:
