@@ -27,7 +27,8 @@ class SamplePlan(Sequence[Sample]):
     Every pass over the documents cuts long ones into windows at another offset, and packs short ones in another order.
     Packed documents are cut to whole blocks, so that each lies on the block grid as it would alone, and the last one
     of a sample to what is left of it. The samples of a pass are shuffled. A run may be many passes long: what is kept
-    is the last pass that was looked at, the beginning of each before it, and a byte for every sample.
+    is the last pass that was looked at, the beginning of each before it, and a byte for every sample. A sample that is
+    one window may be cut into shorter ones, each of which is a document of its own then.
 
     Args:
         lengths: tokens of every document, two blocks at least.
@@ -36,7 +37,12 @@ class SamplePlan(Sequence[Sample]):
         head: tokens put before every segment: 1 for a model with a beginning-of-sequence token, else 0.
         block: tokens of a block.
         retrieval_share: share of the samples that are synthetic.
-        seed: draws offsets, orders, and which samples are synthetic.
+        seed: draws offsets, orders, which samples are synthetic, and the lengths of windows.
+        windows: lengths, in tokens, one of which is drawn for each sample to be cut into; each divides ``context``
+            into whole windows of a multiple of ``block``. By default samples stay whole.
+
+    Raises:
+        ValueError: windows that do not.
     """
 
     def __init__(
@@ -49,9 +55,15 @@ class SamplePlan(Sequence[Sample]):
         block: int,
         retrieval_share: float,
         seed: int,
+        windows: Sequence[int] = (),
     ) -> None:
+        if any(window < 2 * block or window % block or context % window for window in windows):
+            raise ValueError(
+                f"window_lengths must be multiples of the block size {block} that divide the context {context}, two "
+                f"blocks at least, got {', '.join(map(str, windows))}"
+            )
         self._lengths, self._count, self._context, self._head, self._block = lengths, count, context, head, block
-        self.retrieval_share, self._seed = retrieval_share, seed
+        self.retrieval_share, self._seed, self.windows = retrieval_share, seed, tuple(windows) or (context,)
         self._synthetic = bytearray()  # of the samples up to the furthest that was looked at
         self._begins = array("q", [0])  # of the passes, counted in samples of text
         self._held: tuple[int, list[list[Segment]]] | None = None
@@ -74,7 +86,16 @@ class SamplePlan(Sequence[Sample]):
         if not -self._count <= index < self._count:
             raise IndexError(f"sample must be one of {self._count}, got {index}")
         index %= self._count
-        return None if self.is_synthetic(index) else self._text(index - self._synthetic_before(index))
+        if self.is_synthetic(index):
+            return None
+        segments = self._text(index - self._synthetic_before(index))
+        return self._cut(segments[0], index) if len(segments) == 1 else segments
+
+    def _cut(self, whole: Segment, index: int) -> list[Segment]:
+        """A sample of one window in windows of the length that is drawn for it, one after the other."""
+        length = random.Random(f"window {self._seed} {index}").choice(self.windows)
+        room = length - self._head
+        return [whole._replace(start=whole.start + i * room, length=room) for i in range(self._context // length)]
 
     def rng(self, index: int) -> random.Random:
         """What draws the content of a synthetic sample; its first number says whether the sample is one."""

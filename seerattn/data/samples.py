@@ -37,9 +37,11 @@ class Samples(Dataset):
         block: tokens of a block, the larger one if queries and keys differ.
         retrieval_share: share of samples that are synthetic retrieval documents laid into the text.
         seed: draws everything.
+        windows: lengths that samples of text are cut into, see `SamplePlan`.
 
     Raises:
-        ValueError: retrieval documents are asked for and the text or the context is too short for them.
+        ValueError: retrieval documents are asked for and the text or the context is too short for them, or windows
+            that do not divide a sample.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Samples(Dataset):
         block: int,
         retrieval_share: float,
         seed: int,
+        windows: Sequence[int] = (),
     ) -> None:
         self.corpus, self.tokenizer, self.context = corpus, tokenizer, context
         self.bos_token_id = tokenizer.bos_token_id
@@ -64,6 +67,7 @@ class Samples(Dataset):
             block=block,
             retrieval_share=retrieval_share,
             seed=seed,
+            windows=windows,
         )
         self.haystacks = [i for i, length in enumerate(lengths) if length >= context]
         if retrieval_share:
@@ -105,7 +109,17 @@ class Samples(Dataset):
 
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stacks samples; where one of them is packed, ``segment_ids`` number the documents of every row."""
+    """Stacks samples.
+
+    Where all documents have one length each is a row of its own: dense attention then needs no mask over all pairs of
+    tokens. Else ``segment_ids`` number the documents of every row.
+    """
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-    segment_ids = (batch["position_ids"] == 0).cumsum(1) - 1
-    return batch | {"segment_ids": segment_ids} if segment_ids.any() else batch
+    beginning = batch["position_ids"] == 0
+    if not beginning[:, 1:].any():
+        return batch
+    begins = beginning.flatten().nonzero().flatten()
+    tokens, length = beginning.numel(), int(begins[1])
+    if tokens % length == 0 and torch.equal(begins, torch.arange(0, tokens, length)):
+        return {name: x.view(-1, length) for name, x in batch.items()}
+    return batch | {"segment_ids": beginning.cumsum(1) - 1}

@@ -30,6 +30,8 @@ class RunConfig:
         row_weight: "uniform" or "mass", see `gate_loss`.
         retrieval_share: share of samples that are synthetic retrieval documents (`seerattn.data.retrieval`). They teach
             the rows that look far back, which plain text rarely has.
+        window_lengths: lengths, in tokens, one of which is drawn for each sample of text to be cut into; they divide
+            the context. None is the context. Weights that are to serve short prompts sparsely as well must meet some.
         logging_steps: steps from one record to the next.
         save_steps: steps from one checkpoint to the next, a multiple of ``logging_steps``.
         keep_checkpoints: older ones are deleted.
@@ -51,6 +53,9 @@ class RunConfig:
     row_weight: RowWeight = option("uniform", help="Whether rows count by what they leave to choose.", flag=False)
     retrieval_share: float = option(
         0.0, help="Share of samples that are synthetic retrieval documents.", low=0, high=1, panel=TRAINING
+    )
+    window_lengths: tuple[int, ...] = option(
+        (), help="Lengths that samples of text are cut into; default: the context.", low=1, flag=False
     )
     logging_steps: int = option(10, help="Steps between records.", low=1, flag=False)
     save_steps: int = option(100, help="Steps between checkpoints.", low=1, flag=False)
@@ -86,6 +91,11 @@ class RunConfig:
     def has_gates(self) -> bool:
         """Whether there are gates to be trained."""
         return True
+
+    @property
+    def keeps_budgets(self) -> bool:
+        """Whether the budgets of gates to start from stay with those that they become."""
+        return False
 
     def with_fitting_rate(self: C, head_dim: int) -> C:
         """The same with a learning rate of the gates that fits heads so wide, unless there is one."""

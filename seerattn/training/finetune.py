@@ -55,6 +55,7 @@ class FinetuneConfig(RunConfig):
         target_every: steps from one on which the gates learn to the next.
         gate_lr: peak learning rate of the gates; None is that of `fitting_lr`, 1e-3 for narrow heads. The two losses
             need no other balance, see `FinetuneTrainer`.
+        budgets: share the density among heads as gates to start from do. Weights and gates then adapt to it.
         gradient_checkpointing: run layers again in the backward pass in place of keeping what they computed.
         autocast: compute in bfloat16 on an accelerator where the weights are fp32.
     """
@@ -71,6 +72,7 @@ class FinetuneConfig(RunConfig):
     gate_lr: float | None = option(
         None, help="Peak learning rate of the gates; default: one that fits the head dim.", above=0, flag=False
     )
+    budgets: bool = option(True, help="Keep the budgets of gates to start from.", flag=False)
     gradient_checkpointing: bool = option(True, help="Run layers twice in place of keeping activations.", flag=False)
     autocast: bool = option(True, help="Compute in bfloat16 where weights are float32, on an accelerator.", flag=False)
 
@@ -90,6 +92,11 @@ class FinetuneConfig(RunConfig):
     def has_gates(self) -> bool:
         """See `RunConfig`."""
         return not self.dense
+
+    @property
+    def keeps_budgets(self) -> bool:
+        """See `RunConfig`."""
+        return self.budgets
 
     @property
     def density(self) -> float:
@@ -186,7 +193,9 @@ class FinetuneRun(TrainingRun):
         config = self.config
         layers = self.model.config.get_text_config().num_hidden_layers
         dense = config.dense or config.sparsity_at(0) == 0 or len(self.gates) < layers
-        return dense and self.samples.plan.has_packed()
+        plan = self.samples.plan
+        unlike = len(plan.windows) > 1 and config.micro_batch_size > 1
+        return dense and (unlike or plan.has_packed())
 
     def _trainer(self, **options: Any) -> FinetuneTrainer:
         from seerattn.training.finetune_trainer import FinetuneTrainer

@@ -87,7 +87,9 @@ class TrainingRun(ABC):
         samples = _make_samples(model, tokenizer, data, config, block=max(form.block_q, form.block_k))
         torch.manual_seed(config.seed)
         if config.has_gates:
-            model = _attach_gates(model, gates, form, density=config.density, layers=layers)
+            model = _attach_gates(
+                model, gates, form, density=config.density, layers=layers, budgets=config.keeps_budgets
+            )
             widest = max(module.head_dim for module in model.modules() if isinstance(module, AttnGate))
             config = config.with_fitting_rate(widest)
         return cls(
@@ -252,10 +254,11 @@ def _attach_gates(
     *,
     density: float,
     layers: Sequence[int] | None,
+    budgets: bool,
 ) -> PeftModel:
     """The model with gates to be trained, saved ones or fresh ones of a form, that run at a density when loaded.
 
-    Budgets that were read off saved gates are not those of the gates that these become, and are left behind.
+    ``budgets``: whether those of saved gates stay.
     """
     from seerattn.hf.attach import attach, set_policy
 
@@ -266,9 +269,10 @@ def _attach_gates(
         # They come frozen and marked as such, with the name of the model that they were made for.
         gated.active_peft_config.inference_mode = False
         gated.active_peft_config.base_model_name_or_path = model.config.name_or_path
-        gated.active_peft_config.budgets = None
-        attachment = gated.base_model.attachment
-        attachment.budgets[attachment.active] = None
+        if not budgets:
+            gated.active_peft_config.budgets = None
+            attachment = gated.base_model.attachment
+            attachment.budgets[attachment.active] = None
         for module in gated.modules():
             if isinstance(module, AttnGate):
                 module.requires_grad_(True)
@@ -330,6 +334,7 @@ def _make_samples(
         block=block,
         retrieval_share=config.retrieval_share,
         seed=config.seed,
+        windows=config.window_lengths,
     )
 
 
@@ -341,6 +346,7 @@ def _describe_samples(samples: Samples) -> dict[str, str]:
     return {
         "documents": f"{len(corpus.lengths)} with {len(corpus.tokens):,} tokens, {corpus.dropped} too short",
         "samples": f"{len(samples)} of {samples.context} tokens, {plan.retrieval_share:.0%} retrieval documents; "
+        f"windows of {', '.join(map(str, plan.windows))} tokens; "
         f"{plan.short} documents are packed; the text {passes:,.1f} times over",
     }
 

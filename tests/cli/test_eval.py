@@ -367,7 +367,7 @@ def test_experiments_of_published_tables_are_valid_with_their_text(name: str, tm
     experiment = tmp_path / "research" / "experiments" / f"{name}.yaml"
     experiment.parent.mkdir(parents=True)
     shutil.copy(f"research/experiments/{name}.yaml", experiment)
-    # And gates that research/reference_gates.py and research/yarn_reference.py make.
+    # And gates that research/reference_gates.py and research/yarn.py make.
     for method in yaml.safe_load(experiment.read_text())["methods"]:
         place = isinstance(method, dict) and (experiment.parent / method.get("gates", ".")).resolve()
         if place and not place.exists():

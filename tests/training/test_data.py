@@ -26,14 +26,11 @@ TOKENIZER = tiny_tokenizer()
 BOS = TOKENIZER.bos_token_id
 
 
-def make_samples(
-    *lengths: int, count: int = 12, context: int = 256, retrieval_share: float = 0.0, seed: int = 0
-) -> Samples:
+def make_samples(*lengths: int, count: int = 12, context: int = 256, seed: int = 0, **options: Any) -> Samples:
     texts = [topical_text(length, i) for i, length in enumerate(lengths)]
     corpus = tokenize(texts, TOKENIZER, min_tokens=63, enough_tokens=10**9, seed=seed)
-    return Samples(
-        corpus, TOKENIZER, count=count, context=context, block=32, retrieval_share=retrieval_share, seed=seed
-    )
+    sizes = {"count": count, "context": context, "block": 32}
+    return Samples(corpus, TOKENIZER, **sizes, **{"retrieval_share": 0.0} | options, seed=seed)
 
 
 def test_read_documents_matches_what_was_written_in_every_format(tmp_path: Path) -> None:
@@ -225,6 +222,45 @@ def test_samples_reject_recall_documents_without_a_long_enough_text() -> None:
         make_samples(200, 100, retrieval_share=0.5)
     with pytest.raises(ValueError, match="length must be at least 256"):
         make_samples(700, retrieval_share=0.5, context=128)
+
+
+def test_sample_is_cut_into_windows_of_one_length_that_hold_its_text_in_order() -> None:
+    whole, cut = make_samples(5000, 100, count=40), make_samples(5000, 100, count=40, windows=(64, 128, 256))
+    seen = Counter()
+    for index in range(40):
+        ids, places = cut[index]["input_ids"], cut[index]["position_ids"]
+        text = whole.plan[index]
+        if len(text) > 1:
+            assert cut.plan[index] == text  # packed documents stay as they are
+            continue
+        length = 1 + int(places.max())
+        assert places.tolist() == list(range(length)) * (256 // length)
+        assert set(ids[::length].tolist()) == {BOS} and len(ids) == 256
+        begin = cut.corpus.offsets[text[0].document] + text[0].start
+        rest = ids.view(-1, length)[:, 1:].flatten()
+        assert rest.tolist() == cut.corpus.tokens[begin : begin + len(rest)].tolist()
+        seen[length] += 1
+    assert set(seen) == {64, 128, 256} and min(seen.values()) > 4
+
+
+@pytest.mark.parametrize("windows", [(96,), (256, 32), (512,), (64, 80)])
+def test_windows_that_do_not_divide_a_sample_into_blocks_are_refused(windows: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="window_lengths must be multiples of the block size 32 that divide"):
+        make_samples(600, windows=windows)
+
+
+def test_documents_of_one_length_are_rows_of_their_own() -> None:
+    samples = make_samples(5000, count=20, windows=(64, 256))
+    cut = next(i for i, segments in enumerate(samples.plan) if len(segments) == 4)
+    whole = next(i for i, segments in enumerate(samples.plan) if len(segments) == 1)
+    rows = collate([samples[cut], samples[cut]])
+    assert rows.keys() == {"input_ids", "position_ids"}
+    assert rows["input_ids"].shape == (8, 64) and torch.equal(rows["position_ids"], torch.arange(64).expand(8, 64))
+    assert torch.equal(rows["input_ids"].flatten(), samples[cut]["input_ids"].repeat(2))
+    assert collate([samples[cut], samples[whole]])["segment_ids"].tolist() == [
+        [number for number in range(4) for _ in range(64)],
+        [0] * 256,
+    ]
 
 
 def test_collate_numbers_documents_only_where_rows_are_packed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import seerattn
 from seerattn.gate import AttnGate, AttnGateConfig
+from seerattn.hf.config import SeerConfig, save_settings
 from seerattn.hf.distillation import GateLosses
 from seerattn.hf.yarn import extend_context
+from seerattn.selection import HeadBudgets, TopK
 from seerattn.training.finetune import FinetuneConfig, FinetuneRun, finetune
 from seerattn.training.finetune_trainer import FinetuneTrainer
 
@@ -201,6 +204,29 @@ def test_trained_gates_are_where_a_run_starts(folder: Path, uninterrupted: Path,
     train(folder, tmp_path / "out", replace(RUN, steps=1), gates=gates)
     trained = load_file(tmp_path / "out" / "gates" / "adapter_model.safetensors")
     assert trained.keys() == saved.keys()
+
+
+def test_budgets_of_the_gates_to_start_from_stay_with_those_that_they_become(
+    folder: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    start, shape = tmp_path / "start", model_of(folder).config
+    shutil.copytree(uninterrupted / "gates", start)
+    heads = [(0.3, 0.7) * (shape.num_attention_heads // 2)] * shape.num_hidden_layers
+    about = {"block_q": 32, "block_k": 32, "target": str(FORM.target), "gain": str(FORM.target), "text": ""}
+    budgets = HeadBudgets(ladder=(0.5,), lengths=(256,), densities=((heads,),), windows=1, **about).to_dict()
+    save_settings(start, budgets=budgets, policy=TopK(density=0.5).to_dict())
+    config = replace(RUN, steps=1, anneal=0.0, retrieval_share=0.0)
+    trained = train(folder, tmp_path / "kept", config, gates=start)
+    assert trained.active_peft_config.budgets == budgets
+    assert SeerConfig.from_pretrained(str(tmp_path / "kept" / "gates")).budgets == budgets
+    prepared = FinetuneRun.plan(
+        model_of(folder), tiny_tokenizer(), [folder / "data.jsonl"], replace(config, budgets=False), gates=start
+    )
+    assert prepared.model.active_peft_config.budgets is None
+    # A lower mean than they were read off at is refused before anything is written.
+    with pytest.raises(ValueError, match=r"density must be at least 0\.5"):
+        train(folder, tmp_path / "low", replace(config, sparsity=0.9), gates=start)
+    assert not (tmp_path / "low").exists()
 
 
 CHILD = """

@@ -125,6 +125,32 @@ def test_gradient_of_four_micro_batches_matches_that_of_one_batch(
         assert float((apart[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()), name
 
 
+def packed(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch whose documents stay in the rows of their samples."""
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    return batch | {"segment_ids": (batch["position_ids"] == 0).cumsum(1) - 1}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_gradient_of_windows_as_rows_matches_that_of_windows_packed_into_one_row(
+    dense: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = watch_gradients(monkeypatch, FinetuneTrainer)
+    sparse = {} if dense else {"sparsity": 0.3, "target_share": 1.0}
+    config = FinetuneConfig(**STEP, **sparse, dense=dense, window_lengths=(128, 256))
+    trained = []
+    for name in ("rows", "packed"):
+        gate = {} if dense else {"gate": FORM}
+        trained.append(
+            finetune(load(folder), tiny_tokenizer(), [folder / "data.jsonl"], config, **gate, output=tmp_path / name)
+        )
+        monkeypatch.setattr("seerattn.training.run.collate", packed)
+    rows, alike = seen
+    assert rows.keys() == alike.keys() and any(map(is_gate, rows)) != dense
+    for name, gradient in alike.items():
+        assert float((rows[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()), name
+
+
 def test_rows_of_the_targets_are_drawn_anew_in_every_step_and_layer(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from seerattn.results.environment import fingerprint
 from seerattn.results.file import read_results
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "research"))
-import yarn_reference
+import yarn
 
 WORDS = [f"w{i}" for i in range(300)]
 
@@ -62,14 +62,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def options_of(inputs: dict[str, Path], output: Path, **changes: object) -> "yarn_reference.Options":
+def options_of(inputs: dict[str, Path], output: Path, **changes: object) -> "yarn.Options":
     given = {"model": inputs["model"], "gates": inputs["gates"], "output": output, "train": (str(inputs["train"]),)}
     given |= {"books_test": (str(inputs["books"]),), "proofs_test": (str(inputs["proofs"]),)}
-    return yarn_reference.Options(**given | yarn_reference.SMOKE | changes)
+    return yarn.Options(**given | yarn.SMOKE | changes)
 
 
 def test_runs_are_those_of_the_comparison(inputs: dict[str, Path], tmp_path: Path) -> None:
-    runs = {run.name: run for run in yarn_reference.make_runs(options_of(inputs, tmp_path, sparsities=(0.5, 0.8, 0.9)))}
+    runs = {run.name: run for run in yarn.make_runs(options_of(inputs, tmp_path, sparsities=(0.5, 0.8, 0.9)))}
     names = ["stretched", "dense", "after", "together-0.5", "together-0.8", "together-0.9", "annealed"]
     assert list(runs) == [*names, "together-0.9-whole", "together-0.9-every4"]
     assert runs["dense"].label == REFERENCE and runs["dense"].measured == runs["stretched"].measured == ()
@@ -83,33 +83,33 @@ def test_runs_are_those_of_the_comparison(inputs: dict[str, Path], tmp_path: Pat
 
 def test_tokens_hold_long_documents_alone_and_stand_in_for_the_text(inputs: dict[str, Path], tmp_path: Path) -> None:
     options = options_of(inputs, tmp_path, train_tokens=10**6)
-    yarn_reference.prepare(options)
+    yarn.prepare(options)
     texts = [text for text in read_documents([inputs["train"]]) if len(text) >= 1024]
-    corpus = yarn_reference.load_corpus(tmp_path / "tokens", "train")
+    corpus = yarn.load_corpus(tmp_path / "tokens", "train")
     assert sorted(corpus.lengths) == sorted(map(len, texts)) and len(texts) == 4
-    books = yarn_reference.documents_of(yarn_reference.load_corpus(tmp_path / "tokens", "books-test"))
+    books = yarn.documents_of(yarn.load_corpus(tmp_path / "tokens", "books-test"))
     assert [len(ids) for ids in books] == [1024, 1024]
-    yarn_reference.prepare(replace(options, train=("gone.jsonl",), books_test=(), proofs_test=()))
-    assert np.array_equal(yarn_reference.load_corpus(tmp_path / "tokens", "train").tokens, corpus.tokens)
+    yarn.prepare(replace(options, train=("gone.jsonl",), books_test=(), proofs_test=()))
+    assert np.array_equal(yarn.load_corpus(tmp_path / "tokens", "train").tokens, corpus.tokens)
     with pytest.raises(ValueError, match="use another folder"):
-        yarn_reference.prepare(replace(options, train_tokens=7))
+        yarn.prepare(replace(options, train_tokens=7))
 
 
 def test_prepare_rejects_text_that_is_too_short(inputs: dict[str, Path], tmp_path: Path) -> None:
     short = tmp_path / "short.jsonl"
     short.write_text(json.dumps({"text": "w1 " * 300}) + "\n")
     with pytest.raises(ValueError, match="proofs-test must hold a document of 1024 tokens"):
-        yarn_reference.prepare(options_of(inputs, tmp_path, proofs_test=(str(short),)))
+        yarn.prepare(options_of(inputs, tmp_path, proofs_test=(str(short),)))
     assert not (tmp_path / "tokens" / "about.json").exists()
 
 
 def test_a_call_with_other_options_is_rejected(inputs: dict[str, Path], tmp_path: Path) -> None:
-    yarn_reference.check_settings(options_of(inputs, tmp_path))
-    yarn_reference.check_settings(options_of(inputs, tmp_path, train=(), micro_batch=2))
+    yarn.check_settings(options_of(inputs, tmp_path))
+    yarn.check_settings(options_of(inputs, tmp_path, train=(), micro_batch=2))
     with pytest.raises(ValueError, match=r"lr was 0.0003 and is 0.01"):
-        yarn_reference.check_settings(options_of(inputs, tmp_path, lr=0.01))
+        yarn.check_settings(options_of(inputs, tmp_path, lr=0.01))
     with pytest.raises(typer.BadParameter, match=r"runs must be among stretched, .* got c"):
-        yarn_reference.choose(yarn_reference.make_runs(options_of(inputs, tmp_path)), "dense,c")
+        yarn.choose(yarn.make_runs(options_of(inputs, tmp_path)), "dense,c")
     for wrong, message in (({"sparsities": (1.0,)}, "between 0 and 1"), ({"contexts": (3, 4)}, "must divide")):
         with pytest.raises(ValueError, match=message):
             options_of(inputs, tmp_path, **wrong)
@@ -126,7 +126,7 @@ def finished(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 def call(inputs: dict[str, Path], output: Path, *more: str):
     app = typer.Typer()
-    app.command()(yarn_reference.main)
+    app.command()(yarn.main)
     arguments = ["--train", inputs["train"], "--books-test", inputs["books"], "--proofs-test", inputs["proofs"]]
     arguments += ["--model", inputs["model"], "--gates", inputs["gates"], "--output", output, "--smoke", "--jobs", "0"]
     arguments += ["--runs", "stretched,dense,after,annealed", *more]
@@ -139,7 +139,7 @@ def test_recipe_trains_measures_and_collects_all_runs(finished: Path) -> None:
     # Perplexity of two texts at two lengths and pass keys of one: dense, and at two sparsities where there are gates.
     for label, densities in (("not trained", (None,)), ("dense", (None,)), ("gates afterwards", (None, 0.5, 0.1))):
         for density in densities:
-            for text in yarn_reference.TEXTS:
+            for text in yarn.TEXTS:
                 assert all(("perplexity", label, text, context, density) in found for context in (512, 1024))
             assert ("accuracy", label, "books-test", 1024, density) in found
     sparse = [r for r in results if r.what == "perplexity" and r.density == 0.1 and r.context == 1024]
@@ -188,7 +188,7 @@ def test_every_run_tells_its_text_and_the_model_and_gates_that_it_began_with(
 ) -> None:
     names = ("dense", "after", "annealed")
     facts = {name: json.loads((finished / "runs" / name / "run.json").read_text()) for name in names}
-    corpus = yarn_reference.load_corpus(finished / "tokens", "train")
+    corpus = yarn.load_corpus(finished / "tokens", "train")
     for run in facts.values():
         assert run["data"] == [str(inputs["train"])] and run["data_hash"] == corpus.fingerprint()
     start = [str(inputs["gates"]), fingerprint(inputs["gates"])]
@@ -215,7 +215,7 @@ def test_runs_in_processes_that_are_ended_at_the_limit_are_collected_and_continu
 
 def test_gates_afterwards_wait_for_the_dense_model(inputs: dict[str, Path], tmp_path: Path) -> None:
     options = options_of(inputs, tmp_path)
-    jobs = {run.name: yarn_reference.job_of(options, run) for run in yarn_reference.make_runs(options)}
+    jobs = {run.name: yarn.job_of(options, run) for run in yarn.make_runs(options)}
     assert {name for name, job in jobs.items() if not job.ready} == {"after"}
     (tmp_path / "runs" / "dense" / "model").mkdir(parents=True)
     (tmp_path / "runs" / "dense" / "model" / "config.json").write_text("{}")

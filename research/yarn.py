@@ -1,4 +1,4 @@
-"""Extend the context of the reference model fourfold by YaRN, densely and while it attends sparsely, and compare.
+"""Extend the context of a model fourfold by YaRN, densely and while it attends sparsely, and compare.
 
 The runs, all on the same samples in the same order:
 
@@ -9,12 +9,17 @@ The runs, all on the same samples in the same order:
 - ``together-S-whole`` and ``together-S-every4``: the highest sparsity with the gates' target taken of all query-block
   rows, and of some of them at every fourth step.
 
-Gates start from those of the short context (``--gates``). Every run measures itself: perplexity of books and proofs,
-the same tokens read in windows of each length, and pass keys at full length.
+Gates start from those of the short context (``--gates``). Where these have budgets of heads, gates that learn together
+with the weights keep them, and those that are distilled afterwards have theirs read off the text of ``--calibrate``.
+Every run measures itself: perplexity of books and proofs, the same tokens read in windows of each length, and pass keys
+at full length.
 
-    python research/yarn_reference.py --train books/train-000.jsonl.gz --train proofs/train-000.jsonl.gz \\
+    python research/yarn.py --train books/train-000.jsonl.gz --train proofs/train-000.jsonl.gz \\
         --books-test books/test-000.jsonl.gz --proofs-test proofs/test-000.jsonl.gz --jobs 6 --output outputs/yarn
     seerattn report outputs/yarn/results.jsonl outputs/yarn/curves.jsonl --output outputs/yarn/report
+
+With ``--window-lengths`` every sample of text is cut into windows of one of these lengths, so that short prompts are
+learned as well. Runs of another ``--seed`` are told apart by the name of the model in results.
 
 Runs are processes that share the GPU, or spread over several. A call that ended early (``--time-limit``, a failure) is
 continued by the same call: what is finished is not done again. OUTPUT/tokens holds the tokenised text, which
@@ -38,13 +43,16 @@ from transformers import AutoTokenizer, PreTrainedModel
 from worker_pool import Job, WorkerPool
 
 from seerattn.data.windows import cut_windows, digest
+from seerattn.eval.calibration import Text, calibrate_budgets
 from seerattn.eval.choice import DENSE, at_density
 from seerattn.eval.tasks.perplexity import PerplexityJob
 from seerattn.eval.tasks.retrieval import Needle, RetrievalJob
+from seerattn.hf.config import SeerConfig
 from seerattn.hf.eval_model import EvalModel, choose_device
 from seerattn.hf.loading import read_model
 from seerattn.hf.yarn import extend_context
 from seerattn.methods.gate import Gate
+from seerattn.options import parse_value
 from seerattn.report.curves import as_finetuning
 from seerattn.results.file import ResultsFile
 from seerattn.saving import write_whole
@@ -53,9 +61,11 @@ from seerattn.training.finetune import FinetuneConfig, FinetuneRun
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TEXTS = ("books-test", "proofs-test")
+CALIBRATION = "calibration"
+BUDGET_WINDOWS = 8
 Kind = Literal["stretched", "dense", "after", "together"]
 # What may differ between a call and the one that continues it.
-FREE = ("train", "books_test", "proofs_test", "micro_batch", "gradient_checkpointing", "model", "gates")
+FREE = ("train", "books_test", "proofs_test", "calibrate", "micro_batch", "gradient_checkpointing", "model", "gates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +78,7 @@ class Options:
     train: tuple[str, ...]
     books_test: tuple[str, ...]
     proofs_test: tuple[str, ...]
+    calibrate: tuple[str, ...] = ()
     factor: float = 4.0
     context: int = 32768
     steps: int = 400
@@ -78,6 +89,7 @@ class Options:
     gate_lr: float = 1e-3
     target_share: float = 0.1
     retrieval_share: float = 0.1
+    window_lengths: tuple[int, ...] = ()
     sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
     train_tokens: int = 30_000_000
     contexts: tuple[int, ...] = (8192, 16384, 32768)
@@ -94,6 +106,11 @@ class Options:
             raise ValueError(f"contexts must divide the longest of them, got {self.contexts}")
         if self.save_steps % self.logging_steps:
             raise ValueError(f"save_steps must be a multiple of {self.logging_steps}, got {self.save_steps}")
+
+    @property
+    def name(self) -> str:
+        """What results call the model: those of another seed are another one."""
+        return self.model.name + (f", seed {self.seed}" if self.seed else "")
 
     def facts(self) -> dict:
         """What a call that continues this one must have in common with it, in plain JSON types."""
@@ -196,7 +213,11 @@ def prepare(options: Options) -> None:
         options.output / "tokens",
         model=options.model,
         train=options.train,
-        tests=dict(zip(TEXTS, (options.books_test, options.proofs_test))),
+        tests={
+            name: files
+            for name, files in zip((*TEXTS, CALIBRATION), (options.books_test, options.proofs_test, options.calibrate))
+            if files
+        },
         context=max(options.context, *options.contexts),
         train_tokens=options.train_tokens,
         documents=options.documents,
@@ -228,6 +249,7 @@ def train(options: Options, run: Run, device: torch.device) -> None:
         "batch_size": options.batch,
         "micro_batch_size": options.micro_batch,
         "retrieval_share": options.retrieval_share,
+        "window_lengths": options.window_lengths,
         "logging_steps": options.logging_steps,
         "save_steps": options.save_steps,
         "seed": options.seed,
@@ -272,10 +294,12 @@ def measure(options: Options, run: Run, device: torch.device) -> None:
         trained = Places(options.output, "dense").trained if run.kind == "after" else places.trained
         model = load_model(trained / "model", device)
     length, bos = max(options.contexts), tokenizer.bos_token_id
-    evaluated, choices = EvalModel(model, tokenizer, name=options.model.name), [DENSE]
+    evaluated, choices = EvalModel(model, tokenizer, name=options.name), [DENSE]
     if run.measured:
         folder = places.trained if run.kind == "after" else places.trained / "gates"
         gate = Gate(gates=folder, name=run.name)
+        if run.kind == "after" and SeerConfig.from_pretrained(str(options.gates)).budgets is not None:
+            read_budgets(options, evaluated, gate)
         choices += [at_density(evaluated, gate, round(1 - sparsity, 6)) for sparsity in run.measured]
     results = ResultsFile(places.results, device)
     told = {"training": run.cell(options)}
@@ -294,6 +318,18 @@ def measure(options: Options, run: Run, device: torch.device) -> None:
             settings = told | {"data": digest(documents)}
             made = {needle: needle.documents(tokenizer, documents, bos) for needle in needles}
             RetrievalJob("passkey", text, length, [], settings, needles=made).measure(evaluated, choices, results)
+
+
+def read_budgets(options: Options, evaluated: EvalModel, gate: Gate) -> None:
+    """Gives gates that were distilled afterwards budgets of heads, as those have that they started from."""
+    if evaluated.gates(gate.gates).budgets is not None:
+        return  # a run that is continued
+    length = max(options.contexts)
+    documents = documents_of(load_corpus(options.output / "tokens", CALIBRATION))
+    windows = cut_windows(documents, context=length, count=1, bos_token_id=evaluated.tokenizer.bos_token_id)
+    text = Text(windows[:BUDGET_WINDOWS], length, CALIBRATION, {"data": digest(documents)})
+    found = ResultsFile(Places(options.output, gate.name).results.with_name("budgets.jsonl"), evaluated.device)
+    calibrate_budgets(evaluated, gate, text, found)
 
 
 def collect(options: Options, runs: list[Run]) -> None:
@@ -320,6 +356,7 @@ def main(
     train: Annotated[list[str], typer.Option(help="Files of training documents; can be repeated.")] = [],  # noqa: B006
     books_test: Annotated[list[str], typer.Option(help="Files of books to measure on.")] = [],  # noqa: B006
     proofs_test: Annotated[list[str], typer.Option(help="Files of proofs to measure on.")] = [],  # noqa: B006
+    calibrate: Annotated[list[str], typer.Option(help="Files to read budgets of heads off.")] = [],  # noqa: B006
     model: Annotated[Path, typer.Option(help="Folder of the base model.")] = Path("assets/reference-model"),
     gates: Annotated[Path, typer.Option(help="Gates of the base model to start from.")] = Path(
         "assets/reference-gates/best"
@@ -336,6 +373,7 @@ def main(
         Options.target_share
     ),
     retrieval_share: Annotated[float, typer.Option(help="Share of retrieval documents.")] = Options.retrieval_share,
+    window_lengths: Annotated[str, typer.Option(help="Lengths that samples of text are cut into, with commas.")] = "",
     train_tokens: Annotated[int, typer.Option(help="Tokens of text to train on, seen repeatedly.")] = (
         Options.train_tokens
     ),
@@ -356,6 +394,7 @@ def main(
         train=tuple(train),
         books_test=tuple(books_test),
         proofs_test=tuple(proofs_test),
+        calibrate=tuple(calibrate),
         steps=steps,
         batch=batch,
         micro_batch=micro_batch,
@@ -364,6 +403,7 @@ def main(
         gate_lr=gate_lr,
         target_share=target_share,
         retrieval_share=retrieval_share,
+        window_lengths=parse_value("window_lengths", window_lengths, tuple[int, ...]),
         train_tokens=train_tokens,
         documents=documents,
         needles=needles,
