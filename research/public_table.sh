@@ -3,10 +3,11 @@
 # samples, and rules of heads for the methods that search some. Everything goes to outputs/smollm2-table; what is there
 # already is not made again. Then: seerattn eval --config research/experiments/smollm2.yaml --output r.jsonl
 #   bash research/public_table.sh                                # in the root of the project; one GPU, some ten minutes
+#   MODEL=outputs/models/gemma3-270m OUT=outputs/gemma3-table CONTEXT=32768 RULES_CONTEXT=8192 bash research/public_table.sh
 #   STEPS=3 CONTEXT=512 bash research/public_table.sh --device cpu    # to the end on a CPU, for trying it out
 # Text: research/texts/README.md. The model: make models.
 set -euo pipefail
-model=${MODEL:-outputs/models/smollm2} out=${OUT:-outputs/smollm2-table} context=${CONTEXT:-8192} steps=${STEPS:-1000}
+model=${MODEL:-outputs/models/smollm2} out=${OUT:-outputs/smollm2-table} context=${CONTEXT:-8192} steps=${STEPS:-1000} rules_context=${RULES_CONTEXT:-$context}
 run=(python -m seerattn)
 train=(--data books/train-000.jsonl.gz --data proofs/train-000.jsonl.gz)
 held=(--data books/validation-000.jsonl.gz --data proofs/validation-000.jsonl.gz)
@@ -23,7 +24,7 @@ gates() {  # NAME OPTIONS...: gates of a form, with budgets
 rules() {  # METHOD NAME OPTIONS...
     local method=$1 name=$2 && shift 2
     "${run[@]}" search "$method" --model "$model" "${held[@]}" --max-docs 24 --output "$out/$name.json" \
-        --set context="$context" "${DEVICE[@]}" "$@"
+        --set context="$rules_context" "${DEVICE[@]}" "$@"
 }
 
 DEVICE=("$@")

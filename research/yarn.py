@@ -42,6 +42,7 @@ from corpora import documents_of, load_corpus, whole_lines, write_corpora
 from transformers import AutoTokenizer, PreTrainedModel
 from worker_pool import Job, WorkerPool
 
+from seerattn.bench.dense import sdpa_backend
 from seerattn.data.windows import cut_windows, digest
 from seerattn.eval.calibration import Text, calibrate_budgets
 from seerattn.eval.choice import DENSE, at_density
@@ -274,7 +275,11 @@ def train(options: Options, run: Run, device: torch.device) -> None:
     )
     model = load_model(options.model, device, torch.float32)
     gates = None if config.dense else options.gates
-    FinetuneRun.plan(model, tokenizer, corpus, config, gates=gates).run(output, resume=True)
+    planned = FinetuneRun.plan(model, tokenizer, corpus, config, gates=gates)
+    # PyTorch would take FlashAttention-2, which is slower on Hopper. No batch has a mask here.
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    with sdpa_backend("cudnn" if hopper else "sdpa", device):
+        planned.run(output, resume=True)
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
