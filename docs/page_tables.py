@@ -224,6 +224,11 @@ WAYS = {
 TEXTS = {"books-test": "books", "proofs-test": "proofs"}
 
 
+def of_model(name: str, make: Callable[[list[Result]], list[Table]]) -> Callable[[list[Result]], list[Table]]:
+    """Tables of one model among several."""
+    return lambda results: make([r for r in results if r.model == name])
+
+
 def finetuned(results: list[Result]) -> list[Table]:
     """The table of fine-tuned models with both texts side by side, and differences alone where there are some."""
     (table,) = [t for of in sections(latest(results)) for t in of.parts if t.title.startswith("Fine-tuned: perplexity")]
@@ -343,8 +348,11 @@ TABLES = {
     "distillation": Drawn(["h100-distill"], report("Tokens a second")),
     "backward": Drawn([], backward, raw=["backward-launches"]),
     "finetuning-steps": Drawn(["h200-finetune"], finetuning_steps),
-    "finetuned-in-short": Drawn(["yarn"], finetuned_in_short),
     "finetuned": Drawn(["yarn"], finetuned),
+    "finetuned-public-in-short": Drawn(["yarn-smollm2"], of_model("smollm2", finetuned_in_short)),
+    "finetuned-public": Drawn(["yarn-smollm2"], of_model("smollm2", finetuned)),
+    "finetuned-public-again": Drawn(["yarn-smollm2"], of_model("smollm2, seed 1", finetuned)),
+    "finetuned-public-passkeys": Drawn(["yarn-smollm2"], of_model("smollm2", report("Fine-tuned: retrieval"))),
     "finetuned-targets": Drawn(["yarn"], report("Fine-tuned: targets")),
     "curves": Drawn([], curves, raw=["yarn-curves"]),
     "ablation": Drawn(["gate-ablation"], ablation, raw=["gate-variants"]),
@@ -362,4 +370,5 @@ FIGURES = {
     "attention_map.png": ("attention_map.png", ["h100-pooled"]),
     "ttft.png": ("ttft.png", ["h100-ttft"]),
     "yarn_curves.png": ("curves.png", ["yarn-curves"]),
+    "yarn_smollm2_curves.png": ("curves.png", ["yarn-smollm2-curves"]),
 }

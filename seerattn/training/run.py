@@ -141,7 +141,7 @@ class TrainingRun(ABC):
         facts = {
             "model": self.model.config.name_or_path,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "config": asdict(self.config),
+            "config": {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self.config).items()},
             "data": list(self.samples.corpus.sources),
             "data_hash": self.samples.corpus.fingerprint(),
             "weights": _base_weights(self.model),
@@ -269,10 +269,16 @@ def _attach_gates(
         # They come frozen and marked as such, with the name of the model that they were made for.
         gated.active_peft_config.inference_mode = False
         gated.active_peft_config.base_model_name_or_path = model.config.name_or_path
+        attachment = gated.base_model.attachment
+        found = attachment.budgets[attachment.active]
         if not budgets:
             gated.active_peft_config.budgets = None
-            attachment = gated.base_model.attachment
             attachment.budgets[attachment.active] = None
+        elif found is not None and density < found.ladder[0]:
+            raise ValueError(
+                f"sparsity must be at most {1 - found.ladder[0]:g} with the budgets of the gates to start from, got "
+                f"{1 - density:g}; use budgets=false, or calibrate them with a lower rung"
+            )
         for module in gated.modules():
             if isinstance(module, AttnGate):
                 module.requires_grad_(True)

@@ -1,5 +1,6 @@
 """What the probe proves, and what it refuses."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -187,6 +188,30 @@ def test_overflow_is_told_as_an_overflow() -> None:
         ValueError, match=r"must be finite, got an overflow in torch.float16 .* load the model in bfloat16"
     ):
         seerattn.attach(model, AttnGateConfig())
+
+
+def test_model_is_proven_in_fp32_where_the_process_rounds_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def as_tf32(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        if torch.get_float32_matmul_precision() == "highest":
+            return attend(query, key, value, **options)
+        # 10 bits of the fraction are left.
+        return attend(
+            *(x.view(torch.int32).bitwise_and(-1 << 13).view(x.dtype) for x in (query, key, value)), **options
+        )
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", as_tf32)
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        layers = probe(tiny_model("llama"))
+        assert layers and torch.get_float32_matmul_precision() == "high"
+        with pytest.raises(ValueError, match="must be the softmax of scaled products"):
+            monkeypatch.setattr("seerattn.hf.probe._exact_products", nullcontext)
+            probe(tiny_model("llama"))
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 @pytest.mark.parametrize("number", [-1, 1, None])

@@ -224,7 +224,7 @@ def test_budgets_of_the_gates_to_start_from_stay_with_those_that_they_become(
     )
     assert prepared.model.active_peft_config.budgets is None
     # A lower mean than they were read off at is refused before anything is written.
-    with pytest.raises(ValueError, match=r"density must be at least 0\.5"):
+    with pytest.raises(ValueError, match=r"sparsity must be at most 0\.5 with the budgets"):
         train(folder, tmp_path / "low", replace(config, sparsity=0.9), gates=start)
     assert not (tmp_path / "low").exists()
 
