@@ -21,7 +21,7 @@ from seerattn.yaml_files import read_yaml
 T = TypeVar("T")
 # Options whose values are places: relative to the folder of the file that names them.
 _DEPTH = 3
-_PLACES = ("model", "data", "gates", "plan", "data_dir", "calibration")
+_PLACES = ("model", "data", "gates", "plan", "data_dir", "calibration", "essays", "documents")
 
 
 @dataclass(frozen=True, kw_only=True)

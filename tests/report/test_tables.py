@@ -282,3 +282,31 @@ def test_tasks_have_guards_that_are_marked_where_they_are_significant() -> None:
     # Scores without a guard have a table of their own.
     (table,) = section(guarded(0.75, 0.5, None)[:2], "tasks").parts
     assert [line[-2:] for line in lines(table)[1:]] == [["0.750 ± 0.050", "50"], ["0.500 ± 0.050", "50"]]
+
+
+def test_systems_by_tasks_tell_differences_from_dense_and_their_mean() -> None:
+    def row(name: str, task: str, context: int, gap: float, stderr: float, note: bool = False, **more) -> Result:
+        cell = {"task": task, "metric": more.pop("metric", "log_prob_per_token"), "documents": 50}
+        samples = {"score": [gap - 2.0], "dense": [-2.0], "p": [0.5], "test": ["paired sign flips"]}
+        cell |= {"note": "significantly lower"} if note else {}
+        return result(
+            "task_guard", name, 0.2, gap, stderr=stderr, n=50, context=context, text=task, cell=cell, samples=samples,
+            **more,
+        )  # fmt: skip
+
+    rows = [
+        row("best", "ruler_vt", 4096, -0.1, 0.03, realised_density=0.2),
+        row("best", "niah_single_1", 8192, 0.3, 0.04, realised_density=0.19),
+        row("streaming", "ruler_vt", 4096, -1.0, 0.25, note=True, realised_density=0.26),
+        row("best", "ruler_vt", 4096, 0.5, 0.1, metric="4096"),
+    ]
+    found = [table for table in section(rows, "tasks").parts if "beside dense" in table.title]
+    (table,) = found  # one task is no grid
+    assert table.title == "Right answers beside dense: m, density 0.2"
+    assert lines(table) == [
+        ["method", "vt 4k (0.200)", "single 1 8k (0.190)", "mean"],
+        ["dense", "-2.00", "-2.00", "-2.00"],
+        ["gates: best", "-0.10 ± 0.03", "+0.30 ± 0.04", "+0.10 ± 0.03"],
+        ["streaming", "-1.00* ± 0.25 at 0.260", "", ""],
+    ]
+    assert table.notes[1] == "50 documents a task and length."

@@ -2,7 +2,8 @@
 
 Perplexity and recall can look well while a task loses. So every task is run by the dense model, too, and the guard
 compares the two document by document: the difference, its paired standard error and a two-sided test. Prompts are
-prefilled through the selector under test; the tokens generated after them attend to everything.
+prefilled through the selector under test; the tokens after them attend to everything, whether the model writes them or
+they are the right answer, of which the likelihood is taken.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from seerattn.eval.choice import DENSE, Choice
+from seerattn.eval.tasks.likelihood import LIKELIHOODS, right_answer
+from seerattn.eval.tasks.ruler import WITH_ESSAYS, RulerDocuments, replaced
 from seerattn.eval.tasks.task import Job, Progress, Setup, Task
 from seerattn.extras import check_extra
 from seerattn.hf.eval_model import EvalModel
@@ -112,6 +115,8 @@ def load_tasks(
     data_dir: Path | None = None,
     lengths: Sequence[int] = (4096,),
     limit: int | None = None,
+    essays: Sequence[str] = (),
+    documents: Path | None = None,
 ) -> tuple[list[LoadedTask], dict[str, str]]:
     """Finds tasks and reads or makes their documents.
 
@@ -122,6 +127,8 @@ def load_tasks(
         data_dir: folder of the files of local tasks.
         lengths: tokens of documents that are made (RULER), answers included.
         limit: the first so many documents of each task; None for all.
+        essays: text in place of RULER's essays.
+        documents: folder that keeps documents that are made, None without.
 
     Returns:
         The tasks, and for each one without data a sentence that says so.
@@ -131,7 +138,8 @@ def load_tasks(
     """
     loaded, missing = [], {}
     called = getattr(tokenizer, "name_or_path", "") or "tokenizer"
-    with _quiet(), _silent_nltk(), _reading(tokenizer):
+    ruler = RulerDocuments(tokenizer, lengths, essays, documents)
+    with _quiet(), _silent_nltk(), ruler.making():
         manager = _manager(name, {"tokenizer": called, "max_seq_lengths": list(lengths)})
         for spec in {str(spec): spec for spec in _leaves(manager, name)}.values():
             task = spec if isinstance(spec, str) else spec["task"]
@@ -139,9 +147,14 @@ def load_tasks(
             _seed()
             try:
                 # As the one member of a group, a task of the index may have settings of its own.
-                group = {"group": "chosen", "task": [_settings(manager, spec, data_dir)]}
+                settings = _settings(manager, spec, data_dir)
+                kept = ruler.kept(task, limit)
+                group = {"group": "chosen", "task": [settings | ({"custom_dataset": kept} if kept else {})]}
                 for found, made in manager.load([group])["tasks"].items():
-                    loaded += _prepare(found, made, limit)
+                    prepared = _prepare(found, made, limit)
+                    if kept is None and prepared[0].length is not None:
+                        ruler.keep(task, [made.eval_docs[index] for one in prepared for index in one.chosen])
+                    loaded += prepared
             # A task's data comes from anywhere: from no Hub, no such file, a resource of NLTK, a script.
             except (OSError, LookupError, ValueError, RuntimeError, ImportError) as error:
                 reason = " ".join(str(error).split())[:200]
@@ -160,12 +173,19 @@ def _manager(name: str, metadata: dict[str, Any]) -> TaskManager:
     # A tag may have tasks in other folders.
     if name in manager.all_subtasks or name in manager.all_groups:
         return manager
-    manager = TaskManager(include_path=[_LOCAL], metadata=metadata)
+    if _is_written(name, root):
+        manager = TaskManager(include_path=[_LOCAL], metadata=metadata)
     if name not in manager.all_tasks:
         raise ValueError(
             f"task must be one of this package or of lm-evaluation-harness {version('lm_eval')}, or local, got {name}"
         )
     return manager
+
+
+def _is_written(name: str, root: Path) -> bool:
+    """Whether some definition of a task holds a name: seen in a second, so that a misspelt one is refused soon."""
+    definitions = (path for path in root.rglob("*") if path.suffix in ("", ".yaml", ".yml") and path.is_file())
+    return any(name in path.read_text(encoding="utf-8", errors="replace") for path in definitions)
 
 
 def _leaves(manager: TaskManager, name: str) -> list[str | dict]:
@@ -213,15 +233,33 @@ class HarnessJob(Job):
     Attributes:
         loaded: the task.
         chat_template: puts prompts into the tokenizer's chat template.
+        writes: whether answers are generated, of a task that has some generated.
+        likelihood: whether the likelihood of right answers is taken, of such a task.
+        about: what else identifies scores in results.
+        encoded: token ids of texts, as they become known.
     """
 
     loaded: LoadedTask | None = None
     chat_template: bool = False
+    writes: bool = True
+    likelihood: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+    encoded: dict[tuple[str, bool | None], array] = field(default_factory=dict)
 
     beside_dense = True
 
     def __str__(self) -> str:
         return str(self.loaded)
+
+    @property
+    def written(self) -> list[tuple[str, str]]:
+        """Metrics of the harness and their filters."""
+        return self.loaded.metrics if self.writes else []
+
+    @property
+    def metrics(self) -> list[tuple[str, str]]:
+        """All metrics and filters."""
+        return [*self.written, *(LIKELIHOODS if self.likelihood else [])]
 
     def measure(
         self,
@@ -241,7 +279,7 @@ class HarnessJob(Job):
         runner = _Runner(model, self, batch)
         rows, dense = [], []
         for choice in [DENSE, *(choice for choice in choices if not choice.is_dense)]:
-            blanks = [runner.blank(choice, *metric) for metric in self.loaded.metrics]
+            blanks = [runner.blank(choice, *metric) for metric in self.metrics]
             with output.together() as cell:
                 found = [cell.find(blank) for blank in blanks]
                 if None in found:
@@ -251,7 +289,7 @@ class HarnessJob(Job):
                     count, seconds = len(self.loaded.chosen), watch.seconds()
                     found = [
                         cell.setdefault(_filled(blank, scores[metric], count, density), seconds)
-                        for blank, metric in zip(blanks, self.loaded.metrics, strict=True)
+                        for blank, metric in zip(blanks, self.metrics, strict=True)
                     ]
                 if choice.is_dense:
                     dense = found
@@ -283,7 +321,17 @@ class _Runner:
         with _quiet():
             from seerattn.eval.tasks.harness_model import MiddleCutModel
 
-            self.harnessed = MiddleCutModel(model.model, model.tokenizer, max_length=job.context, batch_size=batch)
+            self.harnessed = MiddleCutModel(
+                model.model,
+                model.tokenizer,
+                max_length=job.context,
+                batch_size=batch,
+                writes=job.writes,
+                answer=partial(right_answer, job.loaded.task, chat_template=job.chat_template)
+                if job.likelihood
+                else None,
+                encoded=job.encoded,
+            )
         self.model, self.job = model, job
 
     def blank(self, choice: Choice, metric: str, chosen: str) -> Result:
@@ -297,6 +345,7 @@ class _Runner:
             "documents": len(loaded.chosen),
             "data": loaded.digest,
             "chat_template": self.job.chat_template,
+            **self.job.about,
         }
         return choice.result(
             self.model,
@@ -317,7 +366,12 @@ class _Runner:
             density = run.density()
         name = self.job.loaded.name
         values, samples = results["results"][name], results["samples"][name]
-        return {pair: _score(*pair, values, samples) for pair in self.job.loaded.metrics}, density
+        scores = {pair: _score(*pair, values, samples) for pair in self.job.written}
+        if self.job.likelihood:
+            found = zip(*(self.harnessed.likelihoods[index] for index in self.job.loaded.chosen), strict=True)
+            for metric, documents in zip(LIKELIHOODS, map(list, found), strict=True):
+                scores[metric] = Score(*statistics.mean(documents), documents)
+        return scores, density
 
 
 def _evaluate(model: Any, loaded: LoadedTask, chat_template: bool) -> dict[str, Any]:
@@ -326,7 +380,7 @@ def _evaluate(model: Any, loaded: LoadedTask, chat_template: bool) -> dict[str, 
     from lm_eval.evaluator import evaluate
 
     # The harness shows a bar of its own, for the moment in which it makes requests of documents.
-    bar = _replaced(lm_eval.api.task, "tqdm", lambda documents, **options: documents)
+    bar = replaced(lm_eval.api.task, "tqdm", lambda documents, **options: documents)
     with _quiet(), bar:
         _seed()
         return evaluate(
@@ -342,8 +396,11 @@ def _evaluate(model: Any, loaded: LoadedTask, chat_template: bool) -> dict[str, 
 class HarnessTask(Task):
     """Any task or group of lm-evaluation-harness, such as "ruler" or "longbench_qasper", and "local" ones of files.
 
-    Prompts are prefilled by the method under test; the tokens generated after them attend to everything. ``contexts``
-    are the lengths of documents that are made (RULER), answers included.
+    Prompts are prefilled by the method under test; the tokens after them attend to everything. ``contexts`` are the
+    lengths of documents that are made (RULER), answers included.
+
+    Raises:
+        ValueError: answers are neither generated nor is their likelihood taken.
     """
 
     id = "harness"
@@ -352,18 +409,38 @@ class HarnessTask(Task):
     data_dir: Path | None = option(None, help="Folder with the files of local tasks.")
     longest: int = option(0, help="Longer prompts lose their middle; 0 for all that the model can take.", low=0)
     chat_template: bool = option(False, help="Put prompts into the model's chat template.")
+    likelihood: bool = option(False, help="Also measure how likely right answers are, where answers are generated.")
+    generate: int | None = option(
+        None, help="Tokens of a generated answer at most; 0 takes likelihoods alone; default: the task's.", low=0
+    )
+    essays: tuple[str, ...] = option((), help="Text in place of the essays of RULER, which need a network.")
+    documents: Path | None = option(None, help="Folder that keeps the documents of RULER, which take long to make.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.generate == 0 and not self.likelihood:
+            raise ValueError("likelihood must be true where no answer is generated, got generate=0 without it")
 
     def check(self) -> None:
         check_extra("tasks", f"task {self.name}, which is none of this package,")
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise ValueError(f"data_dir must be a folder, got {self.data_dir}")
+        for source in self.essays:
+            if not Path(source).exists():
+                raise ValueError(f"essays must exist, got {source}")
 
     def jobs(self, setup: Setup) -> list[Job]:
         tokenizer, made = setup.tokenizer, self.contexts or setup.contexts
         most = self.longest or setup.longest or max(made)
         limits = [number for number in (self.max_docs, setup.limit) if number]
         loaded, missing = load_tasks(
-            self.name, tokenizer=tokenizer, data_dir=self.data_dir, lengths=made, limit=min(limits, default=None)
+            self.name,
+            tokenizer=tokenizer,
+            data_dir=self.data_dir,
+            lengths=made,
+            limit=min(limits, default=None),
+            essays=self.essays,
+            documents=self.documents,
         )
         gone = [UnavailableJob(name, name, most, [], reason=reason) for name, reason in missing.items()]
         return [*(self._job(tokenizer, one, most) for one in loaded), *gone]
@@ -378,9 +455,21 @@ class HarnessTask(Task):
             raise ValueError("the tokenizer must have an end-of-sequence token to generate, got none")
         if self.chat_template and getattr(tokenizer, "chat_template", None) is None:
             raise ValueError("chat_template must be in the tokenizer, got none; leave the option out")
+        about = {}
+        if self.essays and loaded.name in WITH_ESSAYS:
+            about["essays"] = "+".join(Path(source).name.split(".")[0] for source in self.essays)
+        if self.generate and loaded.generated > self.generate:
+            loaded.task.set_config(key="generation_kwargs", value={"max_gen_toks": self.generate}, update=True)
+            about["generated"] = self.generate
         prompts = _prompts(tokenizer, loaded, longest, self.chat_template)
+        options = {
+            "loaded": loaded,
+            "chat_template": self.chat_template,
+            "writes": self.generate != 0 or not loaded.generated,
+            "likelihood": self.likelihood and loaded.generated > 0,
+            "about": about,
+        }
         settings = {"data": loaded.digest, "chat_template": self.chat_template}
-        options = {"loaded": loaded, "chat_template": self.chat_template}
         return HarnessJob(loaded.name, loaded.name, longest, prompts, settings, **options)
 
 
@@ -447,26 +536,5 @@ def _silent_nltk() -> Iterator[None]:
     """RULER asks NLTK for a model of sentences at import. Without a network it does without, where it needs none."""
     import nltk
 
-    with _replaced(nltk, "download", partial(nltk.download, print_error_to=io.StringIO())):
+    with replaced(nltk, "download", partial(nltk.download, print_error_to=io.StringIO())):
         yield
-
-
-@contextmanager
-def _reading(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """RULER reads its tokenizer by name, with whatever code comes with it. Here it gets the one at hand."""
-    from lm_eval.tasks.ruler import common_utils
-
-    common_utils.get_tokenizer.cache_clear()
-    reader = SimpleNamespace(from_pretrained=lambda name, **_: tokenizer)
-    with _replaced(common_utils, "AutoTokenizer", reader):
-        yield
-
-
-@contextmanager
-def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)

@@ -6,7 +6,9 @@ Imported only where tasks are evaluated, for the harness is an optional package.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+from seerattn.eval.tasks.likelihood import Likelihood
+from seerattn.hf.state import attachment_of, policy
 
 Progress = Callable[[int], Callable[[int], None]]
 
@@ -51,23 +56,91 @@ class MiddleCutModel(HFLM):
         tokenizer: its tokenizer; a copy is used, as the harness sets its padding token.
         max_length: longest prompt with what is generated after it, tokens.
         batch_size: prompts that are generated from together.
+        writes: whether it generates answers; without, it answers nothing.
+        answer: gives the right answer of a document; then `likelihoods` has how likely it is, by the number of the
+            document.
+        encoded: token ids of texts, which it looks up and adds to: each method is asked the same.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_length: int, batch_size: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        batch_size: int,
+        writes: bool = True,
+        answer: Callable[[Mapping[str, Any]], str] | None = None,
+        encoded: dict[tuple[str, bool | None], array] | None = None,
     ) -> None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.model_max_length = VERY_LARGE_INTEGER  # else it warns of every prompt before it is cut
         super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)
         self.progress: Progress | None = None
+        self.likelihoods: dict[int, Likelihood] = {}
+        self._writes, self._answer = writes, answer
+        self._encoded = {} if encoded is None else encoded
 
     def _begin(self, requests: int) -> None:
         if self.progress is not None:
             self.set_cache_hook(_Advance(self.progress(requests)))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        self._begin(len(requests))
-        return super().generate_until(requests, disable_tqdm=True)
+        self._begin(len(requests) * (self._writes + (self._answer is not None)))
+        if self._answer is not None:
+            # The longest first, as in generation.
+            queue = sorted(requests, key=lambda request: -len(self.tok_encode(request.args[0])))
+            for begin in range(0, len(queue), self.batch_size):
+                self._take_likelihoods(queue[begin : begin + self.batch_size])
+        return super().generate_until(requests, disable_tqdm=True) if self._writes else ["" for _ in requests]
+
+    @torch.inference_mode()
+    def _take_likelihoods(self, requests: Sequence[Instance]) -> None:
+        """Finds how likely right answers are, each of which is read after its prompt as if it were decoded.
+
+        Prompts are those that answers are generated from. An answer that leaves the room of the model is cut.
+        """
+        room = self.max_length - int((requests[0].args[1] or {}).get("max_gen_toks", self.max_gen_toks))
+        prompts = self.tok_batch_encode([r.args[0] for r in requests], left_truncate_len=room)
+        input_ids, mask = (x.to(self.device) for x in prompts)
+        answers = [self._answer_ids(r.args[0], self._answer(r.doc)) for r in requests]
+        answers = [ids[: self.max_length - int(n)] for ids, n in zip(answers, mask.sum(1), strict=True)]
+        width = max(map(len, answers))
+        labels = torch.tensor([ids + [0] * (width - len(ids)) for ids in answers], device=self.device)
+        # What stands after a shorter answer is read by none of its tokens.
+        whole = torch.cat([mask, torch.ones_like(labels[:, :-1])], 1)
+        places = (whole.cumsum(1) - 1).clamp(min=0)
+        start = input_ids.shape[1]
+        found = self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=places[:, :start], use_cache=True, logits_to_keep=1
+        )
+        logits = [found.logits[:, -1:]]
+        if width > 1:
+            # Decoded tokens attend to everything, however many are read at once.
+            attached = attachment_of(self.model) is not None
+            with policy(self.model, None) if attached else nullcontext():
+                logits.append(
+                    self.model(
+                        input_ids=labels[:, :-1],
+                        attention_mask=whole,
+                        position_ids=places[:, start:],
+                        past_key_values=found.past_key_values,
+                    ).logits
+                )
+        scores = torch.cat(logits, 1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        log_probs = scores.log_softmax(-1).gather(2, labels[..., None])[..., 0].double()
+        hits = scores.argmax(-1) == labels
+        for request, ids, row, hit in zip(requests, answers, log_probs, hits, strict=True):
+            known = row[: len(ids)].mean(), hit[: len(ids)].all()
+            self.likelihoods[request.doc_id] = Likelihood(*map(float, known))
+            self.cache_hook.add_partial("likelihood", request.args, None)
+
+    def _answer_ids(self, prompt: str, answer: str) -> list[int]:
+        """Tokens that the answer adds to a prompt; its own where the two would share a token."""
+        before, whole = self.tok_encode(prompt), self.tok_encode(prompt + answer)
+        shared = whole[: len(before)] != before
+        return self.tok_encode(answer, add_special_tokens=False) if shared else whole[len(before) :]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         self._begin(len(requests))
@@ -90,6 +163,20 @@ class MiddleCutModel(HFLM):
             return super()._loglikelihood_tokens(cut, disable_tqdm=True)
         finally:
             self.batch_size_per_gpu = together
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        if options:
+            return super().tok_encode(string, add_special_tokens, left_truncate_len, **options)
+        key = string, add_special_tokens
+        if key not in self._encoded:
+            self._encoded[key] = array("i", super().tok_encode(string, add_special_tokens))
+        return self._encoded[key][-(left_truncate_len or 0) :].tolist()
 
     def tok_batch_encode(
         self,

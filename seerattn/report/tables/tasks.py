@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from seerattn.report.names import name_of
 from seerattn.report.parts import Cell, Table, plain
 from seerattn.report.select import asked, asked_label, budget, by_line, group, last_rows_dense
+from seerattn.report.tables.task_grid import grids
 from seerattn.results.record import Result
 
 ID, TITLE = "tasks", "Tasks"
@@ -19,13 +20,14 @@ READ = (
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
-    """For each model a guard line for each task, and the scores that have none."""
+    """For each model systems by tasks, a guard line for each task, and the scores that have none."""
     guards = [r for r in results if r.what == "task_guard"]
     # Dense scores stand in the guard lines, too.
     guarded = {_place(r) for r in guards} | {(r.model, *_task(r)) for r in guards}
     scores = [r for r in results if r.what == "task_score"]
     scores = [r for r in scores if ((r.model, *_task(r)) if r.kind == "dense" else _place(r)) not in guarded]
-    found = [_guards(rows) for _, rows in sorted(group(guards, lambda r: r.model).items())]
+    of_models = [rows for _, rows in sorted(group(guards, lambda r: r.model).items())]
+    found = [table for rows in of_models for table in grids(rows)] + [_guards(rows) for rows in of_models]
     return found + ([_scores(scores)] if scores else [])
 
 
