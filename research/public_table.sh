@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What research/experiments/smollm2.yaml compares: gates of the default and of the published form, trained on the same
 # samples, and rules of heads for the methods that search some. Everything goes to outputs/smollm2-table; what is there
-# already is not made again. Then: seerattn eval --config research/experiments/smollm2.yaml --output r.jsonl
+# already is not made again. Then: python research/side_by_side.py research/experiments/smollm2.yaml --output outputs/smollm2-table
 #   bash research/public_table.sh                                # in the root of the project; one GPU, some ten minutes
 #   MODEL=outputs/models/gemma3-270m OUT=outputs/gemma3-table CONTEXT=32768 RULES_CONTEXT=8192 bash research/public_table.sh
 #   STEPS=3 CONTEXT=512 bash research/public_table.sh --device cpu    # to the end on a CPU, for trying it out
