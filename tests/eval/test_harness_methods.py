@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 from seerattn.data.windows import digest
 from seerattn.eval.experiment import Experiment
 from seerattn.eval.run import EQUAL_WITHIN, Runner, make_jobs
-from seerattn.eval.tasks import harness
+from seerattn.eval.tasks import harness_tasks
 from seerattn.eval.tasks.harness import HarnessTask
 from seerattn.eval.tasks.task import Setup
 from seerattn.hf.eval_model import EvalModel
@@ -65,7 +65,7 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     for name, text in TASKS.items():
         (folder / f"{name}.yaml").write_text(text)
-    shutil.copy(harness._LOCAL / "scores.py", folder)
+    shutil.copy(harness_tasks._LOCAL / "scores.py", folder)
     rng = random.Random(0)
     texts = [topical_text(380 + 15 * seed, seed) for seed in range(DOCUMENTS)]
     records = {
@@ -77,7 +77,7 @@ def data_dir(tmp_path_factory):
             file.writelines(json.dumps(document) + "\n" for document in documents)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        patch.setattr(harness, "_LOCAL", folder)
+        patch.setattr(harness_tasks, "_LOCAL", folder)
         yield folder
 
 

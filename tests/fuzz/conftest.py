@@ -13,7 +13,7 @@ import pytest
 import yaml
 from tiny_corpus import write_models_and_gates
 
-from seerattn.eval.tasks import harness
+from seerattn.eval.tasks import harness_tasks
 from seerattn.methods.head_rules import HeadRules
 from seerattn.results.file import ResultsFile
 from seerattn.results.maps import BlockMaps
@@ -102,7 +102,7 @@ def no_harness() -> Iterator[None]:
         raise ValueError(f"task must be one of this package, got {name}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness, "_manager", unknown)
+        patch.setattr(harness_tasks, "_manager", unknown)
         yield
 
 
