@@ -6,13 +6,15 @@ one rounding of the largest value to that dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattn.bench.inputs import Shape, random_blocks, random_qkv
+from seerattn.bench.inputs import Shape, random_blocks, random_qkv, uneven_qkv
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.selection.block_indices import BlockIndices, forced_block_mask
 from seerattn.selection.map_form import PUBLISHED, MapForm
@@ -48,6 +50,54 @@ def check_attention(
     sizes = {"tokens": tokens, "block_q": block_q, "block_k": block_k, "mask_heads": mask_heads}
     blocks, mask = blocks_and_mask(shape, device, **sizes)
     return _compare(attend(q, k, v, blocks), q, k, v, mask)
+
+
+def check_skipping(
+    attend: Callable[[Tensor, Tensor, Tensor, BlockIndices], tuple[Tensor, Tensor]],
+    shape: Shape,
+    device: torch.device,
+    *,
+    block_q: int,
+    block_k: int,
+    mask_heads: int,
+    threshold: float,
+    tokens: int = TOKENS,
+) -> tuple[float, float]:
+    """Error and bound of a block-sparse attention that skips by the running maximum, on uneven inputs.
+
+    More blocks that it computed than the rule says in fp64, or fewer, count as an infinite error, and so does a rule
+    that skips nothing here. A block within 1e-3 of the threshold may go either way.
+
+    Args:
+        attend: gets q, k, v and blocks, and returns the output and the number of blocks that it computed in full.
+        shape: heads and dtype of the inputs.
+        device: where it runs.
+        block_q: query block size in tokens.
+        block_k: key block size in tokens.
+        mask_heads: heads with lists of their own.
+        threshold: of the rule.
+        tokens: length of the prompt.
+    """
+    q, k, v = uneven_qkv(shape, tokens, device, seed=1)
+    sizes = {"tokens": tokens, "block_q": block_q, "block_k": block_k}
+    blocks = random_blocks(mask_heads=mask_heads, density=0.8, device=device, seed=1, **sizes)
+    out, counts = attend(q, k, v, replace(blocks, skip_threshold=threshold))
+    listed = blocks.to_mask().repeat_interleave(shape.heads // mask_heads, 1)
+    seen = listed.repeat_interleave(block_q, 2)[:, :, :tokens].repeat_interleave(block_k, 3)[..., :tokens].tril()
+    scores = q.double() @ k.double().repeat_interleave(shape.heads // shape.kv_heads, 1).mT * shape.head_dim**-0.5
+    scores = F.pad(scores.masked_fill(~seen, -torch.inf), (0, -tokens % block_k), value=-torch.inf)
+    largest = scores.unflatten(3, (-1, block_k)).amax(4)
+    excess = (largest - largest.cummax(3).values).nan_to_num(-torch.inf, neginf=-torch.inf)
+    excess = F.pad(excess, (0, 0, 0, -tokens % block_q), value=-torch.inf).unflatten(2, (-1, block_q)).amax(3)
+    geometry = (0, tokens, blocks.num_q_blocks, blocks.num_k_blocks, block_q, block_k)
+    forced = forced_block_mask(*geometry, sink_blocks=0).to(device) | (listed & (listed.cumsum(3) == 1))
+    kept = listed & (forced | (excess >= math.log(threshold)))
+    unsure = (listed & ~forced & ((excess - math.log(threshold)).abs() < 1e-3)).sum(3)
+    if ((counts - kept.sum(3)).abs() > unsure).any() or not (listed & ~kept).any():
+        return torch.inf, 0.0
+    mask = kept.repeat_interleave(block_q, 2)[:, :, :tokens].repeat_interleave(block_k, 3)[..., :tokens].tril()
+    error, bound = _compare(out, q, k, v, mask)
+    return error, bound + 2 * block_k * threshold * float(unsure.max()) * float(v.abs().max())
 
 
 def blocks_and_mask(

@@ -70,6 +70,10 @@ class Run:
         found = [sum(heads) / len(heads) for heads in self.head_density()]
         return sum(found) / len(found) if found else 1.0
 
+    def skipped(self) -> float:
+        """Share of the counted blocks so far that attention skipped once it knew their scores."""
+        return self._meter.skipped() if self._meter is not None and self._meter.layers else 0.0
+
     def times(self) -> AttentionTimes:
         """Times so far, of a run that is timed."""
         return self._times.times()

@@ -24,11 +24,13 @@ class DensityMeter:
     """Counts the blocks that layers compute; see `record_density`.
 
     Only prefill calls of layers with a selector count. A call that ``impl="auto"`` ran dense counts with density 1.
+    Blocks that attention skips (`Policy.skip_threshold`) count, since their scores are computed; `skipped` tells them.
     """
 
     def __init__(self) -> None:
         # Counts stay on the device until they are asked for, so that counting never waits for a GPU.
         self._computed: dict[int, Tensor] = {}
+        self._skipped: dict[int, Tensor] = {}
         self._causal: dict[int, int] = {}
 
     def add(self, layer: int, heads: int, blocks: BlockIndices) -> None:
@@ -37,6 +39,12 @@ class DensityMeter:
         self._computed[layer] = self._computed[layer] + computed if layer in self._computed else computed
         geometry = (tuple(blocks.q_start.tolist()), tuple(blocks.q_len.tolist()), blocks.block_q, blocks.block_k)
         self._causal[layer] = self._causal.get(layer, 0) + _causal_blocks(*geometry)
+
+    def add_skipped(self, layer: int, blocks: BlockIndices, counts: Tensor) -> None:
+        """Tells of a call that was counted how many blocks were computed in full, ``counts [B, H, Nq]``."""
+        listed = blocks.counts.repeat_interleave(counts.shape[1] // blocks.num_heads, 1)
+        skipped = (listed - counts).sum((0, 2))
+        self._skipped[layer] = self._skipped[layer] + skipped if layer in self._skipped else skipped
 
     @property
     def layers(self) -> list[int]:
@@ -53,9 +61,21 @@ class DensityMeter:
         Raises:
             ValueError: nothing was counted.
         """
+        self._check_counted()
+        return float(torch.stack([density.mean() for density in self.by_head().values()]).mean())
+
+    def skipped(self) -> float:
+        """Share of the counted blocks whose scores were computed, and then neither softmax nor product with values.
+
+        Raises:
+            ValueError: nothing was counted.
+        """
+        self._check_counted()
+        return sum(int(x.sum()) for x in self._skipped.values()) / sum(int(x.sum()) for x in self._computed.values())
+
+    def _check_counted(self) -> None:
         if not self._computed:
             raise ValueError("the meter must have seen at least one prefill of a layer with a selector, got none")
-        return float(torch.stack([density.mean() for density in self.by_head().values()]).mean())
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from seerattn.methods.method import Method, SelectorAt, Selectors
+from seerattn.methods.method import Budget, Method, SelectorAt, Selectors
 from seerattn.options import option
 from seerattn.selection.block_indices import (
     BlockIndices,
     causal_block_mask,
+    check_skip_threshold,
     forced_block_mask,
     num_query_blocks,
 )
@@ -36,6 +38,7 @@ class BlasstSelector:
     there already. The published kernel has computed the scores by then and saves softmax, values and their product.
     Here the rule makes lists, in a pass of its own over all scores, so that it can be compared at equal density; its
     time is that of both. Blocks are walked from the first to the last. The first block and the diagonal are kept.
+    `SkippingSelector` leaves the same blocks out as the published kernel does.
 
     Attributes:
         threshold: in (0, 1]; published are thresholds that fall as one over the length of the prompt.
@@ -64,6 +67,40 @@ class BlasstSelector:
         return BlockIndices.from_mask(
             mask & causal, block_q=self.block_q, block_k=self.block_k, q_start=start, q_len=q_len
         )
+
+
+@dataclass(frozen=True)
+class SkippingSelector:
+    """Every causal block, of which attention computes those of `BlasstSelector` in full.
+
+    The others end at their scores, so nothing is computed twice; lists and density are those of dense attention.
+
+    Attributes:
+        threshold: as of `BlasstSelector`.
+        block_q: query block size in tokens.
+        block_k: key block size in tokens.
+    """
+
+    threshold: float
+    block_q: int = 64
+    block_k: int = 64
+
+    def __post_init__(self) -> None:
+        check_skip_threshold(self.threshold)
+
+    def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
+        """See `Selector.select`."""
+        every = _every_block(q.shape[0], k.shape[1], q.shape[2], k.shape[2], self.block_q, self.block_k, q.device)
+        return replace(every, skip_threshold=self.threshold)
+
+
+# Layer after layer asks for the same.
+@lru_cache(maxsize=2)
+def _every_block(
+    batch: int, heads: int, q_len: int, k_len: int, block_q: int, block_k: int, device: torch.device
+) -> BlockIndices:
+    sizes = {"block_q": block_q, "block_k": block_k}
+    return BlockIndices.dense(batch=batch, heads=heads, q_len=q_len, k_len=k_len, device=device, **sizes)
 
 
 def largest_excess(q: Tensor, k: Tensor, context: AttentionContext, *, block_q: int, block_k: int) -> Tensor:
@@ -105,7 +142,11 @@ def largest_excess(q: Tensor, k: Tensor, context: AttentionContext, *, block_q: 
 
 @dataclass(frozen=True, kw_only=True)
 class Blasst(Method):
-    """BLASST; its setting is the threshold."""
+    """BLASST; its setting is the threshold.
+
+    With `kernel` attention skips as it goes, as the published method does, and the blocks are the same. Its density is
+    that of dense attention then, whose scores it all computes, so it runs at equal time alone.
+    """
 
     id = "blasst"
     title = "BLASST"
@@ -113,6 +154,15 @@ class Blasst(Method):
 
     block_q: int = option(64, help="Query block size in tokens.", low=1)
     block_k: int = option(64, help="Key block size in tokens.", low=1)
+    kernel: bool = option(False, help="Skip inside attention, for measurements at equal time.")
+
+    @property
+    def default_name(self) -> str:
+        return f"{self.id}-kernel" if self.kernel else self.id
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        return ("time",) if self.kernel else super().budgets
 
     @property
     def block_sizes(self) -> tuple[int, int]:
@@ -120,7 +170,13 @@ class Blasst(Method):
 
     def selectors(self, model: EvalModel | None = None, *, context: int = 0) -> Selectors:
         def at(threshold: float) -> SelectorAt:
-            selector = BlasstSelector(threshold, self.block_q, self.block_k)
+            kind = SkippingSelector if self.kernel else BlasstSelector
+            selector = kind(threshold, self.block_q, self.block_k)
             return lambda layer: selector
 
         return Selectors(at, 1.0, 1e-38, scale="log", settings=self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """See `Method.settings`; lists of their own go without saying, as in records from before there was a choice."""
+        values = super().settings()
+        return values if self.kernel else {name: value for name, value in values.items() if name != "kernel"}

@@ -30,7 +30,7 @@ _CELL: dict[str, Any] = (
 _SAMPLES: dict[str, Any] = (
     dict.fromkeys(("losses", "tokens", "scores", "log_prob"), list[float | None])
     | dict.fromkeys(("p", "dense", "score"), list[float | None])
-    | {"index": list[float], "attention": list[float], "head_density": list[list[float]]}
+    | {"index": list[float], "attention": list[float], "skipped": list[float], "head_density": list[list[float]]}
     | {"documents": list[int], "error": list[str]}
 )
 _TRAINING: dict[str, Any] = {

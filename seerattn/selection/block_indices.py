@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from reprlib import repr as short  # a value may be of any size
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ class BlockIndices:
             device of the lists, so that checking it against a call never waits for a GPU.
         q_len: int32 ``[B]``, number of query tokens; the last query is the last key, so there are
             ``q_start + q_len`` keys.
+        skip_threshold: whoever computes the blocks leaves the values of a listed block out where its probabilities are
+            below this share of one that the row has met before, see the README of `block_sparse_attention`; in (0, 1].
+            None computes every listed block in full. Lists, counts and density are the same with and without.
+
+    Raises:
+        ValueError: another threshold.
 
     Example: 3 query blocks of 64 that keep {0}, {0, 1} and {0, 2} are
     ``indices = [[0, -1], [0, 1], [0, 2]]``, ``counts = [1, 2, 2]``.
@@ -38,8 +45,10 @@ class BlockIndices:
     block_k: int
     q_start: Tensor
     q_len: Tensor
+    skip_threshold: float | None = None
 
     def __post_init__(self) -> None:
+        check_skip_threshold(self.skip_threshold)
         for name in ("q_start", "q_len"):
             object.__setattr__(self, name, getattr(self, name).cpu())
 
@@ -98,17 +107,26 @@ class BlockIndices:
     ) -> BlockIndices:
         """All causal blocks of ``q_len`` queries against ``k_len`` keys."""
         q_start = k_len - q_len
-        num_q_blocks = num_query_blocks(q_start, q_len, block_q)
-        mask = torch.ones(batch, heads, num_q_blocks, -(-k_len // block_k), dtype=torch.bool, device=device)
-        return cls.from_mask(mask, block_q=block_q, block_k=block_k, q_start=q_start, q_len=q_len)
+        geometry = (num_query_blocks(q_start, q_len, block_q), -(-k_len // block_k), block_q, block_k)
+        causal = causal_block_mask(q_start, q_len, *geometry).sum(-1, dtype=torch.int32)
+        columns = torch.arange(max(geometry[1], 1), dtype=torch.int32)
+        row = torch.where(columns < causal[..., None], columns, PAD).to(device)
+        return cls(
+            row[:, None].repeat(batch, heads, 1, 1),
+            causal[:, None].to(device).repeat(batch, heads, 1),
+            block_q,
+            block_k,
+            _per_row(q_start, batch, causal.device),
+            _per_row(q_len, batch, causal.device),
+        )
 
     @classmethod
     def stack(cls, rows: list[BlockIndices]) -> BlockIndices:
         """Joins calls of different lengths along the batch; shorter ones are padded with empty rows."""
         if not rows:
             raise ValueError("rows must hold at least one BlockIndices, got an empty list")
-        if len({(r.block_q, r.block_k, r.num_heads) for r in rows}) > 1:
-            raise ValueError("rows must share block_q, block_k and the number of heads")
+        if len({(r.block_q, r.block_k, r.num_heads, r.skip_threshold) for r in rows}) > 1:
+            raise ValueError("rows must share block_q, block_k, skip_threshold and the number of heads")
         num_q_blocks = max(r.num_q_blocks for r in rows)
         width = max(r.indices.shape[-1] for r in rows)
 
@@ -125,6 +143,7 @@ class BlockIndices:
             rows[0].block_k,
             torch.cat([r.q_start for r in rows]),
             torch.cat([r.q_len for r in rows]),
+            rows[0].skip_threshold,
         )
 
     @property
@@ -144,13 +163,12 @@ class BlockIndices:
         """Batch element ``b`` alone, cut to its own query blocks."""
         start, length = int(self.q_start[b]), int(self.q_len[b])
         n = num_query_blocks(start, length, self.block_q)
-        return BlockIndices(
-            self.indices[b : b + 1, :, :n],
-            self.counts[b : b + 1, :, :n],
-            self.block_q,
-            self.block_k,
-            self.q_start[b : b + 1],
-            self.q_len[b : b + 1],
+        return replace(
+            self,
+            indices=self.indices[b : b + 1, :, :n],
+            counts=self.counts[b : b + 1, :, :n],
+            q_start=self.q_start[b : b + 1],
+            q_len=self.q_len[b : b + 1],
         )
 
     def to_mask(self) -> Tensor:
@@ -203,6 +221,17 @@ class BlockIndices:
             self.q_start, self.q_len, self.num_q_blocks, self.num_k_blocks, self.block_q, self.block_k
         )
         return self.counts.sum(-1).double() / causal.flatten(1).sum(-1).double()[:, None].to(self.counts.device)
+
+
+def check_skip_threshold(value: object) -> None:
+    """Refuses what no block can be skipped by.
+
+    Raises:
+        ValueError: it is neither None nor a number in (0, 1].
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value <= 1):
+        raise ValueError(f"skip_threshold must be a number above 0, at most 1, or None, got {short(value)}")
 
 
 def num_query_blocks(q_start: int, q_len: int, block_q: int) -> int:

@@ -12,7 +12,7 @@ import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
 from reprlib import repr as short  # a value may be of any size
 from typing import Literal
@@ -20,7 +20,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from seerattn.selection.block_indices import BlockIndices, causal_block_mask, forced_block_mask, num_query_blocks
+from seerattn.selection.block_indices import (
+    BlockIndices,
+    causal_block_mask,
+    check_skip_threshold,
+    forced_block_mask,
+    num_query_blocks,
+)
 
 Setting = float | Sequence[Sequence[float]]
 # Blocks, rows and tokens are counted in 32 bits.
@@ -47,14 +53,19 @@ class Policy(ABC):
         sink_blocks: first key blocks that every row keeps.
         last_rows_dense: this many last query-block rows keep every block. The official evaluation uses 2, which by
             itself answers a question at the end of a prompt; 0 measures the gate.
+        skip_threshold: attention leaves out the values of a kept block whose probabilities are below this share of one
+            that every row has met before (BLASST, arXiv 2512.12087), dense last rows included. It chooses no other
+            blocks, and counts in no density. None leaves nothing out.
     """
 
     sink_blocks: int = 1
     last_rows_dense: int = 0
+    skip_threshold: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("sink_blocks", "last_rows_dense"):
             _check_whole(name, getattr(self, name), 0)
+        check_skip_threshold(self.skip_threshold)
 
     def select(
         self,
@@ -93,7 +104,8 @@ class Policy(ABC):
         hidden = ~causal if forced_scored else ~causal | forced
         rows = _Rows(layer, q_start + q_len, block_q, block_k, causal[:, None], forced[:, None])
         mask = self._keep(scores.masked_fill(hidden[:, None], -torch.inf), rows) | rows.forced
-        return BlockIndices.from_mask(mask, block_q=block_q, block_k=block_k, q_start=q_start, q_len=q_len)
+        blocks = BlockIndices.from_mask(mask, block_q=block_q, block_k=block_k, q_start=q_start, q_len=q_len)
+        return replace(blocks, skip_threshold=self.skip_threshold)
 
     @property
     def nominal_density(self) -> float | None:
@@ -115,8 +127,14 @@ class Policy(ABC):
         """Bool ``[B, Hm, Nq, Nk]``; forced and non-causal blocks may have any value."""
 
     def to_dict(self) -> dict:
-        """Plain JSON types, with the name of the policy under "policy"; `policy_from_dict` restores it."""
-        return {"policy": type(self).__name__} | asdict(self)
+        """Plain JSON types, with the name of the policy under "policy"; `policy_from_dict` restores it.
+
+        What a policy from before there was skipping does not tell, one that skips nothing does not tell either.
+        """
+        values = {"policy": type(self).__name__} | asdict(self)
+        if self.skip_threshold is None:
+            del values["skip_threshold"]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)

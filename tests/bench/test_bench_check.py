@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from seerattn.bench.check import (
     check_attention_map,
     check_dense,
     check_selection,
+    check_skipping,
     gate_scores,
 )
 from seerattn.bench.inputs import Shape, random_qkv
@@ -47,6 +49,35 @@ def test_attention_check_passes_the_op_and_fails_wrong_ones(shape, block_q, bloc
     assert 0 < error <= bound
     assert bound < (1e-5 if shape.dtype == torch.float32 else 0.1)
     assert all(fails(check_attention(attend, shape, CPU, **sizes)) for attend in wrong.values())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.dtype_name)
+@pytest.mark.parametrize("block_q, block_k, mask_heads", [(64, 64, 4), (128, 32, 2)])
+def test_skipping_check_passes_the_op_and_fails_wrong_ones(shape, block_q, block_k, mask_heads) -> None:
+    sizes = {"block_q": block_q, "block_k": block_k, "mask_heads": mask_heads, "tokens": 500, "threshold": 0.05}
+
+    def attend(q, k, v, blocks, threshold=0.05, **options):
+        lists = replace(blocks, skip_threshold=threshold)
+        return block_sparse_attention(q, k, v, lists, return_counts=True, **options)
+
+    wrong = {
+        "skips nothing": lambda *x: attend(*x, threshold=None),
+        "skips more": lambda *x: attend(*x, threshold=0.5),
+        "skips less": lambda *x: attend(*x, threshold=1e-4),
+        "skips by other logits": lambda *x: attend(*x, softcap=2.0),
+        "computes what it says it skips": lambda *x: (attend(*x, threshold=None)[0], attend(*x)[1]),
+        "nan": lambda *x: (attend(*x)[0] * torch.nan, attend(*x)[1]),
+    }
+    error, bound = check_skipping(attend, shape, CPU, **sizes)
+    assert 0 < error <= bound
+    failing = {name for name, run in wrong.items() if fails(check_skipping(run, shape, CPU, **sizes))}
+    # What weighs little in bf16 is not seen in the output, so counts have to be.
+    assert failing >= set(wrong) - ({"computes what it says it skips"} if shape.dtype == torch.bfloat16 else set())
+
+
+def test_skipping_check_fails_where_nothing_is_skipped() -> None:
+    attend = partial(block_sparse_attention, return_counts=True)
+    assert fails(check_skipping(attend, SHAPES[0], CPU, **SIZES, tokens=500, threshold=1e-30))
 
 
 def test_dense_check_fails_without_causality() -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from seerattn.bench.inputs import Shape, random_blocks, random_qkv
+from seerattn.bench.inputs import Shape, random_blocks, random_qkv, uneven_qkv
 from seerattn.selection.block_indices import causal_block_mask, forced_block_mask
 
 CPU = torch.device("cpu")
@@ -70,3 +70,19 @@ def test_inputs_reject_what_no_layer_has() -> None:
     for density in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"^density must "):
             random_blocks(**sizes, density=density)
+
+
+def test_uneven_inputs_have_sinks_and_heads_that_look_at_what_is_near() -> None:
+    shape, tokens = Shape(8, 2, 64, torch.float32), 2000
+    q, k, _ = uneven_qkv(shape, tokens, CPU)
+    logits = (q @ k.repeat_interleave(4, 1).mT)[0, :, -500:] * 64**-0.5
+    far = logits[:, :, 4:1400]
+    # By KV head, whose first query head looks at nothing near. Means of 500 rows move by less than .2.
+    for head, strength in ((0, 2), (4, 12)):
+        assert abs(float((logits[head, :, :4] - far[head].mean()).mean()) - strength) < 0.2
+        assert 0.8 < float(far[head].std()) < 1
+    own = torch.stack([logits[:, row, tokens - 500 + row] for row in range(500)], 1).mean(1)
+    before = torch.stack([logits[:, row, tokens - 600 + row] for row in range(500)], 1).mean(1)
+    for head, strength in enumerate([0, 16 / 3, 32 / 3, 16] * 2):
+        assert abs(float(own[head]) - strength) < 0.2
+        assert strength * 0.3 - 0.2 < float(before[head]) < strength * 0.8 + 0.2

@@ -14,6 +14,7 @@ from seerattn.gate import AttnGateConfig
 from seerattn.hf.attach import attach
 from seerattn.hf.eval_model import EvalModel
 from seerattn.hf.state import layer_states
+from seerattn.methods.blasst import Blasst
 from seerattn.methods.gate import Gate
 from seerattn.methods.oracle import Oracle
 from seerattn.methods.streaming import Streaming
@@ -103,6 +104,18 @@ def test_realised_density_counts_sinks_diagonal_and_recent_blocks(model, windows
     # 400 tokens are 7 blocks, 28 causal ones; two a row keep 13 of them, three keep 18.
     assert measured(model, windows, plain)[0].realised_density == pytest.approx(13 / 28)
     assert measured(model, windows, dense_rows)[0].realised_density == pytest.approx((1 + 4 * 2 + 6 + 7) / 28)
+
+
+def test_what_attention_skips_is_told_beside_the_density_of_the_lists(model, windows) -> None:
+    rows = {}
+    for kernel in (False, True):
+        method = Blasst(block_q=16, block_k=16, kernel=kernel)
+        rows[kernel] = measured(model, windows, Choice(method, method.selectors(), 1.0, budget="time"))[0]
+    assert rows[True].value == pytest.approx(rows[False].value, rel=1e-5)
+    assert rows[True].realised_density == 1 and "skipped" not in rows[False].samples
+    # Windows are equally long.
+    assert rows[True].samples["skipped"] == [pytest.approx(1 - rows[False].realised_density)]
+    assert 0 < rows[True].samples["skipped"][0] < 1
 
 
 def test_layers_without_a_gate_count_as_dense(windows, tmp_path) -> None:

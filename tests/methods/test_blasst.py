@@ -8,7 +8,7 @@ import torch
 from baseline_calls import CONTEXT, calls, kept, products, rows_of
 
 from seerattn.methods import blasst
-from seerattn.methods.blasst import BlasstSelector
+from seerattn.methods.blasst import Blasst, BlasstSelector, SkippingSelector
 
 
 def walked(q, k, head: int, threshold: float, block_q: int, block_k: int, softcap, sink) -> dict[int, set[int]]:
@@ -62,7 +62,21 @@ def test_strips_change_nothing(monkeypatch) -> None:
     assert torch.equal(BlasstSelector(0.1, 32, 32).select(q, k, CONTEXT).to_mask(), whole)
 
 
+def test_skipping_as_attention_goes_lists_every_block_and_runs_at_equal_time_alone() -> None:
+    q, k = calls(150, 211)
+    blocks = SkippingSelector(0.1, 32, 16).select(q, k, CONTEXT)
+    assert blocks.skip_threshold == 0.1 and (blocks.density() == 1).all()
+    lists, kernel = Blasst(), Blasst(kernel=True)
+    assert (lists.budgets, kernel.budgets) == (("density", "time"), ("time",))
+    # Records from before there was a choice are found again.
+    assert lists.settings() == {} and kernel.settings() == {"kernel": True}
+    assert str(lists) != str(kernel)
+    assert kernel.selectors().at(0.3)(0) == SkippingSelector(0.3, 64, 64)
+
+
 def test_blasst_rejects_a_threshold_that_is_none() -> None:
     for threshold in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="threshold"):
             BlasstSelector(threshold)
+        with pytest.raises(ValueError, match="threshold"):
+            SkippingSelector(threshold)

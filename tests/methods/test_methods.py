@@ -1,7 +1,7 @@
 """What holds for every method: how it is found and told, the ends of its setting, rows of a padded batch."""
 
 import json
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
 
 import pytest
 import torch
@@ -196,6 +196,19 @@ def test_gate_policies_go_from_few_blocks_to_all(model, gate_folders, groups, ca
     values = [value for _, value in curve.measured]
     assert values == sorted(values) and selectors.settings["policy"] == policy
     assert str(method) == ("paper", "best")[number] and method.block_sizes == (64, 64)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gates_that_skip_choose_as_they_do_without_and_say_so(model, gate_folders, calibration, policy) -> None:
+    lists = {}
+    for threshold in (None, 0.01):
+        method = Gate(gates=gate_folders[0], policy=policy, calibration=calibration, skip_threshold=threshold)
+        selectors = method.selectors(model, context=490)
+        assert selectors.settings.get("skip_threshold") == threshold
+        lists[threshold] = selectors.at(0.7)(0).policy
+    assert lists[0.01] == replace(lists[None], skip_threshold=0.01) and lists[None].skip_threshold is None
+    with pytest.raises(ValueError, match="skip_threshold must be a number above 0 and at most 1"):
+        Gate(gates=gate_folders[0], skip_threshold=1.5)
 
 
 def test_top_k_and_row_share_follow_the_budgets_of_gates_and_say_so_and_equal_top_k_does_not(

@@ -1,5 +1,7 @@
 """Index lists against brute force over token pairs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,6 +70,31 @@ def test_transpose_lists_the_rows_of_every_key_block(q_start, q_len) -> None:
             for j in range(mask.shape[3]):
                 kept = mask[b, h, :, j].nonzero().flatten().tolist()
                 assert rows[b, h, j].tolist() == kept + [-1] * (rows.shape[-1] - len(kept))
+
+
+@pytest.mark.parametrize(("q_start", "q_len"), GEOMETRIES)
+@pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)
+def test_dense_lists_hold_every_causal_block(q_start, q_len, block_q, block_k) -> None:
+    causal, _ = brute(q_start, q_len, block_q, block_k)
+    sizes = {"q_len": q_len, "k_len": q_start + q_len, "block_q": block_q, "block_k": block_k}
+    built = BlockIndices.dense(batch=2, heads=3, **sizes)
+    same = BlockIndices.from_mask(
+        causal.expand(2, 3, -1, -1), block_q=block_q, block_k=block_k, q_start=q_start, q_len=q_len
+    )
+    for name in ("indices", "counts", "q_start", "q_len"):
+        assert getattr(built, name).dtype == torch.int32
+        assert torch.equal(getattr(built, name), getattr(same, name))
+
+
+def test_the_threshold_of_skipping_stays_with_lists_however_they_are_cut_and_joined() -> None:
+    _, _, built = random_lists(10, 200, 64, 64)
+    skipping = replace(built, skip_threshold=0.1)
+    stacked = BlockIndices.stack([skipping.row(0), skipping.row(1)])
+    for lists in (skipping.row(1), stacked, stacked.with_dense_rows(1)):
+        assert lists.skip_threshold == 0.1
+    assert torch.equal(skipping.density(), built.density())
+    with pytest.raises(ValueError, match=r"rows must share .* skip_threshold"):
+        BlockIndices.stack([built, skipping])
 
 
 def test_stack_keeps_every_row_and_its_geometry() -> None:

@@ -1,6 +1,7 @@
 """Policies against brute force on rows of scores."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -169,10 +170,24 @@ def test_rows_of_which_nothing_is_scored_keep_their_forced_blocks() -> None:
         TokenBudget(tokens=512, sink_blocks=0),
         Threshold(threshold=2e-3, on="score"),
         TopP(p=0.9),
+        TopK(density=0.1, skip_threshold=1e-3),
+        KeepAll(skip_threshold=1),
     ],
 )
 def test_policies_survive_a_round_trip_through_plain_types(policy) -> None:
     assert policy_from_dict(policy.to_dict()) == policy
+    assert ("skip_threshold" in policy.to_dict()) == (policy.skip_threshold is not None)
+
+
+@pytest.mark.parametrize(
+    "policy", [KeepAll(), TopK(density=0.3), TokenBudget(tokens=200), Threshold(threshold=0.1), TopP(p=0.5)]
+)
+def test_a_policy_that_skips_chooses_the_same_blocks_and_hands_the_threshold_on(policy) -> None:
+    scores, _, _ = random_scores(0, 1000)
+    call = {"q_start": 0, "q_len": 1000, "block_q": BLOCK, "block_k": BLOCK}
+    plain, skipping = (p.select(scores, **call) for p in (policy, replace(policy, skip_threshold=0.01)))
+    assert torch.equal(plain.indices, skipping.indices) and torch.equal(plain.counts, skipping.counts)
+    assert plain.skip_threshold is None and skipping.skip_threshold == 0.01
 
 
 @pytest.mark.parametrize(
@@ -187,6 +202,8 @@ def test_policies_survive_a_round_trip_through_plain_types(policy) -> None:
         (lambda: TokenBudget(tokens=0), "tokens must be a whole number of at least 1"),
         (lambda: Threshold(threshold=0.1, on="mass"), "on must be"),
         (lambda: KeepAll(sink_blocks=-1), "sink_blocks must be a whole number of at least 0"),
+        (lambda: KeepAll(skip_threshold=0.0), "skip_threshold must be a number above 0, at most 1, or None, got 0.0"),
+        (lambda: TopK(density=0.5, skip_threshold="x"), "skip_threshold must be .* got 'x'"),
         (lambda: policy_from_dict({"policy": "Best"}), "policy must be one of"),
         (
             lambda: policy_from_dict({"policy": "TopK", "share": 1}),

@@ -172,12 +172,13 @@ class PerplexityJob(Job):
             documents, losses, tokens = document_losses(run.model, self.windows, batch=batch, advance=advance)
             if self.timed and times is None:
                 times = run.times()
+        samples = {"documents": documents, "losses": losses, "tokens": tokens, "head_density": run.head_density()}
         row = replace(
             blank,
             **statistics.perplexity(losses, tokens)._asdict(),
             n=sum(tokens),
             realised_density=run.density(),
-            samples={"documents": documents, "losses": losses, "tokens": tokens, "head_density": run.head_density()},
+            samples=samples | ({"skipped": [skipped]} if (skipped := run.skipped()) else {}),
         )
         return row, watch.seconds(), times
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +33,8 @@ class Gate(Method):
     normalise them, else on their softmax. "head_thresholds" is one a head, which give every head the same density on
     the calibration text, that density being the setting. "top_p" leaves out the mass that is the setting, ``1 - p``.
     "saved" is the policy that was saved with the gates, which has no setting: it runs at its own density.
+
+    With `skip_threshold` attention skips blocks of their lists besides, see `Policy`; densities are those of the lists.
     """
 
     id = "gate"
@@ -41,6 +43,9 @@ class Gate(Method):
 
     gates: Path = option(help="Folder of gates.")
     policy: GatePolicy = option("top_k", help="How their scores become blocks.")
+    skip_threshold: float | None = option(
+        None, help="Skip kept blocks that are negligible by this, as attention goes.", above=0, high=1
+    )
     calibration: tuple[str, ...] = option((), help="Text that thresholds by head are read off; default: our books.")
     _calibrators: dict[int, tuple[Calibrator, str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -102,15 +107,17 @@ class Gate(Method):
         }
         sparsest, densest, scale = ends[self.policy]
         settings |= {} if shared is None else {"budgets": shared.digest}
+        skip = {} if self.skip_threshold is None else {"skip_threshold": self.skip_threshold}
+        settings |= skip
 
         def policy_at(setting: float) -> Policy:
             if self.policy in ("top_k", "equal_top_k", "row_share"):
-                return TopK(density=setting, rule="row_share" if self.policy == "row_share" else "same_k")
+                return TopK(density=setting, rule="row_share" if self.policy == "row_share" else "same_k", **skip)
             if self.policy == "top_p":
-                return TopP(p=1 - setting)
+                return TopP(p=1 - setting, **skip)
             if self.policy == "threshold":
-                return Threshold(threshold=setting, on=level)
-            return Threshold(threshold=calibrator.thresholds(setting, per_head=True), on=level)
+                return Threshold(threshold=setting, on=level, **skip)
+            return Threshold(threshold=calibrator.thresholds(setting, per_head=True), on=level, **skip)
 
         def at(setting: float) -> SelectorAt:
             return gate_selectors(loaded._replace(budgets=shared), policy_at(setting))
@@ -124,7 +131,8 @@ class Gate(Method):
                 f"gates must have a saved policy to be run with it, got {self.gates} without; "
                 "make one with seerattn calibrate"
             )
-        return fixed_selectors(loaded, loaded.policy)
+        skip = loaded.policy.skip_threshold if self.skip_threshold is None else self.skip_threshold
+        return fixed_selectors(loaded, replace(loaded.policy, skip_threshold=skip))
 
     def _calibrator(self, model: EvalModel, context: int) -> tuple[Calibrator, str]:
         """What the gates score on the calibration text at a context, and the digest of that text."""

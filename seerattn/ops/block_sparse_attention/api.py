@@ -30,7 +30,8 @@ def block_sparse_attention(
     sinks: Tensor | None = None,
     impl: Literal["auto", "gluon", "triton", "flash4", "reference"] = "auto",
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_counts: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Causal attention over the listed key blocks only; differentiable in q, k, v and sinks.
 
     The last query is the last key. With all causal blocks listed this is dense causal attention. Scores and softmax
@@ -41,7 +42,8 @@ def block_sparse_attention(
         k: keys ``[B, HKV, S, D]`` of the same dtype, ``H % HKV == 0``, ``T <= S``. Never expanded to ``H`` heads.
         v: values ``[B, HKV, S, D]``.
         blocks: lists of ``Hm = H`` or ``HKV`` heads for just these tokens: row ``b`` must have
-            ``q_start + q_len == lengths[b]`` and ``q_len == min(T, lengths[b])``.
+            ``q_start + q_len == lengths[b]`` and ``q_len == min(T, lengths[b])``. With a ``skip_threshold`` blocks that
+            are negligible beside those before them are skipped once their scores are known, and there is no gradient.
         scale: factor of q.k, by default ``D ** -0.5``; one that is not positive is left to `reference`.
         lengths: int ``[B]``, real tokens of every row of a left-padded batch; by default all ``S``. Row ``b`` uses
             its last ``lengths[b]`` keys and last ``min(T, lengths[b])`` queries.
@@ -52,10 +54,12 @@ def block_sparse_attention(
         sinks: ``[H]`` logits of one more key without a value per head.
         impl: "auto" or the name of an implementation.
         return_lse: also return the log-sum-exp of every softmax row, the sink included.
+        return_counts: also return how many blocks of each list were computed in full: all, less those that were
+            skipped.
 
     Returns:
         ``[B, H, T, D]`` in the dtype of q, zero at padding; with ``return_lse`` also fp32 ``[B, H, T]``, -inf at
-        padding.
+        padding; with ``return_counts`` at the end int32 ``[B, H, Nq]``, where ``B`` counts the rows of ``blocks``.
 
     Raises:
         ValueError: arguments that do not fit each other, or an unknown ``impl``.
@@ -67,6 +71,12 @@ def block_sparse_attention(
     bounds = check_cu_seqlens(q, k, lengths, cu_seqlens)
     rows = check_lengths(k, lengths) if bounds is None else [end - begin for begin, end in pairwise(bounds)]
     _check_blocks(q, k, blocks, rows)
+    grad = needs_gradients(q, k, v, sinks)
+    if grad and blocks.skip_threshold is not None:
+        raise ValueError(
+            f"blocks must have no skip_threshold where gradients are taken, got {blocks.skip_threshold:g}; call it "
+            "under torch.no_grad(), or with lists that skip nothing"
+        )
     call = {
         "scale": q.shape[-1] ** -0.5 if scale is None else scale,
         "lengths": rows,
@@ -75,16 +85,22 @@ def block_sparse_attention(
         "sinks": sinks,
         "return_lse": return_lse,
     }
+    counts = None
+    if return_counts:
+        counts = blocks.counts.repeat_interleave(q.shape[1] // blocks.num_heads, 1)
+        if blocks.skip_threshold is not None:
+            call["counts"] = counts
     module = implementation("block_sparse_attention", impl, q.device, q, k, v, blocks, **call)
     # Autocast would turn the fp32 products inside into half-precision ones.
     with torch.autocast(q.device.type, enabled=False):
-        if needs_gradients(q, k, v, sinks) and module is not reference:
+        if grad and module is not reference:
             from seerattn.ops.block_sparse_attention import autograd  # which needs Triton
 
             out, lse = autograd.block_sparse_attention(module.block_sparse_attention, q, k, v, blocks, **call)
         else:
             out, lse = module.block_sparse_attention(q, k, v, blocks, **call)
-    return (out, lse) if return_lse else out
+    found = (out, *([lse] if return_lse else []), *([counts] if return_counts else []))
+    return found if len(found) > 1 else out
 
 
 def _check_blocks(q: Tensor, k: Tensor, blocks: BlockIndices, lengths: list[int]) -> None:

@@ -110,6 +110,8 @@ def refusal(
         return f"it takes fp16 or bf16, got {q.dtype}"
     if q.shape[3] % 8:
         return f"it takes head dims that are multiples of 8, got {q.shape[3]}"
+    if blocks.skip_threshold is not None:
+        return f"it skips no blocks, got skip_threshold {blocks.skip_threshold:g}"
     if blocks.block_k not in BLOCK_K:
         return f"it takes key blocks of {BLOCK_K} tokens, got {blocks.block_k}"
     form = choose_form(q, k, blocks, softcap=softcap, sinks=sinks)

@@ -114,6 +114,8 @@ def refusal(
         return f"it takes head dims of {HEAD_DIMS}, got {q.shape[3]}"
     if softcap is not None or sinks is not None or cu_seqlens is not None:
         return "it has no softcap, sinks or packed sequences"
+    if blocks.skip_threshold is not None:
+        return f"it skips no blocks, got skip_threshold {blocks.skip_threshold:g}"
     if blocks.block_k not in BLOCK_K:
         return f"it takes key blocks of {BLOCK_K} tokens, got {blocks.block_k}"
     sharing = q.shape[1] // blocks.num_heads

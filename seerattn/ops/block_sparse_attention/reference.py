@@ -57,6 +57,8 @@ class _Chunk(NamedTuple):
     heads: Tensor  # [N, members] query heads
     tiles: Tensor  # [N, diagonal] causal tiles of the last blocks
     padding: Tensor  # bool [N, P], P <= W columns of which some are padding
+    forced: Tensor  # bool [N, W] blocks that are never skipped; [N, 0] where none is
+    real: Tensor  # bool [N, block_q] whether a row is a query; [N, 0] where no block is skipped
 
 
 def block_sparse_attention(
@@ -71,16 +73,17 @@ def block_sparse_attention(
     sinks: Tensor | None,
     return_lse: bool,
     cu_seqlens: list[int] | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `api.block_sparse_attention`, which validates the arguments.
 
     ``lengths`` holds the keys of every row; with ``cu_seqlens`` the rows lie one after the other in a batch of one.
+    Where blocks may be skipped, ``counts`` int32 ``[rows, H, Nq]`` gets the number of those that were not.
     """
     if cu_seqlens is not None:
         rows = [_left_padded(x, cu_seqlens) for x in (q, k, v)]
-        out, lse = block_sparse_attention(
-            *rows, blocks, scale=scale, lengths=lengths, softcap=softcap, sinks=sinks, return_lse=return_lse
-        )
+        call = {"scale": scale, "softcap": softcap, "sinks": sinks, "return_lse": return_lse, "counts": counts}
+        out, lse = block_sparse_attention(*rows, blocks, lengths=lengths, **call)
         return _packed(out, lengths), None if lse is None else _packed(lse, lengths)
     batch, heads, q_tokens, dim = q.shape
     block_q, block_k, num_q_blocks = blocks.block_q, blocks.block_k, blocks.num_q_blocks
@@ -109,6 +112,10 @@ def block_sparse_attention(
         if softcap is not None:
             scores = torch.tanh(scores) * softcap
         _mask(scores.view(n, members, block_q, -1), chunk, causal)
+        if blocks.skip_threshold is not None:
+            kept = _skip(scores.view(n, members, block_q, -1, block_k), chunk, sinks, blocks.skip_threshold)
+            if counts is not None:
+                counts.view(-1).index_copy_(0, chunk.q_rows.flatten(), kept.flatten())
         # One fused softmax: maximum, difference, exponential and sum as passes of their own took 1.2x as long in all.
         p = torch.softmax(scores, -1, out=buffer("probabilities", *shape))
         values = torch.index_select(v_grid, 0, listed, out=buffer("gathered", len(listed), block_k * dim))
@@ -182,6 +189,23 @@ def _mask(scores: Tensor, chunk: _Chunk, causal: Tensor) -> None:
         scores[..., : bias.shape[1]].add_(bias[:, None, None])
 
 
+def _skip(scores: Tensor, chunk: _Chunk, sinks: Tensor | None, threshold: float) -> Tensor:
+    """Leaves negligible blocks out of masked scores ``[N, members, block_q, W, block_k]``, and counts the others.
+
+    Returns:
+        int32 ``[N, members]``, blocks of a list that are not skipped.
+    """
+    largest = scores.amax(-1)
+    met = largest.cummax(-1).values
+    if sinks is not None:
+        met = torch.maximum(met, sinks.to(met.dtype)[chunk.heads][..., None, None])
+    needed = (largest - met >= math.log(threshold)) & chunk.real[:, None, :, None]
+    needed = needed.any(2) | chunk.forced[:, None]
+    scores.masked_fill_(~needed[:, :, None, :, None], torch.finfo(scores.dtype).min / 2)
+    listed = F.pad(~chunk.padding, (0, needed.shape[2] - chunk.padding.shape[1]), value=True)
+    return (needed & listed[:, None]).sum(-1, dtype=torch.int32)
+
+
 def _chunks(blocks: BlockIndices, heads: int, kv_heads: int, num_k_blocks: int, budget: int) -> Iterator[_Chunk]:
     """Cuts the items, longest lists first, into chunks of at most ``budget`` scores (or one item)."""
     device, block_q, block_k = blocks.indices.device, blocks.block_q, blocks.block_k
@@ -199,7 +223,8 @@ def _chunks(blocks: BlockIndices, heads: int, kv_heads: int, num_k_blocks: int, 
         listed = indices[item].gather(1, column.clamp(min=0)).long()
         k_heads = row * kv_heads + head * kv_heads // mask_heads
         diagonal = listed[:, -max(1, block_q // block_k) :]
-        q_block = blocks.q_start.to(device)[row] // block_q + block
+        start = blocks.q_start.to(device)[row]
+        q_block = start // block_q + block
         ahead = diagonal * block_k - (q_block * block_q)[:, None]
         span = _Chunk(
             q_rows=(row[:, None] * heads + q_heads) * num_q_blocks + block[:, None],
@@ -207,7 +232,17 @@ def _chunks(blocks: BlockIndices, heads: int, kv_heads: int, num_k_blocks: int, 
             heads=q_heads,
             tiles=(ahead.clamp(-block_k, block_q) + block_k) // min(block_q, block_k),
             padding=column[:, : widest - narrowest] < 0,
+            forced=column[:, :0] > 0,
+            real=column[:, :0] > 0,
         )
+        if blocks.skip_threshold is not None:
+            position = (q_block * block_q)[:, None] + torch.arange(block_q, device=device)
+            end = start + blocks.q_len.to(device)[row]
+            first = torch.maximum(q_block * block_q, start)
+            span = span._replace(
+                forced=(column == 0) | (listed >= (first // block_k)[:, None]),
+                real=(position >= start[:, None]) & (position < end[:, None]),
+            )
         per_chunk = max(1, budget // (len(members) * block_q * block_k * widest))
         yield from (_Chunk(*(x[i : i + per_chunk] for x in span)) for i in range(0, size, per_chunk))
 

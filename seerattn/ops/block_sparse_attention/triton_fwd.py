@@ -2,11 +2,13 @@
 
 A program takes some query rows that share a list - a query block of one head, or of all heads of a KV group - and
 walks the list: scores, online softmax, weighted values. Keys and values arrive through tensor descriptors (TMA on
-Hopper). Only blocks that the diagonal crosses are masked.
+Hopper). Only blocks that the diagonal crosses are masked. Where blocks may be skipped a program has the rows of one
+query block of one head, and a step is a key block: what a program skips is then what the op defines.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +64,20 @@ def choose_launch(*, block_q: int, block_k: int, members: int, head_dim: int, el
     return Launch(rows=min(block_q * members, 64), keys=keys, num_warps=4, num_stages=2)
 
 
+def choose_skipping_launch(*, block_q: int, block_k: int, head_dim: int, element_size: int) -> Launch | None:
+    """Picks a launch whose programs see a whole query block, and a whole key block at every step; None without room."""
+    width = triton.next_power_of_2(head_dim)
+    if element_size == 2 and width <= 128:
+        # Those of lists for every head without skipping, as far as the blocks allow; others were not tried. H200, 32/8
+        # heads of 128, 32k tokens, full lists, 64 x 64: 16.2 ms without, 21.1 looking alone; 128 x 128: 16.1 and 24.8.
+        if block_q == 128:
+            return Launch(rows=128, keys=block_k, num_warps=8, num_stages=2 if block_k <= 64 else 1)
+        return Launch(rows=block_q, keys=block_k, num_warps=4, num_stages=1)
+    if block_q > 64 or block_k > (64 if width * element_size <= 512 else 32):
+        return None
+    return Launch(rows=block_q, keys=block_k, num_warps=4, num_stages=2)
+
+
 def refusal(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, scale: float, softcap: float | None = None, **_: object
 ) -> str | None:
@@ -72,7 +88,18 @@ def refusal(
         return f"it takes head dims of whole 16 bytes, got {q.shape[3]} x {q.element_size()} bytes"
     if blocks.block_q not in BLOCK_SIZES or blocks.block_k not in BLOCK_SIZES:
         return f"it takes blocks of {BLOCK_SIZES} tokens, got {blocks.block_q} x {blocks.block_k}"
+    if blocks.skip_threshold is not None and _skipping_launch(q, blocks) is None:
+        return (
+            f"it skips smaller blocks of heads of {q.shape[3]} channels in {q.dtype}, got {blocks.block_q} x "
+            f"{blocks.block_k}"
+        )
     return scale_refusal(scale, softcap)
+
+
+def _skipping_launch(q: Tensor, blocks: BlockIndices) -> Launch | None:
+    return choose_skipping_launch(
+        block_q=blocks.block_q, block_k=blocks.block_k, head_dim=q.shape[3], element_size=q.element_size()
+    )
 
 
 @torch.no_grad()
@@ -88,18 +115,24 @@ def block_sparse_attention(
     sinks: Tensor | None,
     return_lse: bool,
     cu_seqlens: list[int] | None = None,
+    counts: Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `api.block_sparse_attention`, which validates the arguments.
 
     ``lengths`` holds the keys of every row; with ``cu_seqlens`` the rows lie one after the other in a batch of one.
-    The output has the memory layout ``[B, T, H, D]``.
+    Where blocks may be skipped, ``counts`` int32 ``[rows, H, Nq]`` gets the number of those that were not. The output
+    has the memory layout ``[B, T, H, D]``.
     """
     batch, heads, q_tokens, dim = q.shape
     kv_heads, k_tokens = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    # Heads that share a list become rows of one program; tensor cores want a power of two of them.
-    members = group if blocks.num_heads == kv_heads and group & (group - 1) == 0 else 1
+    skips = blocks.skip_threshold is not None
+    # Heads that share a list become rows of one program; tensor cores want a power of two of them. What one of them may
+    # skip another may need.
+    members = group if blocks.num_heads == kv_heads and group & (group - 1) == 0 and not skips else 1
+    if skips:
+        launch = launch or _skipping_launch(q, blocks)
     launch = launch or choose_launch(
         block_q=blocks.block_q,
         block_k=blocks.block_k,
@@ -145,6 +178,9 @@ def block_sparse_attention(
         blocks.indices.shape[3],
         (scale if softcap is None else softcap) * LOG2_E,
         0.0 if softcap is None else scale / softcap,
+        # In the kernel's units; a threshold of fp64 may be none of fp32.
+        math.log2(blocks.skip_threshold) if skips else None,
+        counts,
         GROUP=group,
         MEMBERS=members,
         MASK_GROUP=heads // blocks.num_heads,
@@ -165,6 +201,38 @@ def block_sparse_attention(
 
 
 @triton.jit
+def _add(
+    acc,
+    top,
+    total,
+    scores,
+    factor,
+    new_top,
+    v_tiles,
+    batch,
+    kv_head,
+    k_slot,
+    first_key,
+    k_end,
+    TILE_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Values and probabilities of one step, whose new maxima are known; ``CUT`` leaves keys from ``k_end`` on out."""
+    p = tl.exp2(scores * factor - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    v = v_tiles.load([batch, kv_head, k_slot + first_key, 0]).reshape(TILE_K, BLOCK_D)
+    if CUT:
+        # Keys after this sequence belong to the next one, and 0 x NaN would let them leak.
+        key = first_key + tl.arange(0, TILE_K)
+        v = tl.where((key < k_end)[:, None], v, 0.0)
+    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), total
+
+
+@triton.jit
 def _walk(
     acc,
     top,
@@ -182,6 +250,10 @@ def _walk(
     end,
     scale,
     inner_scale,
+    skip_level,
+    sink,
+    forced,
+    kept,
     BLOCK_K: tl.constexpr,
     TILE_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -190,7 +262,11 @@ def _walk(
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Online softmax over the steps ``begin .. end`` of a list; maxima are in units of log2(e)."""
+    """Online softmax over the steps ``begin .. end`` of a list; maxima are in units of log2(e).
+
+    With a ``skip_level`` a step that lies below all maxima so far by more than that ends at its scores, but for the
+    first one and those from ``forced`` on; the others are counted in ``kept``.
+    """
     STEPS: tl.constexpr = BLOCK_K // TILE_K
     for i in range(begin, end):
         first_key = tl.load(entries + i // STEPS) * BLOCK_K + i % STEPS * TILE_K
@@ -203,18 +279,57 @@ def _walk(
         if MASKED:
             key = first_key + tl.arange(0, TILE_K)
             scores = tl.where(key[None, :] <= position[:, None], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-        p = tl.exp2(scores * factor - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        v = v_tiles.load([batch, kv_head, k_slot + first_key, 0]).reshape(TILE_K, BLOCK_D)
-        if MASKED and PACKED:
-            # Keys after this sequence belong to the next one, and 0 x NaN would let them leak.
-            v = tl.where((key < k_end)[:, None], v, 0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        top = new_top
-    return acc, top, total
+        largest = tl.max(scores, 1) * factor
+        new_top = tl.maximum(top, largest)
+        if skip_level is not None and not MASKED:
+            met = new_top
+            if sink is not None:
+                met = tl.maximum(new_top, sink)
+            needed = (tl.max(largest - met, 0) >= skip_level) | (i == 0) | (i >= forced)
+            # No row has a new maximum in a block that is skipped, so all that it knows stays as it is.
+            if needed:
+                acc, total = _add(
+                    acc,
+                    top,
+                    total,
+                    scores,
+                    factor,
+                    new_top,
+                    v_tiles,
+                    batch,
+                    kv_head,
+                    k_slot,
+                    first_key,
+                    k_end,
+                    TILE_K,
+                    BLOCK_D,
+                    False,
+                    PRECISION,
+                )
+                top = new_top
+                kept += 1
+        else:
+            acc, total = _add(
+                acc,
+                top,
+                total,
+                scores,
+                factor,
+                new_top,
+                v_tiles,
+                batch,
+                kv_head,
+                k_slot,
+                first_key,
+                k_end,
+                TILE_K,
+                BLOCK_D,
+                MASKED and PACKED,
+                PRECISION,
+            )
+            top = new_top
+            kept += 1
+    return acc, top, total, kept
 
 
 @triton.jit
@@ -238,6 +353,8 @@ def _forward(
     list_width,
     scale,
     inner_scale,
+    skip_level,
+    kept_ptr,
     GROUP: tl.constexpr,
     MEMBERS: tl.constexpr,
     MASK_GROUP: tl.constexpr,
@@ -281,8 +398,14 @@ def _forward(
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sink = None
+    if sinks_ptr is not None and skip_level is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+    # Blocks that hold one of the queries are never skipped: those that need a mask, and one that ends with the first.
+    forced = steps - (tl.max(position, 0) // TILE_K - tl.min(position, 0) // TILE_K + 1)
+    kept = 0
     for masked in tl.static_range(2):
-        acc, top, total = _walk(
+        acc, top, total, kept = _walk(
             acc,
             top,
             total,
@@ -299,6 +422,10 @@ def _forward(
             steps if masked else full,
             scale,
             inner_scale,
+            skip_level,
+            sink,
+            forced,
+            kept,
             BLOCK_K=BLOCK_K,
             TILE_K=TILE_K,
             BLOCK_D=BLOCK_D,
@@ -321,3 +448,9 @@ def _forward(
     if lse_ptr is not None:
         lse_offset = (batch * heads + head).to(tl.int64) * (whole_len) + token
         tl.store(lse_ptr + lse_offset, (top + tl.log2(total)) * 0.6931471805599453, mask=real)
+    if kept_ptr is not None:
+        # A program is one query block of one head; see `query_tile` for their order.
+        pid = tl.program_id(0)
+        group_row = pid // (GROUP * num_q_blocks)
+        list_row = (group_row * GROUP + pid % GROUP) * num_q_blocks + num_q_blocks - 1 - pid // GROUP % num_q_blocks
+        tl.store(kept_ptr + list_row, kept)
