@@ -50,8 +50,8 @@ class Drawn:
 
 
 def path(name: str) -> Path:
-    """A file of records."""
-    return RECORDS / f"{name}.jsonl.xz"
+    """A file of records; block maps are named with their ending."""
+    return RECORDS / (name if name.endswith(".npz") else f"{name}.jsonl.xz")
 
 
 def report(
@@ -288,6 +288,17 @@ def ablation(results: list[Result], variants: list[dict]) -> list[Table]:
     return tables(results, {variant["name"]: variant for variant in variants})
 
 
+def forms(table: str) -> Callable[[list[Result]], list[Table]]:
+    """Forms of gates of a public model."""
+
+    def make(results: list[Result]) -> list[Table]:
+        from forms_table import TABLES
+
+        return [TABLES[table](results)]
+
+    return make
+
+
 TABLES = {
     "smollm2-in-short": Drawn(["smollm2-gates"], report("In short")),
     "smollm2-perplexity": Drawn(["smollm2-gates"], report("Perplexity over dense")),
@@ -356,11 +367,14 @@ TABLES = {
     "finetuned-targets": Drawn(["yarn"], report("Fine-tuned: targets")),
     "curves": Drawn([], curves, raw=["yarn-curves"]),
     "ablation": Drawn(["gate-ablation"], ablation, raw=["gate-variants"]),
+    # Of a form in both the later record counts.
+    "forms": Drawn(["smollm2-targets", "smollm2-gates"], forms("targets")),
 }
 # A figure of a page, the file of a report that it is, and the records that the report is made of.
 FIGURES = {
     "smollm2.png": ("teachers.png", ["smollm2-gates"]),
     "targets.png": ("teachers.png", ["smollm2-targets"]),
+    "smollm2_maps.png": ("choices.png", ["smollm2-maps.npz"]),
     "summary.png": ("summary.png", COMPARED),
     "perplexity.png": ("perplexity.png", COMPARED),
     "head_density.png": ("head_density.png", COMPARED),

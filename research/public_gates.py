@@ -10,7 +10,8 @@ A form says what a gate looks like and, by its target, what teaches it: the larg
 (arXiv 2410.13276, section 4), or a power mean over query rows of the probability that each gives to the key block.
 ``--forms`` names those to train; ``ceilings`` measures dense attention, streaming and
 the perfect choice by each target. Budgets that share a density among heads are read off the text to calibrate on, and
-everything is measured with them and with equal heads.
+everything is measured with them and with equal heads. Gates see samples of one length, ``--context``; perplexity is
+measured at each of ``--measure-contexts``.
 
 Runs are processes that share the GPU: training of a small model waits for the host. A call that ended early
 (``--time-limit``, a failure) is continued by the same call. OUTPUT/tokens holds the tokenised text, which ``--prepare``
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -60,6 +61,10 @@ SALIENT = {"q_pooling": ("salient",), "k_pooling": ("salient", "max", "min")}
 SUM4 = {"target_keys": "sum", "target_power": 4.0}
 FORMS = {
     "published": AttnGateConfig.paper(),
+    "published-no-rope": AttnGateConfig.paper(rope=False),
+    "published-q-max": AttnGateConfig.paper(q_pooling=("max",)),
+    "published-k-avg": AttnGateConfig.paper(k_pooling=("avg",)),
+    "published-k-maxmin": AttnGateConfig.paper(k_pooling=("max", "min")),
     "default": AttnGateConfig(),
     "default-group": AttnGateConfig(share="kv_group"),
     "largest": PLAIN_FORM,
@@ -86,6 +91,7 @@ class Options:
     calibrate: tuple[str, ...] = ()
     tests: tuple[tuple[str, ...], ...] = ((), ())
     context: int = 8192
+    measure_contexts: tuple[int, ...] = ()
     steps: int = 1500
     batch: int = 2
     micro_batch: int = 2
@@ -102,9 +108,15 @@ class Options:
     needle_contexts: tuple[int, ...] = (4096, 8192)
     seed: int = 0
 
+    @property
+    def measured(self) -> tuple[int, ...]:
+        """Lengths of the windows that are measured; that of the samples where none were named."""
+        return self.measure_contexts or (self.context,)
+
 
 SMOKE = {
     "context": 512,
+    "measure_contexts": (256, 512),
     "steps": 2,
     "batch": 2,
     "micro_batch": 1,
@@ -162,10 +174,11 @@ def measure(options: Options, name: str, device: torch.device) -> None:
     evaluated = EvalModel(load_model(options.model, device), tokenizer, name=options.model.name)
     results = ResultsFile(options.output / "results" / f"{name}.jsonl", device)
     bos = tokenizer.bos_token_id
-    asked: dict[str, Any] = {"context": options.context, "bos_token_id": bos}
     fitted = documents_of(load_corpus(options.output / "tokens", CALIBRATION))
     settings = {"data": digest(fitted)}
-    windows = cut_windows(fitted, count=1, **asked)
+    # One window of the greatest length has all shorter ones in it.
+    longest = max(options.context, *options.measured)
+    windows = cut_windows(fitted, context=longest, count=1, bos_token_id=bos)
     if name == CEILINGS:
         targets = [ORACLES[oracle] for oracle in options.oracles]
         budgets = {target: oracle_budgets(evaluated, target, windows, settings["data"]) for target in targets}
@@ -175,7 +188,7 @@ def measure(options: Options, name: str, device: torch.device) -> None:
         folder = options.output / "gates" / name
         # Budgets of a run that is continued are there, and cells measured with them.
         if evaluated.gates(folder).budgets is None:
-            text = Text(windows, options.context, CALIBRATION, settings)
+            text = Text(windows, longest, CALIBRATION, settings)
             calibrate_budgets(evaluated, Gate(gates=folder), text, results)
         methods = [Gate(gates=folder, name=name, policy=policy) for policy in ("top_k", "equal_top_k")]
     choices = [DENSE]
@@ -185,11 +198,12 @@ def measure(options: Options, name: str, device: torch.device) -> None:
             continue
         documents = documents_of(load_corpus(options.output / "tokens", text))
         settings = {"data": digest(documents), "windows": options.windows}
-        windows = cut_windows(documents, count=options.windows, **asked)
-        sequences = [window.input_ids for window in windows]
-        job = PerplexityJob("perplexity", text, options.context, sequences, settings, windows=windows, timed=False)
-        job.measure(evaluated, choices, results)
-        if text == TEXTS[0]:
+        for length in options.measured:
+            windows = cut_windows(documents, context=length, count=options.windows, bos_token_id=bos)
+            sequences = [window.input_ids for window in windows]
+            job = PerplexityJob("perplexity", text, length, sequences, settings, windows=windows, timed=False)
+            job.measure(evaluated, choices, results)
+        if text == TEXTS[0] and options.needle_contexts:
             settings = {"data": digest(documents)}
             needles = [
                 Needle("passkey", length, depth, options.needles, seed=1)
@@ -220,7 +234,10 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("outputs/models/smollm2"),
     output: Annotated[Path, typer.Option(help="Folder of everything.")] = Path("outputs/smollm2"),
     forms: Annotated[str, typer.Option(help=f"Comma-separated, of {CEILINGS}, {', '.join(FORMS)}; or all.")] = "all",
-    context: Annotated[int, typer.Option(help="Tokens of a sample and of a measured window.")] = Options.context,
+    context: Annotated[int, typer.Option(help="Tokens of a sample.")] = Options.context,
+    measure_contexts: Annotated[
+        str, typer.Option(help="Tokens of measured windows, several lengths; default: that of a sample.")
+    ] = "",
     steps: Annotated[int, typer.Option(help="Training steps.")] = Options.steps,
     batch: Annotated[int, typer.Option(help="Samples a step.")] = Options.batch,
     micro_batch: Annotated[int, typer.Option(help="Samples that run at once.")] = Options.micro_batch,
@@ -234,7 +251,7 @@ def main(
     oracles: Annotated[str, typer.Option(help=f"Comma-separated targets of {CEILINGS}.")] = ",".join(ORACLES),
     densities: Annotated[str, typer.Option(help="Densities of perplexity.")] = "0.5,0.2,0.1,0.05",
     needle_densities: Annotated[str, typer.Option(help="Those of retrieval, among them.")] = "0.2,0.1",
-    needle_contexts: Annotated[str, typer.Option(help="Lengths of retrieval, in tokens.")] = "4096,8192",
+    needle_contexts: Annotated[str, typer.Option(help="Lengths of retrieval; may be empty.")] = "4096,8192",
     documents: Annotated[int, typer.Option(help="Documents of each text to measure on.")] = Options.documents,
     windows: Annotated[int, typer.Option(help="Windows of each document.")] = Options.windows,
     needles: Annotated[int, typer.Option(help="Documents of each retrieval task, length and depth.")] = (
@@ -261,6 +278,7 @@ def main(
         calibrate=tuple(calibrate),
         tests=(tuple(books_test), tuple(proofs_test)),
         context=context,
+        measure_contexts=parse_value("measure_contexts", measure_contexts, tuple[int, ...]),
         steps=steps,
         batch=batch,
         micro_batch=micro_batch,
@@ -285,7 +303,7 @@ def main(
             tests={
                 name: files for name, files in zip((*TEXTS, CALIBRATION), (*options.tests, options.calibrate)) if files
             },
-            context=max(options.context, *options.needle_contexts),
+            context=max(options.context, *options.measured, *options.needle_contexts),
             train_tokens=options.train_tokens,
             documents=options.documents,
             seed=options.seed,

@@ -1,9 +1,10 @@
-"""Maps of single heads, for the figures of a report: the true one, that of gates, and the blocks that they chose."""
+"""Maps of single heads, for the figures of a report: the true one, that of gates, and the blocks that all chose."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from seerattn.hf.eval_model import EvalModel
 from seerattn.methods.gate import Gate
 from seerattn.ops.attention_map import attention_map
 from seerattn.results.maps import BlockMaps
-from seerattn.selection.block_indices import forced_block_mask
+from seerattn.selection.block_indices import causal_block_mask, forced_block_mask
 from seerattn.selection.selector import AttentionContext
 
 
@@ -29,7 +30,13 @@ def check_heads(model: EvalModel, method: Gate, heads: Sequence[tuple[int, int]]
         raise ValueError(f"heads must be among {count} heads of the layers {sorted(gates)}, got {list(heads)}")
 
 
-def observe_maps(model: EvalModel, choice: Choice, window: Window, heads: Sequence[tuple[int, int]]) -> BlockMaps:
+def observe_maps(
+    model: EvalModel,
+    choice: Choice,
+    window: Window,
+    heads: Sequence[tuple[int, int]],
+    compared: Sequence[Choice] = (),
+) -> BlockMaps:
     """The true map, the gate's map and the chosen blocks of some heads on one window of the dense model.
 
     Args:
@@ -37,6 +44,7 @@ def observe_maps(model: EvalModel, choice: Choice, window: Window, heads: Sequen
         choice: gates at a density.
         window: the text.
         heads: (layer, query head) of each map.
+        compared: choices whose blocks are kept too, all with blocks of the size of the gates.
 
     Raises:
         ValueError: a layer has no gate, or a head does not exist.
@@ -45,9 +53,13 @@ def observe_maps(model: EvalModel, choice: Choice, window: Window, heads: Sequen
     gates = model.gates(choice.method.gates).gates
     count = model.model.config.get_text_config().num_attention_heads
     block_q, block_k = choice.method.block_sizes
+    choosers = [of.selector_at for of in compared]
     found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     def see(q: Tensor, k: Tensor, context: AttentionContext) -> None:
+        # Every layer is asked, of selectors made once: what some choose is what a layer below has chosen.
+        selectors = [at(context.layer) for at in choosers]
+        kept = [None if of is None else of.select(q, k, context).to_mask()[0] for of in selectors]
         wanted = [head for layer, head in heads if layer == context.layer]
         if not wanted:
             return
@@ -59,11 +71,16 @@ def observe_maps(model: EvalModel, choice: Choice, window: Window, heads: Sequen
         # Every row keeps a block to normalise over: -1e30 is as good as -inf where there is another.
         decided = scores.masked_fill(forced, -1e30).softmax(-1).masked_fill(forced, 0.0)
         chosen = selector.select(q, k, context).to_mask()
+        causal = causal_block_mask(0, q.shape[2], *scores.shape[2:], block_q, block_k)[0].to(scores.device)
         for head in wanted:
             shared = head * scores.shape[1] // count
-            maps = (target[0, head], decided[0, shared], chosen[0, shared], forced)
+            # A method may leave a layer dense.
+            beside = [causal if mask is None else mask[head * len(mask) // count] for mask in kept]
+            maps = (target[0, head], decided[0, shared], chosen[0, shared], forced, *beside)
             found[context.layer, head] = tuple(x.cpu() for x in maps)
 
     model.observe([window], see)
-    target, gate, chosen, forced = (torch.stack([found[place][i] for place in heads]).numpy() for i in range(4))
-    return BlockMaps(list(heads), target, gate, chosen, forced[0], str(choice.method), choice.asked)
+    target, gate, chosen, forced, *kept = (torch.stack(of).numpy() for of in zip(*(found[place] for place in heads)))
+    names = [f"gates: {of.method}" if of.method.kind == "learned" else str(of.method) for of in compared]
+    beside = {"systems": names, "kept": np.stack(kept)} if compared else {}
+    return BlockMaps(list(heads), target, gate, chosen, forced[0], str(choice.method), choice.asked, **beside)

@@ -27,6 +27,18 @@ def per_head(name: str) -> str:
     return PER_HEAD if name.endswith(PER_HEAD) else ""
 
 
+def shown_name(name: str) -> str:
+    """The name of a line of which no more is known than what records call it."""
+    method, _, rest = name.partition(" ")
+    if method not in methods():
+        return name
+    title = methods()[method].title
+    try:
+        return f"{title} by {map_name(MapForm.parse(rest))}"
+    except ValueError:
+        return f"{title} {rest}".rstrip()
+
+
 def map_of(result: Result) -> MapForm | None:
     """The map that an oracle chooses by; None of others."""
     if result.method != "oracle":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -21,7 +21,7 @@ _DAMAGED += (BadZipFile, zlib.error, struct.error)
 
 @dataclass(frozen=True)
 class BlockMaps:
-    """What a gate sees in one document, for some heads.
+    """What a gate sees in one document, for some heads, and what others keep there.
 
     Attributes:
         heads: (layer, query head) of each map.
@@ -31,6 +31,9 @@ class BlockMaps:
         forced: bool ``[Nq, Nk]``, blocks that are computed whatever the gate says.
         gates: name of the gates.
         density: nominal density of the choice.
+        systems: names of all methods that were compared at that density, the gates among them.
+        kept: bool ``[methods, n, Nq, Nk]``, the blocks that each computes; of files from before there was a
+            comparison, of none.
     """
 
     heads: list[tuple[int, int]]
@@ -40,6 +43,8 @@ class BlockMaps:
     forced: np.ndarray
     gates: str
     density: float
+    systems: list[str] = field(default_factory=list)
+    kept: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0, 0), dtype=bool))
 
     @property
     def decided(self) -> np.ndarray:
@@ -76,6 +81,7 @@ class BlockMaps:
                     file["forced"],
                     visible(str(file["gates"])),
                     float(file["density"]),
+                    *([[visible(str(name)) for name in file["systems"]], file["kept"]] if "kept" in file else []),
                 )
                 maps._check()
                 return maps
@@ -91,6 +97,8 @@ class BlockMaps:
         wrong = [n for n, k in kinds.items() if getattr(self, n).shape != shape or getattr(self, n).dtype.kind != k]
         if wrong or self.forced.dtype.kind != "b" or self.forced.ndim != 2 or 0 in shape:
             raise ValueError(f"maps of {len(self.heads)} heads must be of one shape [heads, Nq, Nk], got others")
+        if self.kept.dtype.kind != "b" or (self.systems and self.kept.shape != (len(self.systems), *shape)):
+            raise ValueError(f"blocks of {len(self.systems)} methods must be of the shape of the maps, got others")
         finite = np.isfinite(self.target).all() and np.isfinite(self.gate).all() and np.isfinite(self.density)
         if not finite or not self.forced.any(-1).all():
             raise ValueError("maps must be finite, with a forced block in every row, got others")

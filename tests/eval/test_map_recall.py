@@ -9,11 +9,14 @@ from seerattn.eval.tasks.map_recall import MapRecallJob, RecallMeter
 from seerattn.hf.eval_model import EvalModel
 from seerattn.hf.state import layer_states
 from seerattn.methods.gate import Gate
-from seerattn.methods.method import Method
-from seerattn.methods.oracle import Oracle
+from seerattn.methods.method import Method, SelectorAt, Selectors
+from seerattn.methods.oracle import Oracle, OracleSelector
 from seerattn.methods.streaming import Streaming
 from seerattn.results.file import ResultsFile, read_results
 from seerattn.results.maps import BlockMaps
+from seerattn.selection.block_indices import BlockIndices
+from seerattn.selection.policies import TopK
+from seerattn.selection.selector import AttentionContext
 
 CONTEXT = 333
 
@@ -168,6 +171,38 @@ def test_saved_maps_hold_the_true_map_the_gates_map_and_the_choice(
         assert maps.gate[:, 2:].sum(-1) == pytest.approx(1.0, abs=1e-5)
         assert not maps.gate[:, maps.forced].any()
     assert [p.name for p in tmp_path.iterdir()] == ["maps.npz"]
+
+
+def test_saved_maps_hold_the_blocks_that_every_method_keeps(model, gate_folders, windows, tmp_path) -> None:
+    made: list[BlockIndices] = []
+
+    class Reusing:
+        """Keeps in every layer what it chose in the first, of which no map is asked."""
+
+        def select(self, q: torch.Tensor, k: torch.Tensor, context: AttentionContext) -> BlockIndices:
+            made.append(OracleSelector(TopK(density=0.7)).select(q, k, context))
+            return made[0]
+
+    def at(_: float) -> SelectorAt:
+        made.clear()
+        selector = Reusing()
+        return lambda layer: selector
+
+    reusing = Choice(Streaming(name="reusing"), Selectors(at, 0, 1))
+    nothing = Choice(Streaming(name="nothing"), Selectors(lambda _: lambda _: None, 0, 1))
+    gates = at_density(model, Gate(gates=gate_folders[0]), 0.7)
+    compared = [at_density(model, Streaming(), 0.7), gates, reusing, nothing]
+    observe_maps(model, gates, windows[0], [(1, 3), (1, 0)], compared).save(tmp_path / "maps.npz")
+    maps = BlockMaps.load(tmp_path / "maps.npz")
+    assert maps.systems == ["streaming", f"gates: {gate_folders[0].name}", "reusing", "nothing"]
+    causal, age = np.tril(np.ones((6, 6), dtype=bool)), np.arange(6)[:, None] - np.arange(6)
+    # 15 of 21 blocks, as many as of the gates: the first and the newest two of each row.
+    assert np.array_equal(maps.kept[0], np.stack([causal & ((age < 2) | (np.arange(6) == 0))] * 2))
+    assert np.array_equal(maps.kept[1], maps.chosen)
+    below, own = (blocks.to_mask()[0, [3, 0]].numpy() for blocks in made)
+    assert np.array_equal(maps.kept[2], below) and not np.array_equal(below, own)
+    # A layer without a selector is dense.
+    assert np.array_equal(maps.kept[3], np.stack([causal] * 2))
 
 
 def test_maps_reject_heads_that_do_not_exist_and_other_files(model, gate_folders, windows, tmp_path) -> None:

@@ -198,12 +198,14 @@ def test_maps_are_of_the_gates_at_the_lowest_density_and_written_again_where_the
     model, known, data, tmp_path
 ) -> None:
     path, maps = tmp_path / "r.jsonl", tmp_path / "maps.npz"
-    methods = (known["gate"], replace(known["gate"], name="last"), known["streaming"])
+    methods = (known["gate"], replace(known["gate"], name="last"), known["streaming"], Streaming(name="wide"))
     task = MapRecall(maps=maps, heads=("1:2", "0:0"))
     experiment = experiment_of(data, *methods, tasks=(task,), densities=(0.7, 0.5, 0.9))
     run(model, experiment, ResultsFile(path))
     found = BlockMaps.load(maps)
     assert (found.gates, found.density, found.heads) == ("last", 0.5, [(1, 2), (0, 0)])
+    # Blocks of another size cannot stand beside them.
+    assert found.systems == ["gates: gate", "gates: last", "wide"]
     before, content = path.read_bytes(), maps.read_bytes()
     run(model, experiment, ResultsFile(path))
     assert maps.read_bytes() == content
@@ -213,7 +215,7 @@ def test_maps_are_of_the_gates_at_the_lowest_density_and_written_again_where_the
     # Heads that do not exist are the failure of gates alone, before anything is measured.
     wrong = replace(experiment, tasks=(replace(experiment.tasks[0], heads=("0:9",), maps=tmp_path / "other.npz"),))
     outcomes = run(model, wrong, ResultsFile(None))
-    assert [bool(outcome.failure) for outcome in outcomes] == [True] * 6 + [False] * 3
+    assert [bool(outcome.failure) for outcome in outcomes] == [True] * 6 + [False] * 6
     assert all("heads" in outcome.failure for outcome in outcomes[:6])
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 from rows import of, written
+from whole import block_maps
 
 from seerattn.report import style, write_report
 from seerattn.report.figures import summary
@@ -163,6 +164,31 @@ def test_no_two_lines_look_the_same(compared: list[Result]) -> None:
     assert [len({look[name] for look in variants}) for name in ("color", "linestyle", "marker")] == [1, 3, 3]
     many = style.looks(losses({f"g{i}": 21 for i in range(12)}))
     assert len({look["marker"] for look in many.values()}) == 12
+
+
+def test_choices_are_drawn_beside_the_true_map_with_their_density_and_recall(tmp_path, drawn) -> None:
+    alone = block_maps([(0, 0), (3, 1)])
+    rng = np.random.default_rng(1)
+    kept = (rng.random((10, 2, 12, 12)) < 0.3) & np.tril(np.ones((12, 12), dtype=bool)) | alone.forced
+    systems = ["oracle sum:4", "gates: <b>", *(f"xattention {number}" for number in range(8))]
+    target = alone.target / alone.target.sum(-1, keepdims=True)
+    replace(alone, target=target, systems=systems, kept=kept).save(tmp_path / "maps.npz")
+    write_report([tmp_path / "maps.npz"], tmp_path / "out")
+    panels = drawn["choices"].get_axes()
+    assert len(panels) == 2 * (1 + len(systems))
+    names = ["oracle by power 4", "gates: <b>", *(f"XAttention {number}" for number in range(8))]
+    titles = [axes.get_title(loc="left").strip() for axes in panels]
+    assert titles == ["layer 0, head 0", *names, "layer 3, head 1", *names]
+    told = [axes.texts[0].get_text() for axes in panels]
+    assert told[0] == told[11] == "true map"
+    for head, number in ((0, 0), (1, 9)):
+        blocks = [(i, j) for i in range(12) for j in range(i + 1) if kept[number, head, i, j]]
+        recall = sum(target[head, i, j] for i, j in blocks) / 12
+        assert told[11 * head + 1 + number] == f"density {len(blocks) / 78:.2f}, recall {recall:.2f}"
+    drawn.clear()
+    alone.save(tmp_path / "maps.npz")
+    write_report([tmp_path / "maps.npz"], tmp_path / "out")
+    assert set(drawn) == {"maps"}
 
 
 def test_figures_ignore_the_users_own_matplotlib_settings(tmp_path) -> None:

@@ -176,7 +176,8 @@ def test_maps_replace_maps_and_nothing_else(tmp_path) -> None:
 @pytest.mark.parametrize(
     "change",
     [{"target": np.ones((1, 3, 2), np.float32)}, {"chosen": np.ones((1, 2, 2))}, {"forced": np.zeros((2, 2)) > 0},
-     {"gate": np.full((1, 2, 2), np.nan, np.float32)}, {"density": np.nan}, {"heads": np.zeros((0, 2), int)}],
+     {"gate": np.full((1, 2, 2), np.nan, np.float32)}, {"density": np.nan}, {"heads": np.zeros((0, 2), int)},
+     {"systems": ["a", "b"], "kept": np.ones((1, 1, 2, 2)) > 0}, {"systems": ["a"], "kept": np.ones((1, 1, 2, 2))}],
     ids=str,
 )  # fmt: skip
 def test_maps_that_do_not_belong_together_are_refused(tmp_path, change: dict) -> None:

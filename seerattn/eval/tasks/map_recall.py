@@ -103,7 +103,8 @@ class MapRecallJob(Job):
 
     Attributes:
         windows: the windows, all of one length.
-        maps: file to write maps of the first window to, of the last of the gates at the lowest density; None for none.
+        maps: file to write maps of the first window to, of the last of the gates at the lowest density, with the blocks
+            that all choices of that density and of such blocks keep there; None for none.
         heads: (layer, query head) of each map.
     """
 
@@ -158,7 +159,8 @@ class MapRecallJob(Job):
                             cell.setdefault(replace(one, cell=one.cell | {"layer": layer}, samples=heads), seconds)
                         cell.setdefault(_summary(blank, recall, density), seconds)
         if drawn is not None:
-            observe_maps(model, drawn, self.windows[0], self.heads).save(self.maps)
+            compared = [choice for choice in choices if _is_comparable(choice, drawn)]
+            observe_maps(model, drawn, self.windows[0], self.heads, compared).save(self.maps)
         return [output.find(blank) for choice in choices for blank in blanks[choice]]
 
     def _drawn(self, choices: Sequence[Choice]) -> Choice | None:
@@ -168,6 +170,12 @@ class MapRecallJob(Job):
             return None
         lowest = min(choice.asked for choice in gates)
         return [choice for choice in gates if choice.asked == lowest][-1]
+
+
+def _is_comparable(choice: Choice, drawn: Choice) -> bool:
+    """Whether the blocks of a choice can stand beside those of another: as many, and as large."""
+    same = (choice.asked, choice.budget) == (drawn.asked, drawn.budget)
+    return same and choice.method.block_sizes == drawn.method.block_sizes
 
 
 def _summary(blank: Result, recall: Tensor, density: Tensor) -> Result:

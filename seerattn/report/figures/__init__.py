@@ -40,6 +40,11 @@ def draw_figures(
         written += style.each(of.__name__.rpartition(".")[2], of.groups(others), of.draw, folder)
     named = [replace(run, name=in_figure(run.name)) for run in runs]
     written += style.each("curves", [named] if named else [], curves.draw, folder)
-    shown = [] if block_maps is None else [replace(block_maps, gates=in_figure(block_maps.gates))]
+    shown = [] if block_maps is None else [_readable(block_maps)]
     written += style.each("maps", shown, maps.draw_maps, folder)
-    return written + style.each("masks", shown, maps.draw_masks, folder)
+    written += style.each("masks", shown, maps.draw_masks, folder)
+    return written + style.each("choices", shown, maps.draw_choices, folder)
+
+
+def _readable(found: BlockMaps) -> BlockMaps:
+    return replace(found, gates=in_figure(found.gates), systems=[in_figure(name) for name in found.systems])

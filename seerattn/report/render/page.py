@@ -44,6 +44,11 @@ _FIGURES = {
     ),
     "maps": ("masks", "For some heads three block maps: the true map, the gate's map, the chosen blocks."),
     "masks": ("masks", "The chosen blocks of many heads, small, in the order of layers and heads."),
+    "choices": (
+        "masks",
+        "For some heads the true map, and the blocks that each method keeps of it.",
+        "Blue blocks are computed; red is what is left out.",
+    ),
     "curves": ("training", "Lines of loss over steps, one for each training run; darker is sparser."),
     "speedup": ("speed", "Lines of speed-up over sparsity, a panel for each length; tables have the numbers."),
     "breakdown": ("speed", "Bars of milliseconds: dense attention beside gate and selection under sparse attention."),

@@ -75,6 +75,8 @@ def _name(row: Result) -> str:
         name += f", {blocks(row)}"
     if cell.get("launch") == "graph":
         name += ", CUDA graph"
+    if "chunk" in cell:
+        name += f", chunks of {tokens(cell['chunk'])}"
     if "map" in cell:
         name += f", with the map{form(row)}" if cell["map"] else ", no map"
     # Titles name the work of quantities that belong to one kind of it.
