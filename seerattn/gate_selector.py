@@ -17,6 +17,7 @@ from torch import Tensor
 from seerattn.gate import attn_gate, pooling
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.pooling import Pooled, pool_blocks
+from seerattn.gate_memory import GateMemory
 from seerattn.ops import gate_scores
 from seerattn.ops.resolve import check_impl, implementation, refusal
 from seerattn.selection.block_indices import BlockIndices
@@ -47,17 +48,47 @@ class GateSelector(PolicySelector):
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
         """See `Selector.select`."""
-        config = self.gate.config
         start, k_len = k.shape[2] - q.shape[2], k.shape[2]
+        config = self.gate.config
         policy = share_density(self.policy, self.budgets, k_len)
+        # Keys of other frequencies would be other ones, so a call that has its own keeps nothing.
+        kept = None
+        if context.memory is not None and context.frequencies is None:
+            kept = GateMemory.of(context.memory, self.gate)
+            q = kept.whole_block(q, start)
         rule = _rule(policy, context.layer, k_len, config.block_q, config.block_k, not config.exclude_forced)
         rotary = context.rotary or RotaryTables()
         if _runs_fused(self.impl, q.device, q, k, self.gate, rule, rotary):
-            if context.rotary is None:
-                q, k = context.unrotate(q, start), context.unrotate(k, 0)
-            return gate_scores.select_blocks(q, k, self.gate, rule, rotary, call_frequencies(self.gate, context))
+            blocks = replace(self._fused(q, k, context, rule, kept), skip_threshold=policy.skip_threshold)
+        else:
+            blocks = self._modules(q, k, context, policy, kept)
+        if q.shape[2] == k_len - start:
+            return blocks
+        own = {"q_start": start, "q_len": k_len - start}
+        return replace(blocks, **{name: getattr(blocks, name).new_full((q.shape[0],), n) for name, n in own.items()})
+
+    def _fused(
+        self, q: Tensor, k: Tensor, context: AttentionContext, rule: gate_scores.Rule, kept: GateMemory | None
+    ) -> BlockIndices:
+        rotary, vectors = context.rotary, None if kept is None else kept.vectors
+        given = (q, k)
+        if rotary is None:
+            given = context.unrotate(q, k.shape[2] - q.shape[2]), context.unrotate(k, 0)
+        frequencies = call_frequencies(self.gate, context)
+        blocks = gate_scores.select_blocks(*given, self.gate, rule, rotary or RotaryTables(), frequencies, vectors)
+        if kept is not None:
+            context.memory.kept = kept.after(q, k.shape[2])
+        return blocks
+
+    def _modules(
+        self, q: Tensor, k: Tensor, context: AttentionContext, policy: Policy, kept: GateMemory | None
+    ) -> BlockIndices:
+        config, start = self.gate.config, k.shape[2] - q.shape[2]
         # Not a call: FSDP's hooks would gather the gate once a document, and processes with other documents would hang.
-        scores = self.gate.forward(*pooled_inputs(self.gate, q, k, context, "reference"))
+        if kept is None:
+            scores = self.gate.forward(*pooled_inputs(self.gate, q, k, context, "reference"))
+        else:
+            scores = self._scores_of_new_keys(q, k, context, kept)
         return policy.select(
             scores,
             q_start=start,
@@ -66,6 +97,20 @@ class GateSelector(PolicySelector):
             block_k=config.block_k,
             layer=context.layer,
             forced_scored=not config.exclude_forced,
+        )
+
+    @torch.no_grad()
+    def _scores_of_new_keys(self, q: Tensor, k: Tensor, context: AttentionContext, kept: GateMemory) -> Tensor:
+        """Scores of a call of which some gate keys are known; all of them are kept."""
+        known = 0 if kept.keys is None else kept.keys.shape[2]
+        first = known * self.gate.config.k_size
+        queries, keys = pooled_inputs(self.gate, q, k, context, "reference", first)
+        gate_k = self.gate.gate_keys(keys)
+        if known:
+            gate_k = torch.cat((kept.keys, gate_k), dim=2)
+        context.memory.kept = kept.after(q, k.shape[2], gate_k)
+        return self.gate.scores(
+            self.gate.gate_queries(queries), gate_k, q_start=k.shape[2] - q.shape[2], q_len=q.shape[2]
         )
 
 
@@ -105,9 +150,11 @@ def call_frequencies(gate: AttnGate, context: AttentionContext) -> Tensor | None
 
 
 def pooled_inputs(
-    gate: AttnGate, q: Tensor, k: Tensor, context: AttentionContext, impl: str = "auto"
+    gate: AttnGate, q: Tensor, k: Tensor, context: AttentionContext, impl: str = "auto", first_key: int = 0
 ) -> tuple[Pooled, Pooled]:
     """What a gate takes of q and k after RoPE, un-rotated and pooled, without a graph, with the call's frequencies.
+
+    Of keys those from position ``first_key`` on alone are read.
 
     The fused kernel reads each once and never holds it in fp32. Where pooling is learned, single un-rotated tokens in
     fp32 are handed on instead, as what is learned needs its gradient.
@@ -120,7 +167,8 @@ def pooled_inputs(
         pooled = pool(x, context, start=start, size=size, kinds=kinds, impl=impl)
         return replace(pooled, inv_freq=inv_freq)
 
-    return side(q, k.shape[2] - q.shape[2], c.q_size, c.q_pooling), side(k, 0, c.k_size, c.k_pooling)
+    queries = side(q, k.shape[2] - q.shape[2], c.q_size, c.q_pooling)
+    return queries, side(k[:, :, first_key:], first_key, c.k_size, c.k_pooling)
 
 
 @torch.no_grad()

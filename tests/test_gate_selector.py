@@ -75,3 +75,17 @@ def test_a_policy_of_a_user_chooses_by_the_torch_modules() -> None:
     assert selector.expected_density() is None and not selector.needs_length
     told = replace(selector, policy=TopK(density=0.25))
     assert told.expected_density() == 0.25 and told.needs_length
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Triton's interpreter multiplies what it does not use
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_the_threshold_of_skipping_goes_on_with_the_lists_and_changes_none(impl: str) -> None:
+    q, k = torch.randn(2, 1, 2, 512, 32, generator=torch.Generator().manual_seed(0))
+    context = AttentionContext(layer=0, scale=1.0, softcap=None, unrotate=lambda x, start: x.float())
+    gate = gate_of()
+    plain, skipping = (
+        GateSelector(gate, TopK(density=0.4, skip_threshold=threshold), impl).select(q, k, context)
+        for threshold in (None, 0.1)
+    )
+    assert plain.skip_threshold is None and skipping.skip_threshold == 0.1
+    assert torch.equal(plain.indices, skipping.indices)

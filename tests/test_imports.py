@@ -18,7 +18,7 @@ FILES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 
 # What every room may import of the others. A room is a folder of the package or a module beside them.
 GROUND = {"texts", "outputs", "saving", "locking", "options", "yaml_files", "extras"}
-CORE = GROUND | {"selection", "gate", "ops", "gate_selector"}
+CORE = GROUND | {"selection", "gate", "ops", "gate_memory", "gate_selector"}
 LAW: dict[str, set[str]] = {
     "texts": set(),
     "saving": set(),
@@ -30,16 +30,18 @@ LAW: dict[str, set[str]] = {
     "selection": GROUND,
     "gate": GROUND | {"selection"},
     "ops": GROUND | {"selection"},  # two modules of it, see below
-    "gate_selector": GROUND | {"selection", "gate", "ops"},
+    "gate_memory": GROUND | {"selection", "gate", "ops"},
+    "gate_selector": GROUND | {"selection", "gate", "ops", "gate_memory"},
     "data": GROUND,
     "results": GROUND | {"selection"},
     "hf": CORE | {"data", "results"},
     "training": CORE | {"data", "results", "hf"},
     "methods": CORE | {"data", "results", "hf"},
+    "serve": CORE | {"hf"},
     "bench": CORE | {"data", "results", "hf", "training"},
     "eval": CORE | {"data", "results", "hf", "methods"},
     "report": GROUND | {"selection", "results", "methods"},  # the registry of methods, see below
-    "cli": CORE | {"data", "results", "hf", "training", "methods", "bench", "eval", "report"},
+    "cli": CORE | {"data", "results", "hf", "training", "methods", "serve", "bench", "eval", "report"},
     # Roots: what is found by name from outside.
     "_peft_hook": {"hf"},
     "__main__": {"cli"},

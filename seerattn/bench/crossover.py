@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from seerattn.bench.attention import Layer, Sparse, share_of
 from seerattn.bench.dense import default_backends
 from seerattn.bench.inputs import Shape
-from seerattn.bench.model import GATE_FORMS, gate_form
+from seerattn.bench.model import GATE_FORMS, TINY, BenchModel, gate_form
+from seerattn.bench.model_runs import random_batch
 from seerattn.bench.options import SPARSE, LayerBench, backends, contexts, densities
-from seerattn.bench.session import Session
+from seerattn.bench.session import Session, of_gates
+from seerattn.bench.timing import pipeline_time
+from seerattn.bench.ttft import prefill
+from seerattn.hf.attach import set_policy
+from seerattn.hf.meters import record_density
 from seerattn.ops.crossover import table_path
 from seerattn.options import option
 from seerattn.outputs import check_output
+from seerattn.results.record import Result
 from seerattn.saving import write_whole
+from seerattn.selection.policies import Policy, TopK
 from seerattn.texts import fits, parse_json, short
+
+# A model whose prompts are bound by the host.
+HOST_LAYERS, HOST_TOKENS, HOST_TURNS = 8, 128, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +70,14 @@ class CrossoverBench(LayerBench):
         """Measures it.
 
         Returns:
-            The table: "device", "heads", "kv_heads", "head_dim", and "rows" with "tokens", "dense_ms", "overhead_ms"
-            (gate and selection) and "sparse_ms" by density. Lengths that could not be measured in full are missing.
+            The table: "device", "batch", "heads", "kv_heads", "head_dim", "host_ms" (what the host takes longer for a
+            sparse layer of a model than for a dense one), and "rows" with "tokens", "dense_ms", "overhead_ms" (gate and
+            selection) and "sparse_ms" by density. What could not be measured in full is missing.
         """
         config = gate_form(self.gates)
         kind = Sparse(self.impl, config.block_q, config.block_k, share_of(config))
         baselines = self.baselines or default_backends(session.device)
+        host = self._host(session, subject)
         rows = []
         for tokens in self.lengths:
             layer = Layer(session, subject, tokens, pipeline=True)
@@ -84,8 +96,35 @@ class CrossoverBench(LayerBench):
                         "sparse_ms": {str(float(density)): row.value for density, row in sparse.items()},
                     }
                 )
-        sizes = {"heads": subject.heads, "kv_heads": subject.kv_heads, "head_dim": subject.head_dim}
-        return {"device": session.device_name, **sizes, "rows": rows}
+        sizes = {"batch": 1, "heads": subject.heads, "kv_heads": subject.kv_heads, "head_dim": subject.head_dim}
+        host_ms = {} if host is None or host.value is None else {"host_ms": host.value}
+        return {"device": session.device_name, **sizes, **host_ms, "rows": rows}
+
+    def _host(self, session: Session, subject: Shape) -> Result | None:
+        """What the host takes longer for a sparse layer than for a dense one, by short prompts of a narrow model."""
+        size = replace(TINY, name=str(subject), layers=HOST_LAYERS, whole=HOST_LAYERS, shape=subject)
+        policy = TopK(density=0.1)
+
+        def run() -> dict[str, Any]:
+            impl = "sparse" if self.impl == "auto" else self.impl
+            model = BenchModel(size, session.device, impl).gated(self.gates)
+            input_ids = random_batch(size, HOST_TOKENS, session.device)["input_ids"]
+            # In turns, and the least of each: whatever else the host does only adds to it.
+            ms: dict[Policy | None, list[float]] = {None: [], policy: []}
+            for each in (None, policy) * HOST_TURNS:
+                set_policy(model, each)
+                ms[each] += pipeline_time(lambda: prefill(model, input_ids), session.device, budget_ms=20.0).runs
+            with record_density(model) as meter:
+                prefill(model, input_ids)
+            value = max(0.0, min(ms[policy]) - min(ms[None])) / HOST_LAYERS
+            samples = {"dense_ms": ms[None], "sparse_ms": ms[policy]}
+            fields = {"n": len(ms[policy]), "realised_density": meter.mean()}
+            return fields | {"value": round(value, 5), "samples": samples}
+
+        values = of_gates(self.gates) | {"settings": policy.to_dict(), "density": 0.1, "seed": 0}
+        cell = {"dtype": subject.dtype_name, "layers": HOST_LAYERS}
+        blank = session.blank("host_ms", model=size.name, context=HOST_TOKENS, impl=self.impl, cell=cell, **values)
+        return session.measured(blank, run, label="host, a sparse layer beside a dense one")
 
 
 def save_table(table: dict[str, Any], path: Path) -> None:

@@ -233,7 +233,7 @@ def layer_step(
         call = LayerCall(state, tables, positions)
         with learning(training):
             mask = make_mask(dense="sdpa", batch_size=1, q_length=tokens, kv_length=tokens, allow_is_causal_skip=True)
-            out, _ = seer_attention(module, *inputs, mask, dense="sdpa", seer=call, scaling=module.scaling)
+            out, _ = seer_attention("sdpa", module, *inputs, mask, seer=call, scaling=module.scaling)
         gate_loss = training.total()
         return torch.autograd.grad([out, gate_loss], [*inputs, *parameters], [dout, torch.ones_like(gate_loss)])
 

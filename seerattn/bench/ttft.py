@@ -25,15 +25,20 @@ from seerattn.bench.timing import long_runs, reset_peak, synchronize
 from seerattn.hf.attach import set_policy
 from seerattn.hf.meters import record_density
 from seerattn.ops.resolve import preferred
+from seerattn.options import option
 from seerattn.results.record import Result
 from seerattn.selection.policies import TopK
 
 
-def prefill(model: PreTrainedModel | PeftModel, input_ids: torch.Tensor) -> int:
-    """The first token that follows a prompt, with a cache filled for the ones after it."""
+def prefill(model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, chunk: int = 0) -> int:
+    """The first token that follows a prompt, with a cache filled for the ones after it.
+
+    The prompt comes in calls of ``chunk`` tokens, 0 is one call.
+    """
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        for part in input_ids.split(chunk or input_ids.shape[1], dim=1):
+            logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return int(logits[0, -1].argmax())
 
 
@@ -92,11 +97,15 @@ class TTFTBench(ModelBench):
 
     Attributes:
         densities: shares of the causal block area that are computed.
+        chunks: tokens of the calls that a prompt with gates comes in, 0 for one call; top-k is told its length.
         impl: of the sparse attention; None is the fastest one.
     """
 
     contexts: tuple[int, ...] = contexts(8192, 16384, 32768, 65536, 131072, low=2)
     densities: tuple[float, ...] = densities(*PUBLISHED_DENSITIES)
+    chunks: tuple[int, ...] = option(
+        (0,), help="Tokens of a call of a prompt with gates; 0 is one call.", low=0, flag=False
+    )
     impl: str | None = impl()
 
     def run(self, session: Session, subject: Size) -> list[Result]:
@@ -108,7 +117,8 @@ class TTFTBench(ModelBench):
         for name in self.baselines or default_backends(session.device):
             rows += [row for tokens in self.lengths for row in bench.dense(tokens, name)]
         for form, tokens, density in product(self.gates, self.lengths, sorted(self.densities)):
-            rows += bench.sparse(tokens, form, density)
+            for chunk in sorted({chunk for chunk in self.chunks if chunk < tokens}):
+                rows += bench.sparse(tokens, form, density, chunk)
         return [row for row in rows if row is not None]
 
 
@@ -127,9 +137,9 @@ class _Prefills(ModelRuns):
 
         return self.measure(tokens, name, run, f"dense {name}", cell={}, realised_density=1.0)
 
-    def sparse(self, tokens: int, form: str, density: float) -> list[Result | None]:
-        """The model with gates of a form, and top-k of a density."""
-        c, policy = gate_form(form), TopK(density=density)
+    def sparse(self, tokens: int, form: str, density: float, chunk: int) -> list[Result | None]:
+        """The model with gates of a form, and top-k of a density, for a prompt in calls of ``chunk`` tokens."""
+        c, policy = gate_form(form), TopK(density=density, length=tokens if chunk else None)
         kind = Sparse(self.impl, c.block_q, c.block_k, share_of(c))
 
         def run() -> dict[str, dict[str, Any]]:
@@ -137,23 +147,24 @@ class _Prefills(ModelRuns):
             require_selection(self.session, self.shape, form, c.block_q, c.block_k, "auto")
             model = self.model.gated(form)
             set_policy(model, policy)
-            return self._run(model, tokens)
+            return self._run(model, tokens, chunk)
 
         values = of_gates(form) | {"settings": policy.to_dict(), "density": density, "seed": 0}
-        label = f"gates {form}, density {density:g}"
-        return self.measure(tokens, self.impl, run, label, cell=kind.cell(self.shape), **values)
+        label = f"gates {form}, density {density:g}" + (f", chunks of {chunk:,}" if chunk else "")
+        cell = kind.cell(self.shape) | ({"chunk": chunk} if chunk else {})
+        return self.measure(tokens, self.impl, run, label, cell=cell, **values)
 
-    def _run(self, model: PreTrainedModel | PeftModel, tokens: int) -> dict[str, dict[str, Any]]:
+    def _run(self, model: PreTrainedModel | PeftModel, tokens: int, chunk: int = 0) -> dict[str, dict[str, Any]]:
         input_ids = random_batch(self.size, tokens, self.device)["input_ids"]
         self.session.release()
         # One layer of the full length compiles and loads everything there is, at a share of the time.
         with first_layer_only(self.model.base), record_density(model) as meter:
-            prefill(model, input_ids)
+            prefill(model, input_ids, chunk)
         reset_peak(self.device)
         clock = AttentionClock(self.device)
 
         def one() -> float:
-            prefill(model, input_ids)
+            prefill(model, input_ids, chunk)
             return clock.take()
 
         with clock.installed(self.model.base.config._attn_implementation):

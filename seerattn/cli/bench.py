@@ -122,11 +122,12 @@ def _print_results(rows: Iterable[Result]) -> None:
         if row.cell.get("map"):
             name = "dense with the map"
         targets = [f"{row.cell['target_share']:.0%} of the targets"] if "target_share" in row.cell else []
+        chunks = [f"chunks of {row.cell['chunk']:,}"] if "chunk" in row.cell else []
         blocks = f"{row.cell['block_q']}x{row.cell['block_k']}" if "block_q" in row.cell else ""
         body.append(
             [
                 f"{row.context:,}",
-                ", ".join([name, *([row.cell["work"]] if "work" in row.cell else []), *targets]),
+                ", ".join([name, *([row.cell["work"]] if "work" in row.cell else []), *targets, *chunks]),
                 row.cell["impl"],
                 blocks,
                 f"per {row.cell['share']}" if "share" in row.cell else "",
@@ -143,7 +144,8 @@ def _print_crossover(found: dict) -> None:
     heads = ["tokens", "dense ms", "gate + selection ms", *(f"sparse {d} ms" for d in densities), "pays up to density"]
     body = []
     for row in found["rows"]:
-        pays = [d for d, ms in row["sparse_ms"].items() if row["overhead_ms"] + ms < row["dense_ms"]]
+        sparse = {d: max(row["overhead_ms"] + ms, found.get("host_ms", 0.0)) for d, ms in row["sparse_ms"].items()}
+        pays = [d for d, ms in sparse.items() if ms < row["dense_ms"]]
         times = [row["dense_ms"], row["overhead_ms"], *row["sparse_ms"].values()]
         body.append([f"{row['tokens']:,}", *(f"{ms:.3f}" for ms in times), max(pays, key=float, default="never")])
     print_table(heads, body)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from seerattn.gate.config import AttnGateConfig
 from seerattn.hf.attention import IMPLEMENTATIONS
+from seerattn.hf.batching import leave_batching, let_batch
 from seerattn.hf.checkpoint import read_config
 from seerattn.hf.config import SeerConfig, check_folder
 from seerattn.hf.distillation import GateLosses
@@ -124,6 +125,7 @@ class SeerModel(BaseTuner):
             for index in wanted:
                 attach_layer(layers[index], attachment)
             set_implementation(base, IMPLEMENTATIONS[dense])
+            let_batch(base)
         for index, gate in gates.items():
             if low_cpu_mem_usage:
                 gate = _without_weights(gate)
@@ -345,6 +347,7 @@ def _load_checked(base: PreTrainedModel, /, *arguments: Any, **options: Any) -> 
 def take_off(base: PreTrainedModel) -> None:
     """Takes gates and selectors off a transformers model, however they came there, and nothing else."""
     attachment = attachment_of(base)
+    leave_batching(base)
     detach_layers(base)
     configs = getattr(base, "peft_config", {})
     for name in [name for name, config in configs.items() if isinstance(config, SeerConfig)]:

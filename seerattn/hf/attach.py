@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from seerattn.gate.config import AttnGateConfig
 from seerattn.hf.adapter import SeerModel, take_off
 from seerattn.hf.attention import IMPLEMENTATIONS
+from seerattn.hf.batching import let_batch
 from seerattn.hf.config import SeerConfig
 from seerattn.hf.gated import GatedModel, load_gated
 from seerattn.hf.gates import attach_layer
@@ -132,6 +133,7 @@ def _attach_selectors(
         for layer in found.values():
             attach_layer(layer, attachment)
         set_implementation(base, IMPLEMENTATIONS[attachment.dense])
+        let_batch(base)
     attachment.chosen = chosen
     attachment.refresh(impl)
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from seerattn.hf.gate_cache import Recall
 from seerattn.hf.mask import CallMask, Unservable
 from seerattn.hf.rotary import gate_frequencies
-from seerattn.hf.state import CAPTURE, Capture, LayerState, Running, Tables, check_filled
+from seerattn.hf.state import CAPTURE, Capture, Kind, LayerState, Running, Tables, check_filled
+from seerattn.ops.crossover import LayerShape
 from seerattn.selection.selector import AttentionContext, RotaryTables, Selector
 
 # Tables of neighbouring positions differ by up to 1 in their fastest channel; bf16 rounds theirs by 4e-3.
 _SAME_TABLES = 1e-2
-# Query and key block of what has no gate to ask.
-NO_GATE_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class LayerCall:
         position_embeddings: the model's rotary tables (cos, sin) of the call.
         position_ids: positions of the call's tokens, if the architecture passes them on.
         tokens: length of the call that this one is a part of, its past included, where frequencies depend on it.
+        recall: what is known of the sequences whose keys are in the cache of the call; None without a cache.
     """
 
     state: LayerState
     position_embeddings: Tables | None
     position_ids: Tensor | None
     tokens: int | None = None
+    recall: Recall | None = None
 
     def on(self, device: torch.device) -> LayerCall:
         """The same call with its tables where the layer runs: a sharded model makes them on its first device."""
@@ -222,15 +224,15 @@ class Prefill:
 
     @property
     def selector(self) -> Selector | None:
-        """What chooses the blocks of the call; None where that is nothing, or the call goes on with an answer.
+        """What chooses the blocks of the call, see `Kind.chooses`; nothing where attention is captured."""
+        if self.capture is not None or not self.kind.chooses(self.q_len, self.k_len):
+            return None
+        return self.running.selectors[self.state.layer]
 
-        It does so, as decoding does, with fewer queries than a block against a cache. Where attention is captured
-        nothing chooses.
-        """
-        selector = None if self.capture is not None else self.running.selectors.get(self.state.layer)
-        gate = self.running.gates.get(self.state.layer)
-        block_q = NO_GATE_BLOCK if gate is None else gate.config.block_q
-        return None if selector is None or self.q_len < min(self.k_len, block_q) else selector
+    @cached_property
+    def kind(self) -> Kind:
+        """Of the layer, in this forward."""
+        return self.running.kind(self.state.found)
 
     @property
     def q_len(self) -> int:
@@ -242,10 +244,10 @@ class Prefill:
         """Key slots, padding included; those of a static cache as far as they are filled."""
         return self.mask.k_len if isinstance(self.mask, CallMask) else self.key.shape[2]
 
-    @property
-    def shape(self) -> dict[str, Any]:
-        """What `prefer_dense` asks of the call beside its density."""
-        return {"q_len": self.q_len, "k_len": self.k_len, "device": self.query.device}
+    def shape_of(self, kind: Kind) -> dict[str, Any]:
+        """What `prefer_dense` asks of layers of a kind in this forward, beside their density."""
+        shape = LayerShape(self.query.shape[0], *kind.sizes)
+        return {"q_len": self.q_len, "k_len": self.k_len, "device": self.query.device, "shape": shape}
 
     @property
     def auto(self) -> bool:

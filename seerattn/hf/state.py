@@ -12,17 +12,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_selector import GateSelector
+from seerattn.hf.gate_cache import GateCache
 from seerattn.hf.rotary import Rotation
 from seerattn.ops.resolve import IMPLS
 from seerattn.selection.budgets import HeadBudgets, shares_density
 from seerattn.selection.policies import Policy
-from seerattn.selection.selector import Selector
+from seerattn.selection.selector import Selector, expected_density
 
 if TYPE_CHECKING:
     from seerattn.hf.call import Prefill
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 Tables = tuple[Tensor, Tensor]
 # Name under which the gates of an attention module are its child.
 GATES = "seer_gate"
+# Query and key block of what has no gate to ask.
+NO_GATE_BLOCK = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +61,29 @@ class AttentionLayer:
     not_cached: str | None = None
 
 
+class Kind(NamedTuple):
+    """What decides of a layer whether it runs dense; layers of one kind do alike.
+
+    Attributes:
+        selects: whether something chooses blocks.
+        expected: density that it tells, see `expected_density`.
+        block_q: query block of the gate.
+        sizes: query heads, key/value heads, width of a head.
+    """
+
+    selects: bool
+    expected: float | None
+    block_q: int
+    sizes: tuple[int, int, int]
+
+    def chooses(self, q_len: int, k_len: int) -> bool:
+        """Whether blocks are chosen in a call. Not where it goes on with an answer.
+
+        It does so, as decoding does, with fewer queries than a block against a cache.
+        """
+        return self.selects and q_len >= min(k_len, self.block_q)
+
+
 @dataclass(frozen=True, eq=False)
 class Running:
     """What the layers of a model run; a layer that is not named runs dense.
@@ -74,6 +100,29 @@ class Running:
     gates: Mapping[int, AttnGate] = field(default_factory=dict)
     impl: str = "auto"
     budgets: HeadBudgets | None = None
+    _kinds: dict[Kind, set[AttentionLayer]] = field(default_factory=dict, init=False, repr=False)
+
+    def kind(self, layer: AttentionLayer) -> Kind:
+        """The kind of a layer."""
+        selector, gate = self.selectors.get(layer.layer), self.gates.get(layer.layer)
+        expected = None if selector is None else expected_density(selector)
+        block_q = NO_GATE_BLOCK if gate is None else gate.config.block_q
+        return Kind(selector is not None, expected, block_q, (layer.num_heads, layer.num_kv_heads, layer.head_dim))
+
+    def kinds(self, layers: Mapping[int, AttentionLayer]) -> Mapping[Kind, set[AttentionLayer]]:
+        """All layers of the model by their kinds, found once: that of 30 layers takes longer than one layer may.
+
+        Raises:
+            ValueError: a gate that a checkpoint should have filled.
+        """
+        if not self._kinds:
+            for index, gate in self.gates.items():
+                check_filled(gate, index)
+            found: dict[Kind, set[AttentionLayer]] = {}
+            for layer in layers.values():
+                found.setdefault(self.kind(layer), set()).add(layer)
+            self._kinds.update(found)
+        return self._kinds
 
     def with_policy(self, policy: Policy | None) -> Running:
         """The same gates under another policy; None runs dense."""
@@ -96,6 +145,7 @@ class Attachment:
         enabled: whether gates and selectors are used at all.
         chosen: selectors that were attached over the gates, or None.
         running: what the layers run outside of a `policy` context.
+        gate_cache: what their selectors keep from call to call.
     """
 
     dense: str
@@ -106,6 +156,7 @@ class Attachment:
     enabled: bool = True
     chosen: Mapping[int, Selector | None] | None = None
     running: Running = field(default_factory=Running)
+    gate_cache: GateCache = field(default_factory=GateCache)
 
     def now(self) -> Running:
         """What the layers run in the context of the caller."""

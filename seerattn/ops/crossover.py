@@ -3,6 +3,10 @@
 A table holds times of one attention layer on one device (`seerattn bench crossover` makes it): by length the time of
 dense attention, of gate and selection, and of sparse attention by density. A user's own table comes first, then the
 one that is shipped for H100 cards, which also stands in for GPUs without a table. A CPU has a fitted formula instead.
+
+A time is what the host takes to launch or what the device takes to work, whichever is longer. Work of a layer of
+another shape is that of the table's in proportion to their sizes; what the host takes is the same for all. So a small
+model goes sparse at longer prompts than a large one, and a batch at shorter ones.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ import logging
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +30,19 @@ from seerattn.ops.resolve import preferred
 logger = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).with_name("crossover_h100.json")
+
+
+class LayerShape(NamedTuple):
+    """What the work of an attention layer grows with; by default that of Llama-3.1-8B for one sequence."""
+
+    batch: int = 1
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+
+
+# Of tables that do not tell theirs.
+TABLES = LayerShape()
 
 
 @dataclass(frozen=True)
@@ -35,10 +54,83 @@ class Row:
     overhead_ms: float  # gate and selection
     sparse_ms: dict[str, float]  # by density
 
-    def sparse(self, density: float) -> float:
-        """Time of sparse attention at a density, linear between those that were measured."""
-        known = sorted((float(d), ms) for d, ms in self.sparse_ms.items())
-        return _interpolate(density, [d for d, _ in known], [ms for _, ms in known])
+
+class Times:
+    """Times of one part of a layer by length, each taken apart into the host's and the device's share.
+
+    The host is what limits a length if the next one takes hardly longer: less than the root of what its work grows by.
+    The work there is then unknown, and taken to be that of the next length in proportion.
+
+    Args:
+        tokens: lengths, ascending.
+        ms: the time of each.
+        power: of the length with which work grows at least.
+    """
+
+    def __init__(self, tokens: Sequence[int], ms: Sequence[float], power: int) -> None:
+        self._tokens, self._work, self._host = tokens, list(ms), [0.0] * len(ms)
+        growth = [(b / a) ** power for a, b in pairwise(tokens)]
+        bound = [i for i, times in enumerate(growth) if ms[i + 1] ** 2 < ms[i] ** 2 * times]
+        limited = bound[-1] + 1 if bound else 0
+        for i in reversed(range(limited)):
+            self._work[i] = min(self._work[i + 1] / growth[i], ms[i])
+        self.host = min(ms[:limited], default=0.0)
+        self._host = [*ms[:limited], *[self.host] * (len(ms) - limited)]
+
+    def at(self, tokens: int, work: float = 1.0) -> float:
+        """Time at a length with ``work`` times the work; linear between two lengths, that of the nearest beyond."""
+        times = [max(host, work * each) for host, each in zip(self._host, self._work)]
+        return _interpolate(tokens, self._tokens, times)
+
+
+class Table:
+    """A crossover table.
+
+    Attributes:
+        rows: the times, ascending in tokens.
+        shape: of the layer that they were taken of.
+        host_ms: what the host takes longer for a sparse layer of a model than for a dense one.
+    """
+
+    def __init__(self, rows: Sequence[Row], shape: LayerShape, host_ms: float | None) -> None:
+        self.rows, self.shape = tuple(sorted(rows, key=lambda row: row.tokens)), shape
+        lengths = [row.tokens for row in self.rows]
+        self._dense = Times(lengths, [row.dense_ms for row in self.rows], 2)
+        self._choosing = Times(lengths, [row.overhead_ms for row in self.rows], 1)
+        self._sparse = {
+            float(d): Times(lengths, [row.sparse_ms[d] for row in self.rows], 2)
+            for d in sorted(self.rows[0].sparse_ms, key=float)
+        }
+        self.host_ms = self._alone() if host_ms is None else host_ms
+
+    def _alone(self) -> float:
+        """`host_ms` by the calls alone, which is less than a model takes around them."""
+        sparse = min(times.host for times in self._sparse.values())
+        return max(0.0, self._choosing.host + sparse - self._dense.host)
+
+    def dense(self, q_len: int, k_len: int, shape: LayerShape) -> float:
+        """Time of dense attention."""
+        return self._dense.at(k_len, self._products(q_len, k_len, shape))
+
+    def choosing(self, k_len: int, shape: LayerShape) -> float:
+        """Time of gate and selection, which read queries and keys."""
+        return self._choosing.at(k_len, _vectors(shape) / _vectors(self.shape))
+
+    def sparse(self, q_len: int, k_len: int, shape: LayerShape, density: float) -> float:
+        """Time of sparse attention, linear between the densities that were measured."""
+        work = self._products(q_len, k_len, shape)
+        return _interpolate(density, [*self._sparse], [times.at(k_len, work) for times in self._sparse.values()])
+
+    def _products(self, q_len: int, k_len: int, shape: LayerShape) -> float:
+        """Work of a call in units of the table's, whose queries are all tokens; a chunk has a share of the pairs."""
+        share = _pairs(q_len, k_len) / _pairs(k_len, k_len)
+        sizes = shape.batch * shape.heads * shape.head_dim
+        return share * sizes / (self.shape.batch * self.shape.heads * self.shape.head_dim)
+
+
+def _vectors(shape: LayerShape) -> int:
+    """Numbers of one token's queries and keys, of all sequences."""
+    return shape.batch * (shape.heads + shape.kv_heads) * shape.head_dim
 
 
 def table_path(device_name: str) -> Path:
@@ -48,8 +140,8 @@ def table_path(device_name: str) -> Path:
 
 
 @functools.cache
-def load_table(device_name: str) -> tuple[Row, ...]:
-    """The rows of the table for a GPU, ascending in tokens.
+def load_table(device_name: str) -> Table:
+    """The table for a GPU.
 
     Raises:
         ValueError: the user's own table is not one.
@@ -60,12 +152,24 @@ def load_table(device_name: str) -> tuple[Row, ...]:
             logger.info("%s has no crossover table, that of an H100 is used; seerattn bench crossover", device_name)
         path = SHIPPED
     try:
-        rows = tuple(Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"])
-        _check_rows(rows)
+        table = _read(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         got = f"{type(error).__name__}: {str(error)[:200]}"
         raise ValueError(f"{path} must be a table of seerattn bench crossover, got {got}; delete it") from error
-    return tuple(sorted(rows, key=lambda row: row.tokens))
+    return table
+
+
+def _read(values: Mapping[str, Any]) -> Table:
+    """The table that a file holds. Those of 0.2 and before tell neither batch nor host time, and may lack sizes."""
+    rows = [Row(**row) for row in values["rows"]]
+    _check_rows(rows)
+    shape = LayerShape(**{name: values[name] for name in LayerShape._fields if name in values})
+    if not all(isinstance(size, int) and 1 <= size < 1e6 for size in shape):
+        raise ValueError("a shape that no layer has")
+    host_ms = values.get("host_ms")
+    if host_ms is not None and not 0 <= host_ms < 1e15:
+        raise ValueError("a host time that is none")
+    return Table(rows, shape, host_ms)
 
 
 def _check_rows(rows: Sequence[Row]) -> None:
@@ -77,11 +181,19 @@ def _check_rows(rows: Sequence[Row]) -> None:
             raise ValueError("rows whose sparse_ms are not of the same densities")
         numbers = [row.tokens, row.dense_ms, row.overhead_ms, *row.sparse_ms.values(), *map(float, row.sparse_ms)]
         # NaN is in no range, and products of times and tokens must stay finite.
-        if not all(0 <= number < 1e15 for number in numbers):
+        if not all(0 <= number < 1e15 for number in numbers) or row.tokens < 1:
             raise ValueError("numbers that are no times, densities or tokens")
 
 
-def prefer_dense(*, q_len: int, k_len: int, density: float, device: torch.device | str, selected: bool = False) -> bool:
+def prefer_dense(
+    *,
+    q_len: int,
+    k_len: int,
+    density: float,
+    device: torch.device | str,
+    shape: LayerShape = TABLES,
+    selected: bool = False,
+) -> bool:
     """Whether dense attention is expected to be faster than gate + selection + sparse attention.
 
     Args:
@@ -89,6 +201,7 @@ def prefer_dense(*, q_len: int, k_len: int, density: float, device: torch.device
         k_len: key tokens ``S``.
         density: share of the causal block area that is computed.
         device: where the call runs. A kind of device that was not measured never prefers dense.
+        shape: of the layer. The formula of a CPU is relative to dense attention and holds for all.
         selected: the blocks are chosen already, so that the cost of choosing no longer counts.
     """
     device = torch.device(device)
@@ -96,31 +209,22 @@ def prefer_dense(*, q_len: int, k_len: int, density: float, device: torch.device
         return _prefer_dense_cpu(q_len, k_len, density)
     if device.type != "cuda":
         return False
-    return _prefer_dense_cuda(q_len, k_len, density, device, selected)
+    return _prefer_dense_cuda(q_len, k_len, density, device, shape, selected)
 
 
-@functools.lru_cache(maxsize=4096)  # layers of a model ask the same, and interpolating takes 20 us of a short prefill
-def _prefer_dense_cuda(q_len: int, k_len: int, density: float, device: torch.device, selected: bool) -> bool:
+@functools.lru_cache(maxsize=4096)  # forwards of the same length ask the same
+def _prefer_dense_cuda(
+    q_len: int, k_len: int, density: float, device: torch.device, shape: LayerShape, selected: bool
+) -> bool:
     # Gathers in plain torch took twice as long as dense attention (whole prefill of 8 x 8192 tokens on an H100).
     if preferred("block_sparse_attention", "auto", device) == "reference":
         return True
-    row = _at(load_table(torch.cuda.get_device_name(device)), k_len)
-    # The table's calls have as many queries as keys; a chunk of queries is a share of that triangle.
-    share = _pairs(q_len, k_len) / _pairs(k_len, k_len)
-    overhead = 0.0 if selected else row.overhead_ms
-    return overhead + row.sparse(density) * share >= row.dense_ms * share
-
-
-def _at(rows: Sequence[Row], tokens: int) -> Row:
-    """The times at a length: linear between two that were measured, those of the nearest beyond."""
-    lengths = [row.tokens for row in rows]
-
-    def at(values: Sequence[float]) -> float:
-        return _interpolate(tokens, lengths, values)
-
-    densities = rows[0].sparse_ms
-    sparse = {d: at([row.sparse_ms[d] for row in rows]) for d in densities}
-    return Row(tokens, at([row.dense_ms for row in rows]), at([row.overhead_ms for row in rows]), sparse)
+    table = load_table(torch.cuda.get_device_name(device))
+    dense, sparse = table.dense(q_len, k_len, shape), table.sparse(q_len, k_len, shape, density)
+    if selected:
+        return sparse >= dense
+    # The host launches while the device works: whichever takes longer counts.
+    return max(table.choosing(k_len, shape) + sparse, table.host_ms) >= dense
 
 
 def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:

@@ -31,6 +31,33 @@ class RotaryTables:
     column_step: int = 1
 
 
+class Kept(Protocol):
+    """What a selector may keep of sequences for their next call."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        ...
+
+    def rows(self, numbers: Tensor) -> Kept:
+        """The same of batch rows ``numbers``, int64 ``[B]`` on any device; a row may be taken several times."""
+        ...
+
+
+@dataclass(eq=False)
+class Memory:
+    """What a selector keeps of the sequences of a call where a cache holds their keys.
+
+    Attributes:
+        known: so many leading keys are, in every row, those that `kept` was made of. What was kept of later ones does
+            not hold, and what a selector needs of earlier ones it need not read again.
+        kept: what the selector left in the last call, and leaves for the next; None keeps nothing.
+    """
+
+    known: int = 0
+    kept: Kept | None = None
+
+
 @dataclass(frozen=True)
 class AttentionContext:
     """What a selector may know of the attention call beside q and k.
@@ -45,6 +72,7 @@ class AttentionContext:
         rotary: the same as tables, or None where only `unrotate` knows how.
         frequencies: maps a gate's width to the rotation frequencies of this call, fp32 ``[DG / 2]`` on the device of q;
             None where a gate's own hold for calls of every length.
+        memory: what the selector keeps from call to call of the same sequences, or None where no cache holds them.
     """
 
     layer: int
@@ -54,6 +82,7 @@ class AttentionContext:
     sinks: Tensor | None = None
     rotary: RotaryTables | None = None
     frequencies: Callable[[int], Tensor] | None = None
+    memory: Memory | None = None
 
     @property
     def logits(self) -> dict[str, Any]:

@@ -115,6 +115,15 @@ def test_ttft_rows_have_counted_densities_and_share_their_runs() -> None:
             assert 0 < r.value < 1 and r.value == pytest.approx(sum(share) / 2, rel=0.02)
 
 
+def test_ttft_of_a_prompt_in_chunks_stands_beside_that_of_one_call_and_chooses_alike() -> None:
+    sizes = {"contexts": [256], "densities": [0.4], "baselines": ["sdpa"], "gates": ["default"]}
+    rows = TTFTBench(**sizes, chunks=[64, 0, 512], impl="reference", repeats=2).run(session(), TINY)
+    times = [r for r in rows if r.what == "ttft_s"]
+    assert [(r.method, r.cell.get("chunk")) for r in times] == [("dense", None), ("gate", None), ("gate", 64)]
+    assert times[1].realised_density == times[2].realised_density
+    assert times[1].settings["length"] is None and times[2].settings["length"] == 256
+
+
 def test_training_step_changes_the_gates_and_nothing_else(input_ids) -> None:
     model = BenchModel(TINY, CPU).gated("paper")
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -162,13 +171,18 @@ def test_crossover_table_holds_the_measured_times_and_the_ops_read_it(tmp_path, 
     path = crossover.table_path("Some GPU / 80GB")
     save_table(table | {"device": "Some GPU / 80GB"}, path)
     read = crossover.load_table("Some GPU / 80GB")
-    assert [vars(row) for row in read] == json.loads(path.read_text())["rows"] == table["rows"]
+    assert [vars(row) for row in read.rows] == json.loads(path.read_text())["rows"] == table["rows"]
+    assert (read.shape, read.host_ms) == (
+        (1, TINY.shape.heads, TINY.shape.kv_heads, TINY.shape.head_dim),
+        table["host_ms"],
+    )
+    assert table["host_ms"] == next(r.value for r in rows if r.what == "host_ms") > 0
 
 
 def test_a_length_that_is_not_measured_in_full_is_not_in_the_table(monkeypatch) -> None:
     bench = session()
-    # Dense attention, selection and sparse attention of the first length, dense attention of the second.
-    late = Mock(side_effect=[False] * 4 + [True] * 2)
+    # The host, dense attention, selection and sparse attention of the first length, dense attention of the second.
+    late = Mock(side_effect=[False] * 5 + [True] * 2)
     monkeypatch.setattr(Session, "out_of_time", property(lambda _: late()))
     sizes = {"contexts": [130, 200], "densities": [0.5], "gates": "paper", "impl": "reference"}
     table = CrossoverBench(baselines=["sdpa"], **sizes).run(bench, TINY.shape)

@@ -30,6 +30,7 @@ ROWS = {
     * 2,
     "map": [("attention_map_ms", "dense", impl) for impl in ("reference", "pytorch", "sdpa")],
     "crossover": [
+        ("host_ms", "gate", "auto"),
         ("attention_ms", "dense", "sdpa"),
         ("selection_ms", "gate", "auto"),
         *[("attention_ms", "random", "auto")] * 2,
@@ -107,7 +108,8 @@ def test_crossover_writes_the_table_that_auto_reads(tmp_path: Path, capsys: pyte
     table = tmp_path / "new" / "table.json"
     assert run("crossover", *TINY, "--contexts", "130,65", "--densities", "0.5,1", "--table", table) == 0
     found = json.loads(table.read_text())
-    assert list(found) == ["device", "heads", "kv_heads", "head_dim", "rows"] and found["heads"] == 4
+    assert list(found) == ["device", "batch", "heads", "kv_heads", "head_dim", "host_ms", "rows"]
+    assert found["heads"] == 4
     assert [row["tokens"] for row in found["rows"]] == [65, 130]
     assert all(set(row) == {"tokens", "dense_ms", "overhead_ms", "sparse_ms"} for row in found["rows"])
     assert set(found["rows"][0]["sparse_ms"]) == {"0.5", "1.0"}

@@ -13,6 +13,7 @@ import seerattn
 from seerattn import AttnGateConfig, BlockIndices, KeepAll, TokenBudget, TopK, TopP
 from seerattn.hf import attention
 from seerattn.hf.attention import IMPLEMENTATIONS
+from seerattn.hf.capture import watch_attention
 from seerattn.hf.meters import density_meters, record_time, time_meter
 from seerattn.hf.state import attachment_of
 from seerattn.methods.streaming import StreamingSelector
@@ -226,7 +227,7 @@ def test_thresholds_run_dense_once_the_selection_says_that_it_is_nearly_full(
     ids = tokens(1, 100)
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     assert not visited
-    assert asked == [(0.0, False), (1.0, True)] * 2
+    assert asked == [(0.0, False), (1.0, True), (1.0, True)]
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -248,6 +249,68 @@ def test_auto_asks_a_selector_that_tells_its_density_for_no_blocks_where_dense_i
     seerattn.attach(model, Streaming(), impl="auto")
     assert torch.equal(model(input_ids=ids).logits, plain)
     assert chosen == ([] if told else [0, 1])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers whose hook made a call for selectors."""
+    layers, of = [], attention.LayerCall
+
+    def watching(state, *args):
+        layers.append(state.layer)
+        return of(state, *args)
+
+    monkeypatch.setattr(attention, "LayerCall", watching)
+    return layers
+
+
+@pytest.mark.parametrize("policy", [TopK(density=0.1), None])
+def test_only_the_first_layer_of_a_dense_forward_asks_and_no_layer_of_a_decode_step(calls: list[int], policy) -> None:
+    plain, ids = tiny_model("llama").eval(), tokens(2, 100)
+    padded = torch.ones(2, 100, dtype=torch.long)
+    padded[0, :30] = 0
+    model = seerattn.attach(copy.deepcopy(plain), GATE, policy).eval()
+    for kwargs in ({}, {"attention_mask": padded}):
+        assert torch.equal(model(input_ids=ids, **kwargs).logits, plain(input_ids=ids, **kwargs).logits)
+    assert calls == [0, 0]
+    found, expected = (m(input_ids=ids, use_cache=True).past_key_values for m in (model, plain))
+    calls.clear()
+    step = [m(input_ids=ids[:, :1], past_key_values=c).logits for m, c in ((model, found), (plain, expected))]
+    assert torch.equal(*step) and calls == []
+
+
+def test_who_looks_on_sees_every_layer_of_a_dense_forward(calls: list[int]) -> None:
+    model, ids = seerattn.attach(tiny_model("llama"), GATE, TopK(density=0.1)).eval(), tokens(1, 100)
+    with seerattn.record_density(model) as meter:
+        model(input_ids=ids)
+    with record_time(model) as times:
+        model(input_ids=ids)
+    seen = []
+    with watch_attention(model, lambda call: seen.append(call.context.layer)):
+        model(input_ids=ids)
+    assert meter.layers == seen == [0, 1] and calls == [0, 1] * 3
+    assert len(times._spans["attention"]) == 2
+    model(input_ids=ids)
+    assert calls[6:] == [0]
+
+
+def test_layers_that_expect_to_keep_much_run_dense_and_the_others_do_not(
+    visited: list[BlockIndices], calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def prefer_dense(**call):
+        asked.append((call["density"], call["shape"]))
+        return call["density"] > 0.5
+
+    monkeypatch.setattr(attention, "prefer_dense", prefer_dense)
+    model = tiny_model("llama", num_hidden_layers=4)
+    seerattn.attach(model, lambda layer: StreamingSelector(TopK(density=0.3 if layer in (1, 3) else 0.9)))
+    model(input_ids=tokens(2, 200))
+    assert len(visited) == 2 and calls == [0, 1, 3]
+    config = model.config
+    sizes = (2, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    assert asked == [(0.9, sizes), (0.3, sizes)]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from seerattn.ops import crossover
-from seerattn.ops.crossover import load_table, prefer_dense, table_path
+from seerattn.ops.crossover import SHIPPED, LayerShape, load_table, prefer_dense, table_path
+
+SMOLLM2 = LayerShape(heads=9, kv_heads=3, head_dim=64)
+LENGTHS = [2**power for power in range(7, 18)]
 
 # Dense is 1 ms at 1k and 16 ms at 4k; sparse attention costs its density of that plus a tenth; choosing 0.5 ms.
 TABLE = {
@@ -71,6 +74,88 @@ def test_a_gpu_without_triton_runs_dense(device, monkeypatch):
     assert prefer_dense(q_len=4096, k_len=4096, density=0.05, device=device)
 
 
+def write(table: dict) -> None:
+    """Puts another table in the place of the device's."""
+    table_path("Test GPU").write_text(json.dumps(table))
+    load_table.cache_clear()
+    crossover._prefer_dense_cuda.cache_clear()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("tokens, dense, sparse, choosing", [(1024, 1.0, 0.2, 0.125), (4096, 16.0, 3.2, 0.5)])
+def test_times_of_a_batch_are_those_of_one_sequence_times_its_size_or_what_the_host_takes(
+    device, batch, tokens, dense, sparse, choosing
+):
+    table, shape = load_table("Test GPU"), LayerShape(batch=batch)
+    assert table.dense(tokens, tokens, shape) == pytest.approx(batch * dense)
+    assert table.sparse(tokens, tokens, shape, 0.1) == pytest.approx(batch * sparse)
+    # Choosing takes half a millisecond at both lengths, so the host is what takes it.
+    assert table.choosing(tokens, shape) == pytest.approx(max(0.5, batch * choosing))
+
+
+def test_work_grows_with_heads_and_their_width_and_the_hosts_share_does_not(device):
+    table, small = load_table("Test GPU"), LayerShape(heads=16, kv_heads=4, head_dim=64)
+    assert table.dense(4096, 4096, small) == pytest.approx(4.0)
+    assert table.sparse(4096, 4096, small, 0.1) == pytest.approx(0.8)
+    assert table.choosing(4096, small) == 0.5
+
+
+def test_a_table_decides_for_its_own_shape_as_it_says_and_without_one_for_llamas(device):
+    calls = [(1024, 0.3), (1024, 0.5), (4096, 0.85), (4096, 0.9)]
+
+    def decisions(shape: LayerShape) -> list[bool]:
+        return [prefer_dense(q_len=n, k_len=n, density=d, device=device, shape=shape) for n, d in calls]
+
+    write({"rows": TABLE["rows"]})
+    assert decisions(LayerShape()) == [False, True, False, True]
+    other = LayerShape(batch=4, heads=9, kv_heads=3, head_dim=64)
+    write(TABLE | other._asdict())
+    assert decisions(other) == [False, True, False, True]
+    assert decisions(LayerShape()) != decisions(other)
+
+
+def test_a_layer_that_the_host_takes_longer_for_than_dense_attention_takes_runs_dense(device):
+    ask = {"q_len": 1024, "k_len": 1024, "density": 0.1, "device": device}
+    assert not prefer_dense(**ask)
+    write(TABLE | {"host_ms": 1.5})
+    assert prefer_dense(**ask)
+    assert not prefer_dense(**ask, shape=LayerShape(batch=2))
+
+
+@pytest.fixture
+def shipped(device):
+    """A GPU for which the shipped table decides."""
+    table_path("Test GPU").write_bytes(SHIPPED.read_bytes())
+    return device
+
+
+SHAPES = [LayerShape(), SMOLLM2, LayerShape(heads=32, kv_heads=8, head_dim=64), LayerShape(4, 4, 1, 256)]
+
+
+def first_sparse(device: torch.device, density: float, shape: LayerShape) -> int:
+    """The shortest length at which a prompt runs sparse."""
+    asked = {"density": density, "device": device, "shape": shape}
+    return next(n for n in LENGTHS if not prefer_dense(q_len=n, k_len=n, **asked))
+
+
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_runs_sparse_does_so_at_every_greater_length(shipped, density, shape):
+    for batch in (1, 4, 32):
+        of = shape._replace(batch=batch)
+        dense = [prefer_dense(q_len=n, k_len=n, density=density, device=shipped, shape=of) for n in LENGTHS]
+        assert dense == sorted(dense, reverse=True) and not dense[-1]
+
+
+@pytest.mark.parametrize("density", [0.1, 0.2])
+def test_smaller_layers_go_sparse_at_longer_prompts_and_batches_at_shorter_ones(shipped, density):
+    small, large = first_sparse(shipped, density, SMOLLM2), first_sparse(shipped, density, LayerShape())
+    assert small == 32768 and large == 8192
+    for shape in SHAPES:
+        firsts = [first_sparse(shipped, density, shape._replace(batch=batch)) for batch in (1, 2, 4, 8, 16, 32)]
+        assert firsts == sorted(firsts, reverse=True) and firsts[-1] < firsts[0]
+
+
 def changed(**values) -> bytes:
     """The table with other values in its second row."""
     return json.dumps(TABLE | {"rows": [TABLE["rows"][0], TABLE["rows"][1] | values]}).encode()
@@ -96,6 +181,11 @@ BROKEN = {
     "a sparse time in words": changed(sparse_ms={"0.1": "fast", "1.0": 17.6}),
     "no sparse times": changed(sparse_ms={}),
     "sparse times of other densities": changed(sparse_ms={"0.2": 3.2, "1.0": 17.6}),
+    "no tokens": changed(tokens=0),
+    "a batch of none": json.dumps(TABLE | {"batch": 0}).encode(),
+    "heads in words": json.dumps(TABLE | {"heads": "many"}).encode(),
+    "a host time in words": json.dumps(TABLE | {"host_ms": "long"}).encode(),
+    "a host time that is no number": json.dumps(TABLE | {"host_ms": float("nan")}).encode(),
     "a density in words": json.dumps({"rows": [TABLE["rows"][0] | {"sparse_ms": {"few": 0.2}}]}).encode(),
 }
 

@@ -6,7 +6,7 @@ as `seerattn.gate_selector.GateSelector` runs them with ``impl="reference"``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -92,8 +92,43 @@ class Rule:
     forced_scored: bool = True
 
 
+@dataclass(eq=False)
+class KeyVectors:
+    """Gate keys from call to call of the same sequences, as the kernels hold them.
+
+    Attributes:
+        blocks: finished key blocks whose gate keys it has, beginning with the first one; no key of them is read.
+        vectors: fp16 ``[planes, B, h, windows, width]``, whole tiles of windows in the order of the kernels; None has
+            nothing.
+        scales: fp32 ``[B, h, blocks]``, of the same blocks.
+        layout: of `vectors`, as the implementation says it; one that is made otherwise is made anew.
+    """
+
+    blocks: int = 0
+    vectors: Tensor | None = None
+    scales: Tensor | None = None
+    layout: tuple = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(x.nbytes for x in (self.vectors, self.scales) if x is not None)
+
+    def rows(self, numbers: Tensor) -> KeyVectors:
+        """The same of batch rows ``numbers [B]``."""
+        if self.vectors is None:
+            return self
+        return replace(self, vectors=self.vectors[:, numbers], scales=self.scales[numbers])
+
+
 def select_blocks(
-    q: Tensor, k: Tensor, gate: Gate, rule: Rule, rotary: Rotary, inv_freq: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    gate: Gate,
+    rule: Rule,
+    rotary: Rotary,
+    inv_freq: Tensor | None = None,
+    keys: KeyVectors | None = None,
 ) -> BlockIndices:
     """Scores the blocks of one unpadded call with a gate and chooses some (arXiv 2410.13276, section 3).
 
@@ -107,6 +142,8 @@ def select_blocks(
         rule: what to keep.
         rotary: tables of the positions ``0 .. S``.
         inv_freq: fp32 ``[DG / 2]``, frequencies of this call in place of the gate's own.
+        keys: gate keys of finished blocks by an earlier call, of the same gate and frequencies; those of this call are
+            put into it. Of ``k`` only what follows them is read.
 
     Returns:
         Lists of ``gate.mask_heads`` heads.
@@ -119,7 +156,7 @@ def select_blocks(
     if isinstance(rule.setting, tuple) and len(rule.setting) != heads:
         raise ValueError(f"a setting per head must have {heads} values a layer, got {len(rule.setting)}")
     module = implementation("gate_scores", "triton", q.device, q, k, gate, rule, rotary)
-    return module.select_blocks(q, k, gate, rule, rotary, inv_freq)
+    return module.select_blocks(q, k, gate, rule, rotary, inv_freq, keys)
 
 
 def pool_windows(

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from seerattn.ops.gate_scores.api import Gate, GateForm, Rotary, Rule
+from seerattn.ops.gate_scores.api import Gate, GateForm, KeyVectors, Rotary, Rule
 from seerattn.ops.gate_scores.kernels import choice
 from seerattn.ops.gate_scores.kernels.launch import POOL_WARPS, POOL_WINDOWS, rotation_of, table_refusal
 from seerattn.ops.gate_scores.kernels.scores import score_and_choose_kernel
@@ -130,6 +130,7 @@ def select_blocks(
     rule: Rule,
     rotary: Rotary,
     inv_freq: Tensor | None = None,
+    keys: KeyVectors | None = None,
     launch: Launch | None = None,
 ) -> BlockIndices:
     """See `api.select_blocks`, which validates the arguments."""
@@ -151,10 +152,13 @@ def select_blocks(
     gate_k = torch.empty(launch.planes, batch, made_k_heads, k_rows, 2 * half, dtype=torch.float16, device=device)
     q_scales = torch.empty(batch, heads, q_rows, dtype=torch.float32, device=device)
     k_scales = torch.empty(batch, made_k_heads, k_rows // form.key_subblocks, dtype=torch.float32, device=device)
+    finished = 0 if keys is None else _take(keys, launch, gate_k, k_scales, (k_len - 1) // form.block_k)
+    k_begin = finished * form.block_k
     first_window = q_start // form.block_q * form.query_subblocks
     q_side = _side("Q", form.q_size, form.q_pooling, form.q_linear, launch)
     k_side = _side("K", form.k_size, form.k_pooling, True, launch)
-    q_tiles, k_tiles = -(-q_rows // q_side["Q_M"]), -(-k_windows // k_side["K_M"])
+    q_tiles = -(-q_rows // q_side["Q_M"])
+    k_tiles = -(-k_windows // k_side["K_M"]) - k_begin // form.k_size // k_side["K_M"]
     k_items = k_tiles * batch * k_heads
     items = k_items + q_tiles * batch * heads
     programs = min(items, launch.pool_programs * _multiprocessors(device))
@@ -205,6 +209,7 @@ def select_blocks(
         items,
         q_start,
         q_len,
+        k_begin,
         **q_side,
         Q_MEMBERS=q_heads // heads,
         Q_LINEAR=form.q_linear,
@@ -228,10 +233,15 @@ def select_blocks(
         PRECISION="tf32" if coarse else "tf32x3",
         DEPTH=64 if coarse else 32,
         STAGES=launch.pool_stages,
+        CONTINUED=k_begin > 0,
         num_warps=POOL_WARPS,
         num_stages=2,
         maxnreg=launch.pool_registers,
     )
+
+    if keys is not None:
+        keys.blocks, keys.vectors, keys.scales = k_len // form.block_k, gate_k, k_scales
+        keys.layout = _layout(launch)
 
     # Block scores and the choice.
     strip = launch.windows_q // form.query_subblocks
@@ -318,6 +328,24 @@ def select_blocks(
         torch.full((batch,), q_start, **host),
         torch.full((batch,), q_len, **host),
     )
+
+
+def _layout(launch: Launch) -> tuple:
+    """What decides where a gate key lies among others."""
+    return launch.planes, launch.windows_k
+
+
+def _take(keys: KeyVectors, launch: Launch, gate_k: Tensor, scales: Tensor, most: int) -> int:
+    """Copies gate keys of an earlier call to where this one has them; of how many blocks they are, ``most`` at most."""
+    old = keys.vectors
+    if old is None or keys.layout != _layout(launch) or old.device != gate_k.device:
+        return 0
+    if old[:, :, :, 0].shape != gate_k[:, :, :, 0].shape:
+        return 0
+    rows, blocks = min(old.shape[3], gate_k.shape[3]), min(keys.scales.shape[2], scales.shape[2])
+    gate_k[:, :, :, :rows] = old[:, :, :, :rows]
+    scales[:, :, :blocks] = keys.scales[:, :, :blocks]
+    return min(keys.blocks, most)
 
 
 def _halved(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,7 @@ def _finish(
 
 @triton.jit
 def _vectors(
-    item, tiles, heads, x, stride_b, stride_h, stride_n, x_begin,
+    item, tiles, first_tile, heads, x, stride_b, stride_h, stride_n, x_begin,
     cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
     salience, weight, weight_scales, norm, inv_freq, features, feature_scales, out, plane, scales, rows,
     first_window, begin, end,
@@ -138,7 +138,7 @@ def _vectors(
     """`M` gate vectors from the windows of `MEMBERS` heads together, or `OUTPUTS` times `M` from those of one head."""
     # Heads run fastest: they read the same rows of the rotary tables.
     head = item % heads
-    tile = item // heads % tiles
+    tile = first_tile + item // heads % tiles
     b = (item // heads // tiles).to(tl.int64)
     cos += b * stride_cos_b
     sin += b * stride_sin_b
@@ -244,7 +244,7 @@ def vectors_kernel(
     q_salience, k_salience, q_weight, q_weight_scales, k_weight, k_weight_scales, q_norm, k_norm, inv_freq,
     features, feature_scales,
     gate_q, q_plane, q_scales, gate_k, k_plane, k_scales,
-    q_heads, q_tiles, q_rows, q_first_window, k_heads, k_tiles, k_rows, k_items, items, q_start, q_len,
+    q_heads, q_tiles, q_rows, q_first_window, k_heads, k_tiles, k_rows, k_items, items, q_start, q_len, k_begin,
     Q_M: tl.constexpr, Q_SIZE: tl.constexpr, Q_STEP: tl.constexpr, Q_PART: tl.constexpr,
     Q_KINDS: tl.constexpr, Q_MEMBERS: tl.constexpr, Q_LINEAR: tl.constexpr,
     K_M: tl.constexpr, K_SIZE: tl.constexpr, K_STEP: tl.constexpr, K_PART: tl.constexpr,
@@ -254,8 +254,12 @@ def vectors_kernel(
     NORM: tl.constexpr, ROPE: tl.constexpr, DG: tl.constexpr, GATE_HALF: tl.constexpr,
     PAIRED: tl.constexpr, ALTERNATING: tl.constexpr,
     PLANES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    CONTINUED: tl.constexpr,
 ):  # fmt: skip
     """All gate keys (the first ``k_items`` items) and gate queries of a call.
+
+    If it is `CONTINUED`, gate keys begin at the key block of position ``k_begin``. That is a kernel of its own: the
+    one that begins at 0 stays the same, instruction by instruction.
 
     ``features [programs, FEATURES]`` and their scales ``[programs, SCALES]`` are scratch between pooling and
     projection; its slots are used again and again and so stay in the L2 cache.
@@ -265,18 +269,21 @@ def vectors_kernel(
     feature_scales += program * SCALES
     for item in range(program, items, tl.num_programs(0)):
         if item < k_items:
+            begin, first_tile = 0, 0
+            if CONTINUED:
+                begin, first_tile = k_begin, k_begin // K_SIZE // K_M
             _vectors(
-                item, k_tiles, k_heads, k, k_stride_b, k_stride_h, k_stride_n, 0,
+                item, k_tiles, first_tile, k_heads, k, k_stride_b, k_stride_h, k_stride_n, 0,
                 cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
                 k_salience, k_weight, k_weight_scales, k_norm, inv_freq, features, feature_scales, gate_k, k_plane,
-                k_scales, k_rows, 0, 0, q_start + q_len,
+                k_scales, k_rows, 0, begin, q_start + q_len,
                 K_M, K_SIZE, K_STEP, K_PART, D, HALF, ROTATED, ROTATION, COLUMN, K_KINDS,
                 1, K_OUTPUTS, True, NORM, ROPE, DG, GATE_HALF, PAIRED, ALTERNATING, PLANES, PRECISION, DEPTH, STAGES,
                 K_TILE, K_SUBBLOCKS,
             )  # fmt: skip
         else:
             _vectors(
-                item - k_items, q_tiles, q_heads, q, q_stride_b, q_stride_h, q_stride_n, q_start,
+                item - k_items, q_tiles, 0, q_heads, q, q_stride_b, q_stride_h, q_stride_n, q_start,
                 cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
                 q_salience, q_weight, q_weight_scales, q_norm, inv_freq, features, feature_scales, gate_q, q_plane,
                 q_scales, q_rows, q_first_window, q_start, q_start + q_len,
