@@ -5,7 +5,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 # As in pyproject.toml, by the names under which they are imported.
-PACKAGES = {"train": ("datasets",), "eval": ("scipy",), "report": ("matplotlib", "jinja2"), "tasks": ("lm_eval",)}
+PACKAGES = {
+    "train": ("datasets",),
+    "eval": ("scipy",),
+    "report": ("matplotlib", "jinja2"),
+    "tasks": ("lm_eval",),
+    "serve": ("fastapi", "uvicorn"),
+}
 
 
 def check_extra(extra: str, what: str) -> None:

@@ -14,12 +14,13 @@ from seerattn.extras import PACKAGES, check_extra
 
 ROOT = Path(__file__).parents[1]
 MODEL, GATES = "assets/reference-model", "assets/reference-gates/best"
-COMMANDS = ["distill", "finetune", "eval", "calibrate", "search", "bench", "report"]
+COMMANDS = ["distill", "finetune", "eval", "calibrate", "search", "bench", "generate", "serve", "report"]
 TRAIN = ["--context", "512", "--steps", "1", "--device", "cpu", "--output", "outputs/none"]
 NEED = {
     "report": ["report", "research/records/reference-perplexity.jsonl.xz", "--output", "outputs/none"],
     "tasks": ["eval", "--model", MODEL, "--tasks", "ruler_vt", "--dry-run", "--device", "cpu"],
     "train": ["distill", "--model", MODEL, "--data", "someone/books", *TRAIN],
+    "serve": ["serve", "--model", MODEL, "--dense"],
     "eval": ["search", "moa", "--model", MODEL, "--data", "assets/books/distill", "--output", "outputs/none.json"],
 }
 # One process for all, as importing torch is most of the time.

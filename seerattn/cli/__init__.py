@@ -28,6 +28,8 @@ COMMANDS = {
     "calibrate": _Command("seerattn.cli.calibrate", "calibrate", "Fit gates to text: budgets of heads, or thresholds."),
     "search": _Command("seerattn.cli.search", "search", "Search rules for every head, for methods that need them."),
     "bench": _Command("seerattn.cli.bench", "app", "Measure speed and memory on this device."),
+    "generate": _Command("seerattn.cli.generate", "generate", "Answer a text, read sparsely."),
+    "serve": _Command("seerattn.cli.serve", "serve", "Answer requests over HTTP, as OpenAI's interface has it."),
     "report": _Command("seerattn.cli.report", "report", "Draw tables and figures from results."),
 }
 

@@ -349,11 +349,11 @@ def _describe_samples(samples: Samples) -> dict[str, str]:
     corpus, plan = samples.corpus, samples.plan
     # Not counted one by one: a run may be of millions.
     passes = len(samples) * (1 - plan.retrieval_share) * samples.context / len(corpus.tokens)
+    windows = "" if plan.windows == (samples.context,) else f"; windows of {', '.join(map(str, plan.windows))} tokens"
     return {
         "documents": f"{len(corpus.lengths)} with {len(corpus.tokens):,} tokens, {corpus.dropped} too short",
         "samples": f"{len(samples)} of {samples.context} tokens, {plan.retrieval_share:.0%} retrieval documents; "
-        f"windows of {', '.join(map(str, plan.windows))} tokens; "
-        f"{plan.short} documents are packed; the text {passes:,.1f} times over",
+        f"{plan.short} documents are packed{windows}; the text {passes:,.1f} times over",
     }
 
 

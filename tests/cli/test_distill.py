@@ -125,6 +125,7 @@ def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
         "row_weight": "mass",
         "drop_rows": 0.25,
         "retrieval_share": 1.0,
+        "window_lengths": [],
         "target_share": 0.5,
         "density": 0.3,
         "logging_steps": 3,

@@ -83,6 +83,8 @@ def test_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
         "gradient_checkpointing": False,
         "autocast": False,
         "retrieval_share": 0.0,
+        "window_lengths": [],
+        "budgets": True,
         "logging_steps": 3,
         "save_steps": 6,
         "keep_checkpoints": 1,

@@ -1,0 +1,108 @@
+"""`seerattn generate`: a text in, what the model says to it out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from transformers.generation.streamers import BaseStreamer
+
+from seerattn.cli.options import from_options
+from seerattn.cli.terminal import say
+from seerattn.hf.eval_model import Loading
+from seerattn.hf.meters import record_density
+from seerattn.options import check_options, option
+from seerattn.serve.model import Answering
+from seerattn.texts import read_decompressed, visible
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a model is to answer.
+
+    Attributes:
+        prompt: the text itself.
+        file: or the file that holds it; without either it is read from stdin.
+        max_new_tokens: of the answer at most.
+        chat: whether the text is what a user says in a chat.
+    """
+
+    prompt: str = option("", help="The text; default: what comes from --file or stdin.")
+    file: Path | None = option(None, help="File of the text, also compressed.")
+    max_new_tokens: int = option(256, help="Tokens of the answer at most.", low=1)
+    chat: bool = option(False, help="Ask in a chat, by the chat template of the model.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.prompt and self.file is not None:
+            raise ValueError("one of prompt and file must be given, got both")
+
+    def text(self) -> str:
+        """The text.
+
+        Raises:
+            ValueError: it is no text, or none comes.
+        """
+        if self.prompt:
+            return self.prompt
+        if self.file is None and sys.stdin.isatty():
+            raise ValueError("a text must come by prompt, file or stdin, got none")
+        held = sys.stdin.buffer.read() if self.file is None else read_decompressed(self.file)
+        try:
+            return held.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.file or 'stdin'} must hold UTF-8 text, got other bytes: {error}") from error
+
+
+@from_options
+def generate(answering: Answering, asked: Asked, loading: Loading) -> None:
+    """Answer a text: --prompt, --file or stdin in, the answer on stdout, what it took on stderr.
+
+    The prompt is read sparsely, the answer is written densely, always by the most likely token.
+    """
+    text = asked.text()
+    loaded = answering.load(loading)
+    tokens = loaded.tokens_of_chat([{"role": "user", "content": text}]) if asked.chat else loaded.tokens_of(text)
+    loaded.check_room(len(tokens), asked.max_new_tokens)
+    ids, clock = torch.tensor([tokens], device=loading.place), _Clock()
+    with record_density(loaded.model) as meter:
+        found = loaded.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=asked.max_new_tokens,
+            do_sample=False,
+            streamer=clock,
+        )
+    new = found[0, len(tokens) :].tolist()
+    answer = loaded.text_of(new)
+    # What a model says may hold signs that a terminal obeys.
+    typer.echo("\n".join(map(visible, answer.split("\n"))) if sys.stdout.isatty() else answer)
+    density = f"density {meter.mean():.3f}" if meter.layers else "dense"
+    say(f"{len(tokens)} tokens read in {clock.reading:.2f} s ({density}), {len(new)} written in {clock.writing:.2f} s")
+
+
+class _Clock(BaseStreamer):
+    """Takes the time up to the first token of the answer, and from there."""
+
+    def __init__(self) -> None:
+        self._times = [time.perf_counter()]
+
+    def put(self, value: Any) -> None:
+        # The first is the prompt itself; what comes is on the host, so nothing is left to wait for.
+        self._times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """There is nothing to end."""
+
+    @property
+    def reading(self) -> float:
+        return self._times[2] - self._times[0]
+
+    @property
+    def writing(self) -> float:
+        return self._times[-1] - self._times[2]
