@@ -48,7 +48,7 @@ def test_what_gives_other_logits_than_the_model_without_gates_is_not_timed(
         out, weights = sdpa_attention_forward(module, *args, **kwargs)
         return (out * 1.001 if hasattr(module, "seer_gate") else out), weights
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", other)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", other)
     with pytest.raises(typer.Exit):
         MAIN(**folders, output=tmp_path / "auto.jsonl", **RUN)
     assert not (tmp_path / "auto.jsonl").exists()
