@@ -31,10 +31,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from seerattn.hf.call import LayerCall, Prefill
 from seerattn.hf.gate_cache import choose, recall_of
 from seerattn.hf.mask import CallMask, Row, Unservable, make_mask
-from seerattn.hf.meters import density_meters, time_meter
+from seerattn.hf.meters import attend_counted, count_dense, density_meters, time_meter
 from seerattn.hf.paged import PAGED, is_paged, paged_attention
-from seerattn.hf.state import NO_GATE_BLOCK, Kind, LayerState
-from seerattn.ops.block_sparse_attention import block_sparse_attention
+from seerattn.hf.state import Kind, LayerState
 from seerattn.ops.crossover import prefer_dense
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.selector import Selector, needs_length
@@ -302,30 +301,20 @@ def _attend(call: Prefill, blocks: list[BlockIndices]) -> Tensor:
     """Attention ``[B, H, T, D]`` over the lists of `_select`; what is padding has zeros."""
     query, mask, k_len = call.query, call.mask, call.k_len
     key, value = call.key[:, :, :k_len], call.value[:, :, :k_len]
-    options = call.logits | {"impl": "auto" if call.running.impl == "sparse" else call.running.impl}
+    counting = {"layer": call.state.layer, "meters": density_meters(call.state.attachment)}
+    options = call.logits | {"impl": call.running.op_impl} | counting
     with _timed(call.state, "attention", query):
         if mask.rows is None:
             lengths = None if mask.lengths is None else torch.tensor(mask.lengths)
-            return _attend_to(blocks[0], call, query, key, value, lengths=lengths, **options)
+            return attend_counted(query, key, value, blocks[0], lengths=lengths, **options)
         outs = {}
         for row, lists in zip(mask.rows, blocks):
             q, k = _real(row, query, key)
             v = value[row.row : row.row + 1, :, row.keys.to(value.device)]
-            found = _attend_to(lists, call, q, k, v, **options)
+            found = attend_counted(q, k, v, lists, **options)
             outs[row.row] = torch.zeros_like(query[:1]).index_copy(2, row.queries.to(query.device), found)
         padding = torch.zeros_like(query[:1])
         return torch.cat([outs.get(b, padding) for b in range(query.shape[0])])
-
-
-def _attend_to(blocks: BlockIndices, call: Prefill, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Attention over lists that were counted; meters are told what it skips."""
-    meters = density_meters(call.state.attachment)
-    if blocks.skip_threshold is None or not meters:
-        return block_sparse_attention(q, k, v, blocks, **options)
-    out, counts = block_sparse_attention(q, k, v, blocks, return_counts=True, **options)
-    for meter in meters:
-        meter.add_skipped(call.state.layer, blocks, counts)
-    return out
 
 
 def _real(row: Row, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,9 +334,7 @@ def _count_dense(call: Prefill) -> None:
     meters = density_meters(call.state.attachment)
     if not meters:
         return
-    gate, state, mask, q_len = call.running.gates.get(call.state.layer), call.state, call.mask, call.q_len
-    sizes = (NO_GATE_BLOCK, NO_GATE_BLOCK) if gate is None else (gate.config.block_q, gate.config.block_k)
-    shape = {"batch": 1, "heads": state.heads, "block_q": sizes[0], "block_k": sizes[1], "device": call.query.device}
+    mask, q_len = call.mask, call.q_len
     rows = [(q_len, call.k_len)] * call.query.shape[0]
     if isinstance(mask, CallMask):
         try:
@@ -357,9 +344,7 @@ def _count_dense(call: Prefill) -> None:
                 rows = [(min(q_len, n), n) for n in mask.lengths]
         except Unservable:
             pass  # a mask that says nothing of its rows: all of them count in full
-    for q, k in rows:
-        for meter in meters:
-            meter.add(state.layer, state.heads, BlockIndices.dense(q_len=q, k_len=k, **shape))
+    count_dense(meters, call.running, call.state, rows, call.query.device)
 
 
 @functools.cache

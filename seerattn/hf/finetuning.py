@@ -86,7 +86,7 @@ class SparseTraining(GateLosses):
         blocks = self.blocks[state.layer]
         if not blocks:
             return None
-        logits = logits | {"impl": "auto" if state.impl == "sparse" else state.impl}
+        logits = logits | {"impl": state.impl}
         if segment_ids is None:
             return block_sparse_attention(query, key, value, blocks[0][0], **logits)
         inputs = zip(*(x.split(1) for x in (query, key, value)), self._packed(segment_ids, state), blocks)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from seerattn.hf.state import Attachment, attachment_of
+from seerattn.hf.state import NO_GATE_BLOCK, Attachment, LayerState, Running, attachment_of
+from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
 
 
@@ -190,3 +191,34 @@ def record_time(model: nn.Module) -> Iterator[TimeMeter]:
         yield meter
     finally:
         _TIME.reset(token)
+
+
+def attend_counted(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, layer: int, meters: Sequence[DensityMeter], **options: Any
+) -> Tensor:
+    """`block_sparse_attention` over lists that were counted; meters are told what it skips."""
+    if blocks.skip_threshold is None or not meters:
+        return block_sparse_attention(q, k, v, blocks, **options)
+    out, counts = block_sparse_attention(q, k, v, blocks, return_counts=True, **options)
+    for meter in meters:
+        meter.add_skipped(layer, blocks, counts)
+    return out
+
+
+def count_dense(
+    meters: Sequence[DensityMeter],
+    running: Running,
+    state: LayerState,
+    rows: Sequence[tuple[int, int]],
+    device: torch.device,
+) -> None:
+    """Counts every causal block of rows of so many queries and keys that run dense."""
+    if not meters:
+        return
+    gate = running.gates.get(state.layer)
+    sizes = (NO_GATE_BLOCK, NO_GATE_BLOCK) if gate is None else (gate.config.block_q, gate.config.block_k)
+    shape = {"batch": 1, "heads": state.heads, "block_q": sizes[0], "block_k": sizes[1], "device": device}
+    for q_len, k_len in rows:
+        blocks = BlockIndices.dense(q_len=q_len, k_len=k_len, **shape)
+        for meter in meters:
+            meter.add(state.layer, state.heads, blocks)

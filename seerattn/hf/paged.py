@@ -23,9 +23,8 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from seerattn.hf.call import LayerCall, logits_of
 from seerattn.hf.mask import CallMask
-from seerattn.hf.meters import DensityMeter, density_meters
+from seerattn.hf.meters import DensityMeter, attend_counted, count_dense, density_meters
 from seerattn.hf.state import NO_GATE_BLOCK, Attachment, LayerState, Running, check_filled
-from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.crossover import LayerShape, prefer_dense
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.policies import Policy, TopK
@@ -258,7 +257,7 @@ def _sparse(
     if state.layer in running.gates:
         check_filled(running.gates[state.layer], state.layer)
     if running.impl == "auto" and _dense_is_faster(state, request, q):
-        _count_dense(state, request, row, q)
+        count_dense(request.meters, running, state, [(q.shape[2], row.k_end - row.k_begin)], q.device)
         return None
     call = seer.on(q.device).part(0, row.begin, row.end)
     logits = logits_of(q, kwargs)
@@ -266,13 +265,8 @@ def _sparse(
     blocks = _select(selector, request, state.layer, q, k, context)
     for meter in request.meters:
         meter.add(state.layer, state.heads, blocks)
-    impl = "auto" if running.impl == "sparse" else running.impl
-    if blocks.skip_threshold is None or not request.meters:
-        return block_sparse_attention(q, k, v, blocks, impl=impl, **logits)
-    out, counts = block_sparse_attention(q, k, v, blocks, impl=impl, return_counts=True, **logits)
-    for meter in request.meters:
-        meter.add_skipped(state.layer, blocks, counts)
-    return out
+    counting = {"layer": state.layer, "meters": request.meters}
+    return attend_counted(q, k, v, blocks, impl=running.op_impl, **counting, **logits)
 
 
 def _select(
@@ -338,25 +332,6 @@ def _dense_is_faster(state: LayerState, request: Request, q: Tensor) -> bool:
     return prefer_dense(
         q_len=request.prompt, k_len=request.prompt, device=q.device, shape=shape, density=kind.expected or 0.0
     )
-
-
-def _count_dense(state: LayerState, request: Request, row: Row, q: Tensor) -> None:
-    """Counts every causal block of a part of a prompt."""
-    if not request.meters:
-        return
-    gate = request.running.gates.get(state.layer)
-    sizes = (NO_GATE_BLOCK, NO_GATE_BLOCK) if gate is None else (gate.config.block_q, gate.config.block_k)
-    lists = BlockIndices.dense(
-        batch=1,
-        heads=state.heads,
-        q_len=q.shape[2],
-        k_len=row.k_end - row.k_begin,
-        block_q=sizes[0],
-        block_k=sizes[1],
-        device=q.device,
-    )
-    for meter in request.meters:
-        meter.add(state.layer, state.heads, lists)
 
 
 def _dense_mask(dense: str, q: Tensor, k: Tensor, window: int | None) -> Tensor | None:

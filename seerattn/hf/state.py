@@ -102,6 +102,11 @@ class Running:
     budgets: HeadBudgets | None = None
     _kinds: dict[Kind, set[AttentionLayer]] = field(default_factory=dict, init=False, repr=False)
 
+    @property
+    def op_impl(self) -> str:
+        """What `block_sparse_attention` is told: "sparse" is its "auto", of a call that is never dense."""
+        return "auto" if self.impl == "sparse" else self.impl
+
     def kind(self, layer: AttentionLayer) -> Kind:
         """The kind of a layer."""
         selector, gate = self.selectors.get(layer.layer), self.gates.get(layer.layer)
@@ -234,8 +239,8 @@ class LayerState:
 
     @property
     def impl(self) -> str:
-        """Implementation of `block_sparse_attention`, see `Running`."""
-        return self.attachment.now().impl
+        """What `block_sparse_attention` is told, see `Running.op_impl`."""
+        return self.attachment.now().op_impl
 
 
 def layer_states(model: nn.Module) -> list[LayerState]:

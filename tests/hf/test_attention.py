@@ -11,7 +11,7 @@ from transformers import StaticCache
 
 import seerattn
 from seerattn import AttnGateConfig, BlockIndices, KeepAll, TokenBudget, TopK, TopP
-from seerattn.hf import attention
+from seerattn.hf import attention, meters
 from seerattn.hf.attention import IMPLEMENTATIONS
 from seerattn.hf.capture import watch_attention
 from seerattn.hf.meters import density_meters, record_time, time_meter
@@ -30,13 +30,13 @@ def model() -> torch.nn.Module:
 @pytest.fixture
 def visited(monkeypatch: pytest.MonkeyPatch) -> list[BlockIndices]:
     """The blocks that the op was called with."""
-    calls, op = [], attention.block_sparse_attention
+    calls, op = [], meters.block_sparse_attention
 
     def watching(q, k, v, blocks, **kwargs):
         calls.append(blocks)
         return op(q, k, v, blocks, **kwargs)
 
-    monkeypatch.setattr(attention, "block_sparse_attention", watching)
+    monkeypatch.setattr(meters, "block_sparse_attention", watching)
     return calls
 
 
