@@ -14,7 +14,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import wonderwords
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seerattn.eval.choice import DENSE, Choice, at_density
@@ -36,6 +35,8 @@ RULER = ["niah_single_1", "niah_multikey_2", "ruler_fwe"]
 TEXT = "the boat left a quiet harbour at dawn and nobody on the island saw where it went after that"
 WORDS = TEXT.split()
 
+pytestmark = pytest.mark.usefixtures("few_words")
+
 
 def passage(words: int, seed: int) -> str:
     return " ".join(WORDS[(i * i + seed * i + seed) % len(WORDS)] for i in range(words))
@@ -55,15 +56,6 @@ def keep_all(model) -> Choice:
 @pytest.fixture(scope="module")
 def sparse(model) -> Choice:
     return at_density(model, Oracle(block_q=32, block_k=32), 0.2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_words():
-    """Sixteen nouns instead of the millions of pairs that RULER sorts at its import, which take half a minute."""
-    kinds = {kind: [f"{kind}{i}" for i in range(16)] for kind in ("nouns", "adjectives", "verbs")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wonderwords, "RandomWord", lambda: SimpleNamespace(_categories=kinds))
-        yield
 
 
 @pytest.fixture(scope="module")

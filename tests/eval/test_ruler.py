@@ -3,10 +3,8 @@
 import gzip
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import wonderwords
 from transformers import AutoTokenizer
 
 from seerattn.eval.tasks import ruler
@@ -19,14 +17,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "assets" / "reference-model")
 BOOK = ROOT / "assets" / "books" / "evaluate" / "harte-from-sand-hill-to-pine.txt.gz"
 ESSAYS = ("niah_single_2", "niah_multivalue")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_words():
-    """Sixteen nouns instead of the millions of pairs that RULER sorts at its import."""
-    kinds = {kind: [f"{kind}{i}" for i in range(16)] for kind in ("nouns", "adjectives", "verbs")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wonderwords, "RandomWord", lambda: SimpleNamespace(_categories=kinds))
-        yield
+pytestmark = pytest.mark.usefixtures("few_words")
 
 
 def load(name: str, limit: int | None = 2, **options):
