@@ -349,12 +349,13 @@ def take_off(base: PreTrainedModel) -> None:
     attachment = attachment_of(base)
     leave_batching(base)
     detach_layers(base)
-    configs = getattr(base, "peft_config", {})
-    for name in [name for name, config in configs.items() if isinstance(config, SeerConfig)]:
+    # None where the last adapter was deleted, with which transformers takes the dictionary away by itself.
+    configs = base.__dict__.get("peft_config")
+    for name in [name for name, config in (configs or {}).items() if isinstance(config, SeerConfig)]:
         del configs[name]
     if "_load_pretrained_model" in base.__dict__:
         del base._load_pretrained_model
-        if not configs:
+        if configs == {}:
             del base.peft_config
             base._hf_peft_config_loaded = False
     if attachment is not None:

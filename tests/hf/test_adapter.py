@@ -248,6 +248,17 @@ def test_detach_restores_the_model_however_the_gates_were_loaded(folder: Path, l
     assert torch.equal(again(input_ids=ids).logits, first(input_ids=ids).logits)
 
 
+def test_detach_restores_a_model_whose_loaded_gates_were_deleted_before(folder: Path) -> None:
+    plain, model, ids = base(folder), loaded_into_a_model(folder), tokens(1, 130)
+    model.delete_adapter("default")
+    detached = seerattn.detach(model)
+    assert not hasattr(detached, "peft_config") and not layer_states(detached)
+    assert detached.config._attn_implementation == "sdpa"
+    assert torch.equal(detached(input_ids=ids).logits, plain(input_ids=ids).logits)
+    detached.load_adapter(str(folder / "gates"))
+    assert detached.__dict__["_hf_peft_config_loaded"] and len(layer_states(detached)) == 2
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # PEFT's, of two adapters
 def test_detach_leaves_other_adapters_of_transformers(folder: Path) -> None:
     ids, lora = tokens(1, 100), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
