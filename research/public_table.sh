@@ -3,7 +3,8 @@
 # samples, and rules of heads for the methods that search some. Everything goes to outputs/smollm2-table; what is there
 # already is not made again. Then: python research/side_by_side.py research/experiments/smollm2.yaml --output outputs/smollm2-table
 #   bash research/public_table.sh                                # in the root of the project; one GPU, some ten minutes
-#   MODEL=outputs/models/gemma3-270m OUT=outputs/gemma3-table CONTEXT=32768 RULES_CONTEXT=8192 bash research/public_table.sh
+#   MODEL=outputs/models/gemma3-270m OUT=outputs/gemma3-table CONTEXT=32768 RULES_CONTEXT=8192 STEPS=250 ANCHORS=2 \
+#       bash research/public_table.sh                          # of its 18 layers 3 have gates, too few for Kascade's 5 anchors
 #   STEPS=3 CONTEXT=512 bash research/public_table.sh --device cpu    # to the end on a CPU, for trying it out
 # Text: research/texts/README.md. The model: make models.
 set -euo pipefail
@@ -35,5 +36,5 @@ start gates published --gate paper
 start rules minference minference-paper --set density=.2
 start rules minference minference-repository --set variant=repository
 start rules moa moa --set samples=4
-start rules kascade kascade
+start rules kascade kascade ${ANCHORS:+--set anchors=$ANCHORS}
 for job in "${jobs[@]}"; do wait "$job"; done

@@ -33,8 +33,8 @@ from seerattn.bench.session import Session
 from seerattn.bench.timing import device_time
 from seerattn.methods.oracle import OracleSelector
 from seerattn.ops.attention_map import attention_map
-from seerattn.ops.block_sparse_attention import block_sparse_attention, triton_fwd
-from seerattn.ops.block_sparse_attention.triton_fwd import Launch
+from seerattn.ops.block_sparse_attention import block_sparse_attention, triton_kernel
+from seerattn.ops.block_sparse_attention.triton_kernel import Launch
 from seerattn.results.file import ResultsFile
 from seerattn.results.record import Result
 from seerattn.selection import BlockIndices, TopK
@@ -62,7 +62,7 @@ def launched(launch: Launch | None) -> Iterator[None]:
     """Calls that skip take this launch."""
     chosen = nullcontext()
     if launch is not None:
-        chosen = mock.patch.object(triton_fwd, "choose_skipping_launch", lambda **_: launch)
+        chosen = mock.patch.object(triton_kernel, "choose_skipping_launch", lambda **_: launch)
     with chosen:
         yield
 
