@@ -16,7 +16,7 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-from seerattn.hf.checkpoint import CONFIG, WEIGHTS
+from seerattn.gate_files import CONFIG, WEIGHTS
 from seerattn.hf.config import check_gate_folder
 from seerattn.saving import write_whole
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seerattn.gate.config import AttnGateConfig
+from seerattn.gate_files import GATES, check_identity, read_config
 from seerattn.hf.attention import IMPLEMENTATIONS
 from seerattn.hf.batching import leave_batching, let_batch
-from seerattn.hf.checkpoint import read_config
 from seerattn.hf.config import SeerConfig, check_folder
 from seerattn.hf.distillation import GateLosses
 from seerattn.hf.gates import (
@@ -37,10 +37,10 @@ from seerattn.hf.gates import (
     detach_layers,
     make_gate,
 )
-from seerattn.hf.identity import check_identity, identity, transformers_model
+from seerattn.hf.identity import identity, transformers_model
 from seerattn.hf.placement import dense_implementation, set_implementation
 from seerattn.hf.probe import probe
-from seerattn.hf.state import GATES, Attachment, Capture, attachment_of, learning
+from seerattn.hf.state import Attachment, Capture, attachment_of, learning
 from seerattn.selection.policies import policy_from_dict
 
 

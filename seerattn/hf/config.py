@@ -14,8 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from peft import PeftConfig, PeftType
 
 from seerattn.gate.config import AttnGateConfig
-from seerattn.hf.checkpoint import CONFIG, WEIGHTS, check_weights, read_config
-from seerattn.hf.identity import check_sizes
+from seerattn.gate_files import CONFIG, WEIGHTS, check_gates, check_layers, check_sizes, read_budgets, read_config
 from seerattn.saving import write_whole
 from seerattn.selection.budgets import HeadBudgets, shares_density
 from seerattn.selection.policies import policy_from_dict
@@ -70,14 +69,12 @@ class SeerConfig(PeftConfig):
         if self.auto_mapping is not None:
             # PEFT would import the module that it names.
             raise ValueError(f"auto_mapping of gates must be null, got {str(self.auto_mapping)[:80]}")
-        for name, kind in (("layers", int), ("target_modules", str)):
-            values = getattr(self, name)
-            if values is not None and (
-                not isinstance(values, (list, set, tuple)) or any(type(value) is not kind for value in values)
-            ):
-                raise ValueError(f"{name} of gates must be a list of {kind.__name__} or null, got {str(values)[:40]!r}")
-        if self.layers is not None and (len(set(self.layers)) < len(self.layers) or min(self.layers, default=0) < 0):
-            raise ValueError(f"layers of gates must differ and be 0 or more, got {str(self.layers)[:40]}")
+        check_layers(self.layers)
+        names = self.target_modules
+        if names is not None and (
+            not isinstance(names, (list, set, tuple)) or any(type(name) is not str for name in names)
+        ):
+            raise ValueError(f"target_modules of gates must be a list of str or null, got {str(names)[:40]!r}")
         if not isinstance(self.base_model_name_or_path, (str, type(None))):
             got = str(self.base_model_name_or_path)[:40]
             raise ValueError(f"base_model_name_or_path of gates must be a name or null, got {got}")
@@ -90,32 +87,8 @@ class SeerConfig(PeftConfig):
             budgets.check(policy.density)
 
     def head_budgets(self, base: Mapping[str, Any] | None, layers: Sequence[int] | None) -> HeadBudgets | None:
-        """The budgets, which must be of these gates.
-
-        Args:
-            base: sizes of their model, None where they are not known yet.
-            layers: with a gate, None where they are not known yet.
-
-        Raises:
-            ValueError: they are none, or those of other blocks, another target, or other layers and heads.
-        """
-        if self.budgets is None:
-            return None
-        budgets, form = HeadBudgets.from_dict(self.budgets), AttnGateConfig.from_dict(self.gate)
-        here, there = (f"blocks of {x.block_q} x {x.block_k} tokens" for x in (form, budgets))
-        if here == there:
-            here, there = f"the target {form.target}", f"the target {budgets.target}"
-        if here == there and base is not None and layers is not None:
-            sizes = base["num_attention_heads" if form.share == "query_head" else "num_key_value_heads"]
-            heads = sizes if isinstance(sizes, list) else [sizes] * len(layers)
-            found = {layer: count for layer, count in enumerate(budgets.heads) if count}
-            here, there = f"heads by layer {dict(zip(sorted(layers), heads))}", f"heads by layer {found}"
-        if here != there:
-            raise ValueError(
-                f"budgets must be those of the gates, with {here:.200}, got budgets for {there:.200}; make them with "
-                "seerattn calibrate --budgets"
-            )
-        return budgets
+        """The budgets, which must be of these gates; see `seerattn.gate_files.read_budgets`."""
+        return read_budgets(self.budgets, AttnGateConfig.from_dict(self.gate), base, layers)
 
     @classmethod
     def from_pretrained(
@@ -135,13 +108,8 @@ class SeerConfig(PeftConfig):
 
 
 def check_folder(folder: Path, config: SeerConfig) -> dict[int, str]:
-    """Checks the weights of a gate folder against its config; see `check_weights`, whose result is returned."""
-    if config.base_model is None:
-        raise ValueError(f"{folder / CONFIG} must hold base_model, the sizes of the gates' model, got none")
-    modules = check_weights(folder, AttnGateConfig.from_dict(config.gate), config.base_model)
-    if config.layers is not None and sorted(config.layers) != list(modules):
-        raise ValueError(f"{folder / WEIGHTS} must hold gates of layers {config.layers}, got {list(modules)}")
-    check_sizes(config.base_model, list(modules))
+    """Checks the weights of a gate folder against its config; see `check_gates`, whose result is returned."""
+    modules = check_gates(folder, AttnGateConfig.from_dict(config.gate), config.base_model, config.layers)
     config.head_budgets(config.base_model, list(modules))
     return modules
 

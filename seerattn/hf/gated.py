@@ -10,11 +10,10 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from seerattn.gate_files import GATES, read_weights
 from seerattn.hf.adapter import take_off
-from seerattn.hf.checkpoint import read_weights
 from seerattn.hf.config import SeerConfig, check_folder, gate_folder
 from seerattn.hf.identity import transformers_model
-from seerattn.hf.state import GATES
 
 
 class GatedModel(PeftModel):

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.config import AttnGateConfig
+from seerattn.gate_files import GATES
 from seerattn.hf.attention import add_call
 from seerattn.hf.placement import execution_device
 from seerattn.hf.rotary import gate_rotation
-from seerattn.hf.state import GATES, Attachment, AttentionLayer, LayerState
+from seerattn.hf.state import Attachment, AttentionLayer, LayerState
 
 # Name of the `GateSwitch` of a model that transformers loaded gates into, which skips what is called as gates are.
 SWITCH = "gate_switch"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from seerattn.gate.attn_gate import AttnGate
+from seerattn.gate_files import GATES
 from seerattn.gate_selector import GateSelector
 from seerattn.hf.gate_cache import GateCache
 from seerattn.hf.rotary import Rotation
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 # Rotary tables (cos, sin).
 Tables = tuple[Tensor, Tensor]
-# Name under which the gates of an attention module are its child.
-GATES = "seer_gate"
 # Query and key block of what has no gate to ask.
 NO_GATE_BLOCK = 64
 
