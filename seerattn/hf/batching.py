@@ -5,6 +5,7 @@
 - runs in the context in which it was made: inside `seerattn.policy` by that policy, inside `record_density` counted;
 - cuts prompts at multiples of the gates' query block alone, so that a request gets what it gets alone;
 - lets requests share the pages of equal beginnings only where both are read by the same selectors;
+- fails a request alone where its attention, or a forward, fails (`seerattn.hf.faults`);
 - has neither CUDA graphs nor the tables of blocks of FlashAttention, which it says once.
 
 The name of the attention implementation that transformers asks for stands in the config while a manager lives.
@@ -16,6 +17,9 @@ import copy
 import functools
 import logging
 import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
 from typing import Any
@@ -26,6 +30,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
 
+from seerattn.hf.faults import isolate_faults
 from seerattn.hf.meters import DensityMeter, time_meter
 from seerattn.hf.paged import BATCHING, PAGED, Batching, Choice, check_running
 from seerattn.hf.state import CAPTURE, Attachment, attachment_of, check_fits, check_gated, check_policy
@@ -140,6 +145,7 @@ def _init_batching(
         # What `stop` puts back.
         manager._original_attn_impl = before
     batching = _BATCHINGS.setdefault(manager, Batching(attachment, partial(_requests, weakref.ref(manager))))
+    isolate_faults(manager, batching)
     context = copy_context()
     context.run(BATCHING.set, batching)
     manager._run_generation_loop = partial(_run_in, context, weakref.ref(manager))
@@ -228,9 +234,16 @@ def _tell_of_pages() -> None:
 class _Aligned(Scheduler):
     """What a scheduler of ours does otherwise; the class beside it schedules."""
 
+    def add_waiting_request(self, state: Any) -> None:
+        # What cannot be served fails here, where transformers fails the request alone.
+        BATCHING.get().request(state)
+        super().add_waiting_request(state)
+
     def schedule_batch(self, *budgets: Any) -> Any:
-        found = super().schedule_batch(*budgets)
         batching = BATCHING.get()
+        # transformers asks for an answer before it lets others in again; where all were cancelled none would come.
+        self.block_new_requests &= bool(self.active_requests)
+        found = self._one_suspect_or_others(*budgets)
         under_way = self.active_requests.keys() | self.waiting_requests.keys()
         for request_id in [one for one in batching.requests if one not in under_way]:
             del batching.requests[request_id]
@@ -244,6 +257,38 @@ class _Aligned(Scheduler):
                 nothing = dict.fromkeys(future.complete_blocks, 0) if isinstance(future.complete_blocks, dict) else 0
                 future.complete_blocks = nothing
         return scheduled, *found[1:]
+
+    def _one_suspect_or_others(self, *budgets: Any) -> Any:
+        """A batch of one of those that made a forward fail; of the others where there is no room for it."""
+        batching = BATCHING.get()
+        batching.suspects = [
+            one for one in batching.suspects if one in self.active_requests or one in self.waiting_requests
+        ]
+        if not batching.suspects:
+            return super().schedule_batch(*budgets)
+        with self._showing(lambda one: one == batching.suspects[0]):
+            alone = super().schedule_batch(*budgets)
+        if alone[0]:
+            return alone
+        with self._showing(lambda one: one not in batching.suspects):
+            others = super().schedule_batch(*budgets)
+        return others if others[0] else alone
+
+    @contextmanager
+    def _showing(self, wanted: Callable[[str], bool]) -> Iterator[None]:
+        """Schedules as if there were only some requests."""
+        active = {name: state for name, state in self.active_requests.items() if not wanted(name)}
+        waiting = {name: state for name, state in self.waiting_requests.items() if not wanted(name)}
+        order = [name for name in self.waiting_requests_order if not wanted(name)]
+        self.active_requests = {name: x for name, x in self.active_requests.items() if name not in active}
+        self.waiting_requests = {name: x for name, x in self.waiting_requests.items() if name not in waiting}
+        self.waiting_requests_order = deque(name for name in self.waiting_requests_order if wanted(name))
+        try:
+            yield
+        finally:
+            self.active_requests = active | self.active_requests
+            self.waiting_requests = waiting | self.waiting_requests
+            self.waiting_requests_order.extend(order)
 
     def _infer_request_tokens(self, state: Any, *others: Any) -> list[int]:
         if state.status != RequestStatus.PENDING or not self.cache.use_prefix_sharing:

@@ -2,7 +2,7 @@
 
 A forward holds rows: the new tokens of one request each, one after the other, with all keys of that request. A row of a
 prompt goes sparse, a row that is decoded goes dense, by the attention that the model had before. Each is computed as if
-it were alone, so that nothing of a request reaches another one.
+it were alone, so that nothing of a request reaches another one, not even its failure (`seerattn.hf.faults`).
 
 Which request a row belongs to, and how long its prompt is, is known to the manager of the batches alone (`Batching`):
 the number of blocks of a short chunk, and whether "auto" runs it dense, are those of the whole prompt.
@@ -11,6 +11,7 @@ the number of blocks of a short chunk, and whether "auto" runs it dense, are tho
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ from seerattn.ops.crossover import LayerShape, prefer_dense
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.policies import Policy, TopK
 from seerattn.selection.selector import AttentionContext, Kept, LastRowsDense, Memory, Selector, needs_length
+
+logger = logging.getLogger(__name__)
 
 # transformers 5.17 gives the indices one by one and has names with a prefix; newer ones edit the keywords of the call.
 EDITS_KEYWORDS = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
@@ -95,6 +98,9 @@ class Batching:
         choices: what was chosen for single requests, by their ids.
         requests: those that are under way, by their ids.
         shared: what the pages that requests share were made by, once there are any.
+        failed: requests of the forward at hand whose attention could not be computed, and why.
+        suspects: requests, by their ids, of which one made a forward fail; they run one at a time.
+        unsound: whether the scores of next tokens of the last forward were not finite, bool ``[n]``.
     """
 
     attachment: Attachment
@@ -102,6 +108,9 @@ class Batching:
     choices: dict[str, Choice] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
     shared: Running | None = None
+    failed: dict[str, Exception] = field(default_factory=dict)
+    suspects: list[str] = field(default_factory=list)
+    unsound: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     _lengths: Tensor | None = None
     _bounds: dict[bool, list[Row]] = field(default_factory=dict)
     _masks: dict[int, CallMask] = field(default_factory=dict)
@@ -130,6 +139,10 @@ class Batching:
             )
             self.requests[state.request_id] = Request(prompt, whole, whole is self.shared, tuple(meters))
         return self.requests[state.request_id]
+
+    def cleared(self, request_id: str) -> None:
+        """Ends the suspicion against a request."""
+        self.suspects = [one for one in self.suspects if one != request_id]
 
     def forward(self, cu_q: Tensor, cu_k: Tensor, windowed: bool) -> list[Row]:
         """The rows of the forward at hand; lengths are read from the device once."""
@@ -197,29 +210,54 @@ def paged_attention(
     for number, row in enumerate(rows):
         if row.begin == row.end:
             continue
-        q, k, v = (
-            query[:, :, row.begin : row.end],
-            key[:, :, row.k_begin : row.k_end],
-            value[:, :, row.k_begin : row.k_end],
-        )
-        request = batching.request(states[number].state)
-        told = 0  # tokens that ran sparse
-        # A prompt of one token is decoded, as in `generate`.
-        if seer is not None and request.prompt > 1 and (window is None or window >= request.prompt):
-            told = min(row.end - row.begin, max(0, request.prompt - row.start))
-        part = None
-        if told:
-            short = row._replace(end=row.begin + told, k_end=row.k_end - (row.end - row.begin - told))
-            at = short.k_end - row.k_begin
-            part = _sparse(batching, number, short, request, seer, q[:, :, :told], k[:, :, :at], v[:, :, :at], own)
-            if part is not None:
-                out.append(part.transpose(1, 2))
-                if told == q.shape[2]:
-                    continue
-                q = q[:, :, told:]
-        mask = _dense_mask(batching.attachment.dense, q, k, window)
-        out.append(dense(q, k, v, mask, own)[0])
+        q = query[:, :, row.begin : row.end]
+        k, v = (x[:, :, row.k_begin : row.k_end] for x in (key, value))
+        state = states[number].state
+        if state.request_id not in batching.failed:
+            try:
+                parts = _attend(dense, batching, number, row, batching.request(state), seer, q, k, v, window, own)
+            # Whatever a selector, a policy or a kernel raises is the fault of this request alone.
+            except Exception as error:
+                logger.error("attention of request %s failed", state.request_id, exc_info=error)
+                batching.failed[state.request_id] = error.with_traceback(None)
+        if state.request_id in batching.failed:
+            parts = [q.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])]
+        out += parts
     return torch.cat(out, 1), None
+
+
+def _attend(
+    dense: Dense,
+    batching: Batching,
+    number: int,
+    row: Row,
+    request: Request,
+    seer: LayerCall | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    kwargs: dict[str, Any],
+) -> list[Tensor]:
+    """Attention of one row, in parts ``[1, t, H, D]``: what is of the prompt, and what was written behind it."""
+    tokens = row.end - row.begin
+    told = 0  # tokens that ran sparse
+    # A prompt of one token is decoded, as in `generate`.
+    if seer is not None and request.prompt > 1 and (window is None or window >= request.prompt):
+        told = min(tokens, max(0, request.prompt - row.start))
+    out = []
+    if told:
+        short = row._replace(end=row.begin + told, k_end=row.k_end - (tokens - told))
+        at = short.k_end - row.k_begin
+        part = _sparse(batching, number, short, request, seer, q[:, :, :told], k[:, :, :at], v[:, :, :at], kwargs)
+        if part is not None:
+            out.append(part.transpose(1, 2))
+            if told == tokens:
+                return out
+            q = q[:, :, told:]
+    mask = _dense_mask(batching.attachment.dense, q, k, window)
+    out.append(dense(q, k, v, mask, kwargs)[0])
+    return out
 
 
 def _update(
