@@ -7,6 +7,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from seerattn.selection.block_indices import BlockIndices
+
+BLOCK_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (32, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -19,16 +22,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
     if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(f"q and k must share B and D, got {list(q.shape)} and {list(k.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q must have a multiple of the {k.shape[1]} heads of k, got {q.shape[1]}")
-    if not HEAD_DIMS[0] <= q.shape[3] <= HEAD_DIMS[1]:
-        raise ValueError(f"the head dim must be {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got {q.shape[3]}")
     if not 1 <= q.shape[2] <= k.shape[2]:
         raise ValueError(f"q must have 1 to S = {k.shape[2]} tokens, got {q.shape[2]}; the last query is the last key")
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must share a float dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    check_heads(q.shape[1], k.shape[1], q, k, v)
 
 
 def check_sinks(q: Tensor, sinks: Tensor | None) -> None:
@@ -83,3 +79,62 @@ def check_cu_seqlens(q: Tensor, k: Tensor, lengths: Tensor | None, cu_seqlens: T
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != q.shape[2] or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must be int [N + 1], ascending from 0 to T = {q.shape[2]}, got {bounds}")
     return bounds
+
+
+def check_pages(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> None:
+    """Shapes, dtypes and devices of ``q [T, H, D]``, ``k_cache, v_cache [pages, size, HKV, D]`` and their table."""
+    if q.ndim != 3 or k_cache.ndim != 4:
+        raise ValueError(
+            f"q must be [T, H, D] and k_cache [pages, page_size, HKV, D], got {list(q.shape)} and {list(k_cache.shape)}"
+        )
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(f"v_cache must have the shape of k_cache, {list(k_cache.shape)}, got {list(v_cache.shape)}")
+    if q.shape[2] != k_cache.shape[3]:
+        raise ValueError(f"q and k_cache must share D, got {list(q.shape)} and {list(k_cache.shape)}")
+    check_heads(q.shape[1], k_cache.shape[2], q, k_cache, v_cache)
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        raise ValueError(
+            f"k_cache and v_cache must have adjacent channels, got strides {k_cache.stride()} and {v_cache.stride()}"
+        )
+    if block_table.ndim != 2 or block_table.dtype != torch.int32 or block_table.device != q.device:
+        raise ValueError(
+            f"block_table must be int32 [B, P] on {q.device}, got {block_table.dtype} {list(block_table.shape)} on "
+            f"{block_table.device}"
+        )
+
+
+def check_heads(heads: int, kv_heads: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Numbers of heads; head dim, dtypes and devices of ``q, k, v [.., D]``."""
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q must have a multiple of the {kv_heads} heads of k, got {heads}")
+    if not HEAD_DIMS[0] <= q.shape[-1] <= HEAD_DIMS[1]:
+        raise ValueError(f"the head dim must be {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got {q.shape[-1]}")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share a float dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+
+
+def check_per_row(name: str, numbers: Tensor, size: int, device: torch.device) -> None:
+    """An int32 tensor of one number a row, on the device of the call; what it holds is not looked at."""
+    if numbers.shape != (size,) or numbers.dtype != torch.int32 or numbers.device != device:
+        raise ValueError(
+            f"{name} must be int32 [{size}] on {device}, got {numbers.dtype} {list(numbers.shape)} on {numbers.device}"
+        )
+
+
+def check_block_sizes(blocks: BlockIndices) -> None:
+    """Sizes that there are kernels for."""
+    for name in ("block_q", "block_k"):
+        if getattr(blocks, name) not in BLOCK_SIZES:
+            raise ValueError(f"blocks.{name} must be one of {BLOCK_SIZES}, got {getattr(blocks, name)}")
+
+
+def check_list_heads(q: Tensor, kv_heads: int, indices: Tensor, rows: int) -> None:
+    """Lists ``[rows, Hm, ..]`` of ``H`` or ``HKV`` heads on the device of ``q``."""
+    if indices.device != q.device:
+        raise ValueError(f"blocks must be on the device of q, {q.device}, got {indices.device}")
+    if indices.shape[1] not in (q.shape[1], kv_heads):
+        raise ValueError(f"blocks must have {q.shape[1]} or {kv_heads} heads, got {indices.shape[1]}")
+    if len(indices) != rows:
+        raise ValueError(f"blocks must have {rows} batch rows, got {len(indices)}")

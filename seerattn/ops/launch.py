@@ -13,14 +13,15 @@ def needs_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def tma_ready(x: Tensor) -> Tensor:
-    """``x [B, h, n, D]`` as a tensor descriptor takes it: 16-byte strides and base, contiguous channels.
-
-    A copy only if it must be.
-    """
+def tma_fits(x: Tensor) -> bool:
+    """Whether a tensor descriptor takes ``x [B, h, n, D]``: 16-byte strides and base, contiguous channels."""
     strides = (stride * x.element_size() for stride in x.stride()[:3])
-    fits = x.stride(3) == 1 and all(s > 0 and s % 16 == 0 for s in strides) and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    return x.stride(3) == 1 and all(s > 0 and s % 16 == 0 for s in strides) and x.data_ptr() % 16 == 0
+
+
+def tma_ready(x: Tensor) -> Tensor:
+    """``x [B, h, n, D]`` as a tensor descriptor takes it, see `tma_fits`; a copy only if it must be."""
+    return x if tma_fits(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def new_output(q: Tensor, *, padded: bool) -> Tensor:

@@ -24,6 +24,10 @@ IMPLS: dict[str, dict[str, str]] = {
         "flash4": "seerattn.ops.block_sparse_attention.flash4",
         "reference": "seerattn.ops.block_sparse_attention.reference",
     },
+    "paged_attention": {
+        "triton": "seerattn.ops.paged_attention.triton_fwd",
+        "reference": "seerattn.ops.paged_attention.reference",
+    },
     "attention_map": {
         "triton": "seerattn.ops.attention_map.triton_fwd",
         "reference": "seerattn.ops.attention_map.reference",

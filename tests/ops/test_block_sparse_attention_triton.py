@@ -9,7 +9,7 @@ from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.selection.block_indices import BlockIndices
 from tests.ops.test_block_sparse_attention import make_blocks, make_qkv, oracle, token_mask
 
-triton_fwd = pytest.importorskip("seerattn.ops.block_sparse_attention.triton_fwd")
+triton_kernel = pytest.importorskip("seerattn.ops.block_sparse_attention.triton_kernel")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -96,8 +96,8 @@ def test_scale_softcap_and_sinks_stay_within_the_fp64_budget(extra):
 def test_the_tile_does_not_change_the_result(rows, keys, block_k, monkeypatch):
     q, k, v = make_qkv(1, 4, 1, 200, 230, torch.float32)
     blocks = make_blocks(1, 1, 200, 230, 128, block_k)
-    launch = triton_fwd.Launch(rows=rows, keys=keys, num_warps=4, num_stages=2)
-    monkeypatch.setattr(triton_fwd, "choose_launch", lambda **_: launch)
+    launch = triton_kernel.Launch(rows=rows, keys=keys, num_warps=4, num_stages=2)
+    monkeypatch.setattr(triton_kernel, "choose_launch", lambda **_: launch)
     out, lse = run(q, k, v, blocks, scale=0.2)
     exact, exact_lse = oracle(q, k, v, token_mask(blocks, 4, 200, 230), scale=0.2)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)

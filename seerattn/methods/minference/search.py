@@ -26,7 +26,7 @@ from seerattn.methods.minference.patterns import (
 )
 from seerattn.methods.search import Progress, Search
 from seerattn.ops.block_sparse_attention import block_sparse_attention
-from seerattn.ops.block_sparse_attention.api import BLOCK_SIZES
+from seerattn.ops.checks import BLOCK_SIZES
 from seerattn.options import option
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.texts import parse_json

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from seerattn.ops.block_sparse_attention import reference
-from seerattn.ops.checks import check_cu_seqlens, check_lengths, check_logits, check_qkv, check_sinks
+from seerattn.ops.checks import (
+    check_block_sizes,
+    check_cu_seqlens,
+    check_lengths,
+    check_list_heads,
+    check_logits,
+    check_qkv,
+    check_sinks,
+)
 from seerattn.ops.launch import needs_gradients
 from seerattn.ops.resolve import check_impl, implementation
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
-
-BLOCK_SIZES = (16, 32, 64, 128)
 
 
 def block_sparse_attention(
@@ -104,16 +110,9 @@ def block_sparse_attention(
 
 
 def _check_blocks(q: Tensor, k: Tensor, blocks: BlockIndices, lengths: list[int]) -> None:
-    batch, heads, q_tokens, kv_heads = len(lengths), q.shape[1], q.shape[2], k.shape[1]
-    for name in ("block_q", "block_k"):
-        if getattr(blocks, name) not in BLOCK_SIZES:
-            raise ValueError(f"blocks.{name} must be one of {BLOCK_SIZES}, got {getattr(blocks, name)}")
-    if blocks.indices.device != q.device:
-        raise ValueError(f"blocks must be on the device of q, {q.device}, got {blocks.indices.device}")
-    if blocks.num_heads not in (heads, kv_heads):
-        raise ValueError(f"blocks must have {heads} or {kv_heads} heads, got {blocks.num_heads}")
-    if len(blocks.indices) != batch:
-        raise ValueError(f"blocks must have {batch} batch rows, got {len(blocks.indices)}")
+    q_tokens = q.shape[2]
+    check_block_sizes(blocks)
+    check_list_heads(q, k.shape[1], blocks.indices, len(lengths))
     starts, tokens = torch.stack((blocks.q_start, blocks.q_len)).tolist()
     expected = [(n - min(q_tokens, n), min(q_tokens, n)) for n in lengths]
     if list(zip(starts, tokens)) != expected:

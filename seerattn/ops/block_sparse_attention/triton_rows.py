@@ -29,10 +29,20 @@ def row_table(
 
 
 @triton.jit
-def row_place(table_ptr, row, whole_start, whole_len):
-    """Batch index, first query slot, first key slot, position of the first query and number of queries of a row."""
+def row_place(table_ptr, row, whole_start, whole_len, k_lens_ptr=None, num_pages=None):
+    """Batch index, first query slot, first key slot, position of the first query and number of queries of a row.
+
+    With `k_lens_ptr` rows are packed and have `num_pages` pages each: the table says where queries begin, and the key
+    slot is the row's first entry of the table of pages.
+    """
     batch, q_slot, k_slot, q_start, q_len = row, 0, 0, whole_start, whole_len
-    if table_ptr is not None:
+    if k_lens_ptr is not None:
+        batch = row * 0
+        q_slot = tl.load(table_ptr + row)
+        k_slot = row * num_pages
+        q_len = tl.load(table_ptr + row + 1) - q_slot
+        q_start = tl.load(k_lens_ptr + row) - q_len
+    elif table_ptr is not None:
         batch = tl.load(table_ptr + row * 5)
         q_slot = tl.load(table_ptr + row * 5 + 1)
         k_slot = tl.load(table_ptr + row * 5 + 2)
@@ -59,6 +69,8 @@ def query_tile(
     BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
+    k_lens_ptr=None,
+    num_pages=None,
 ):
     """The query rows of a program, `TILE_Q` tokens of `MEMBERS` heads, and the steps of `TILE_K` keys that they take.
 
@@ -78,7 +90,7 @@ def query_tile(
     kv_head = pid % kv_heads
     row = pid // kv_heads
     first_head += kv_head * GROUP
-    batch, q_slot, k_slot, q_start, q_len = row_place(table_ptr, row, whole_start, whole_len)
+    batch, q_slot, k_slot, q_start, q_len = row_place(table_ptr, row, whole_start, whole_len, k_lens_ptr, num_pages)
 
     # Positions of this tile and of its query block; slots without a query act as their nearest real neighbour.
     q_end = q_start + q_len
@@ -107,6 +119,15 @@ def query_tile(
 def capped(scores, inner_scale):
     """``tanh(scores * inner_scale)`` as 1 - 2 / (exp(2 x) + 1), exact at both ends."""
     return 1.0 - 2.0 / (tl.exp2(scores * (inner_scale * 2.8853900817779268)) + 1.0)
+
+
+@triton.jit
+def add_sink(acc, top, total, sink):
+    """An online softmax with one more key, whose logit is `sink` and which has no value; maxima in units of log2(e)."""
+    sink = sink.to(tl.float32) * 1.4426950408889634
+    new_top = tl.maximum(top, sink)
+    shrink = tl.exp2(top - new_top)
+    return acc * shrink[:, None], new_top, total * shrink + tl.exp2(sink - new_top)
 
 
 @triton.jit
