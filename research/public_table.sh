@@ -17,13 +17,14 @@ mkdir -p "$out"
 gates() {  # NAME OPTIONS...: gates of a form, with budgets
     local name=$1 && shift
     [ -f "$out/$name/adapter_model.safetensors" ] || "${run[@]}" distill --model "$model" "${train[@]}" --context "$context" \
-        --steps "$steps" --output "$out/$name" --resume "${DEVICE[@]}" "$@"
+        --steps "$steps" --batch-size 2 --output "$out/$name" --resume "${DEVICE[@]}" "$@"
     "${run[@]}" calibrate --model "$model" --gates "$out/$name" "${held[@]}" --set max_docs=24 --contexts "$context" --budgets \
         "${DEVICE[@]}"
 }
 
 rules() {  # METHOD NAME OPTIONS...
     local method=$1 name=$2 && shift 2
+    [ -f "$out/$name.json" ] && return
     "${run[@]}" search "$method" --model "$model" "${held[@]}" --max-docs 24 --output "$out/$name.json" \
         --set context="$rules_context" "${DEVICE[@]}" "$@"
 }
