@@ -19,7 +19,7 @@ _HOME = {
     "set_policy": "seerattn.hf.attach",
     "policy": "seerattn.hf.state",
     "record_density": "seerattn.hf.meters",
-    "DensityMeter": "seerattn.hf.meters",
+    "DensityMeter": "seerattn.selection.density_meter",
     "SeerConfig": "seerattn.hf.config",
     "load_official_gates": "seerattn.hf.official",
     "AttnGate": "seerattn.gate",

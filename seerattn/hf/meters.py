@@ -6,7 +6,6 @@ what its own thread or asyncio task runs, so requests that are served side by si
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,75 +17,8 @@ from torch import Tensor, nn
 
 from seerattn.hf.state import NO_GATE_BLOCK, Attachment, LayerState, Running, attachment_of
 from seerattn.ops.block_sparse_attention import block_sparse_attention
-from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
-
-
-class DensityMeter:
-    """Counts the blocks that layers compute; see `record_density`.
-
-    Only prefill calls of layers with a selector count. A call that ``impl="auto"`` ran dense counts with density 1.
-    Blocks that attention skips (`Policy.skip_threshold`) count, since their scores are computed; `skipped` tells them.
-    """
-
-    def __init__(self) -> None:
-        # Counts stay on the device until they are asked for, so that counting never waits for a GPU.
-        self._computed: dict[int, Tensor] = {}
-        self._skipped: dict[int, Tensor] = {}
-        self._causal: dict[int, int] = {}
-
-    def add(self, layer: int, heads: int, blocks: BlockIndices) -> None:
-        """Counts one call of a layer with so many query heads."""
-        computed = blocks.counts.sum((0, 2)).repeat_interleave(heads // blocks.num_heads)
-        self._computed[layer] = self._computed[layer] + computed if layer in self._computed else computed
-        geometry = (tuple(blocks.q_start.tolist()), tuple(blocks.q_len.tolist()), blocks.block_q, blocks.block_k)
-        self._causal[layer] = self._causal.get(layer, 0) + _causal_blocks(*geometry)
-
-    def add_skipped(self, layer: int, blocks: BlockIndices, counts: Tensor) -> None:
-        """Tells of a call that was counted how many blocks were computed in full, ``counts [B, H, Nq]``."""
-        listed = blocks.counts.repeat_interleave(counts.shape[1] // blocks.num_heads, 1)
-        skipped = (listed - counts).sum((0, 2))
-        self._skipped[layer] = self._skipped[layer] + skipped if layer in self._skipped else skipped
-
-    @property
-    def layers(self) -> list[int]:
-        """Indices of the layers that were counted."""
-        return sorted(self._computed)
-
-    def by_head(self) -> dict[int, Tensor]:
-        """Realised density of every counted layer, float64 ``[H]``; the heads of a group may share theirs."""
-        return {layer: self._computed[layer].double().cpu() / self._causal[layer] for layer in self.layers}
-
-    def mean(self) -> float:
-        """Realised density over all counted layers and heads.
-
-        Raises:
-            ValueError: nothing was counted.
-        """
-        self._check_counted()
-        return float(torch.stack([density.mean() for density in self.by_head().values()]).mean())
-
-    def skipped(self) -> float:
-        """Share of the counted blocks whose scores were computed, and then neither softmax nor product with values.
-
-        Raises:
-            ValueError: nothing was counted.
-        """
-        self._check_counted()
-        return sum(int(x.sum()) for x in self._skipped.values()) / sum(int(x.sum()) for x in self._computed.values())
-
-    def _check_counted(self) -> None:
-        if not self._computed:
-            raise ValueError("the meter must have seen at least one prefill of a layer with a selector, got none")
-
-
-@functools.lru_cache(maxsize=256)
-def _causal_blocks(q_starts: tuple[int, ...], q_lens: tuple[int, ...], block_q: int, block_k: int) -> int:
-    """Causal blocks of all rows of a call, which every layer of a forward asks for again."""
-    total = 0
-    for start, length in zip(q_starts, q_lens):
-        geometry = (num_query_blocks(start, length, block_q), -(-(start + length) // block_k), block_q, block_k)
-        total += int(causal_block_mask(start, length, *geometry).sum())
-    return total
+from seerattn.selection.block_indices import BlockIndices
+from seerattn.selection.density_meter import DensityMeter
 
 
 class AttentionTimes(NamedTuple):
