@@ -8,6 +8,8 @@ import socket
 from dataclasses import dataclass
 from ipaddress import ip_address
 
+import typer
+
 from seerattn.cli.options import from_options
 from seerattn.cli.terminal import say
 from seerattn.extras import check_extra
@@ -48,7 +50,7 @@ def serve(answering: Answering, place: Place, limits: Limits, loading: Loading) 
     """Answer requests over HTTP: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
 
     Prompts are read sparsely, and a request may say its density in the field "density". SIGTERM ends the server once
-    the requests that run are answered.
+    the requests that run are answered. A failure that is not the fault of one request ends it with exit code 1.
     """
     check_extra("serve", "seerattn serve")
     import uvicorn
@@ -63,11 +65,21 @@ def serve(answering: Answering, place: Place, limits: Limits, loading: Loading) 
     engine = Engine(answering.load(loading, rule=place.rule), limits)
     address = f"http://{listening.getsockname()[0]}:{listening.getsockname()[1]}"
     name = place.name or answering.model
-    app = make_app(engine, name=name, api_key=key, ready=lambda: say(f"{name} answers at {address}"))
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=place.drain_seconds)
+    failed = False
+
+    def end() -> None:
+        nonlocal failed
+        server.should_exit = failed = True
+
+    app = make_app(engine, name=name, api_key=key, ready=lambda: say(f"{name} answers at {address}"), failed=end)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=place.drain_seconds))
     # uvicorn raises the signal again once it has ended; an end that was asked for is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listening])
+    server.run(sockets=[listening])
+    if failed:
+        # A model on a device that has failed cannot be trusted in this process: who started it may start it again.
+        say("the model failed in a way that is not the fault of one request; the reason is above")
+        raise typer.Exit(1)
 
 
 def _is_local(host: str) -> bool:

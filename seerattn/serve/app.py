@@ -35,7 +35,12 @@ class _Refused(Exception):
 
 
 def make_app(
-    engine: Engine, *, name: str, api_key: str | None = None, ready: Callable[[], None] | None = None
+    engine: Engine,
+    *,
+    name: str,
+    api_key: str | None = None,
+    ready: Callable[[], None] = lambda: None,
+    failed: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """The application.
 
@@ -44,14 +49,14 @@ def make_app(
         name: of the model, as clients are to call it.
         api_key: that clients must send, None for none.
         ready: called once requests are taken.
+        failed: called once none is answered any more, though nobody asked for it.
     """
     metrics, born, tokenizing = Metrics(), int(time.time()), asyncio.Lock()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.start()
-        if ready is not None:
-            ready()
+        engine.start(failed)
+        ready()
         yield
         await asyncio.to_thread(engine.stop)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,12 +22,15 @@ from seerattn.hf.meters import DensityMeter
 from seerattn.hf.state import attachment_of, check_fits
 from seerattn.options import check_options, option
 from seerattn.serve.model import AnsweringModel
+from seerattn.serve.text import TextStream
 
 Finish = Literal["stop", "length"]
 # transformers 5.17 knows pages by their older name alone.
 _PAGE = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
 # Page of the cache in tokens: a multiple of every query block.
 PAGE = 256
+# Below it the likeliest token is taken: scores over so small a number are no numbers any more.
+_LOWEST_TEMPERATURE = 1e-3
 
 
 class Busy(Exception):
@@ -67,7 +71,7 @@ class Ask:
     Attributes:
         tokens: the prompt.
         new: tokens of the answer at most.
-        temperature: 0 takes the most likely token.
+        temperature: 0 takes the most likely token, and so does what is next to it.
         top_p: share of probability that is drawn from.
         top_k: tokens that are drawn from, None for all.
         stop: texts at which the answer ends, without them.
@@ -105,6 +109,9 @@ class Part:
 class Engine:
     """Answers requests.
 
+    A request that fails, fails alone (`seerattn.hf.faults`). What cannot be laid to one ends the manager: those under
+    way are told, `runs` is False from then on, and nothing is taken any more.
+
     Args:
         loaded: the model.
         limits: what it takes on.
@@ -113,6 +120,9 @@ class Engine:
     def __init__(self, loaded: AnsweringModel, limits: Limits) -> None:
         self.loaded = loaded
         self._limits = limits
+        self._queues: set[asyncio.Queue] = set()
+        self._stopping = False
+        self._watcher: threading.Thread | None = None
         self._numbers = itertools.count()
         self.active = 0
         own = loaded.model.generation_config
@@ -135,17 +145,38 @@ class Engine:
             ContinuousBatchingConfig(**config),
         )
 
-    def start(self) -> None:
-        """Begins to generate, in a thread."""
+    def start(self, failed: Callable[[], None] = lambda: None) -> None:
+        """Begins to generate, in a thread. Called in the event loop that answers are for.
+
+        Args:
+            failed: called in it once the thread has ended without being told to.
+        """
         self._manager.start()
+        thread, loop = self._manager._generation_thread, asyncio.get_running_loop()
+
+        def ended() -> None:
+            # Who has been told of a failure has left; who has not would wait for good.
+            for queue in self._queues:
+                queue.put_nowait(None)
+            if not self._stopping:
+                failed()
+
+        def watch() -> None:
+            thread.join()
+            loop.call_soon_threadsafe(ended)
+
+        self._watcher = threading.Thread(target=watch, daemon=True)
+        self._watcher.start()
 
     def stop(self) -> None:
         """Ends once all requests are answered."""
+        self._stopping = True
         self._manager.stop()
+        self._watcher.join()
 
     @property
     def runs(self) -> bool:
-        """Whether requests are answered: a forward that fails ends that."""
+        """Whether requests are answered."""
         return self._manager.is_running() and self._manager.background_thread_status.fatal_error is None
 
     def check(self, ask: Ask) -> None:
@@ -153,8 +184,10 @@ class Engine:
 
         Raises:
             ValueError: too long for the model or the cache, or a density that the gates cannot give.
-            Busy: there is no place to wait.
+            Busy: there is no place to wait, or nothing is answered any more.
         """
+        if not self.runs:
+            raise Busy("the server has failed, or is going down, and takes no more requests")
         self.loaded.check_room(len(ask.tokens), ask.new)
         if self._room is not None and len(ask.tokens) + ask.new > self._room:
             raise ValueError(
@@ -192,14 +225,17 @@ class Engine:
             else:
                 choose_for(self._manager, name, self.loaded.policy_of(ask.density), meter)
         begin, first, over = time.perf_counter(), None, False
-        text = _Text(self.loaded, ask.stop)
+        text = TextStream(self.loaded.tokenizer, ask.stop)
         self.active += 1
+        self._queues.add(queue)
         try:
             self._manager.register_result_handler(name, queue.put_nowait)
             self._add(name, ask)
             finish: Finish | None = None
             while finish is None:
                 output = await queue.get()
+                if output is None:
+                    raise Failed("the server has failed and answers no more")
                 over = output.is_finished()
                 if output.error is not None:
                     raise Failed(f"the model could not answer: {output.error}")
@@ -215,6 +251,7 @@ class Engine:
                     yield Part(piece, len(new), finish, density, first)
         finally:
             self.active -= 1
+            self._queues.discard(queue)
             if not over:
                 self._manager.cancel_request(name)
             self._manager.output_router.result_handlers.pop(name, None)
@@ -230,7 +267,7 @@ class Engine:
         return Part("".join(texts), part.tokens, part.finish, part.density, part.first_after)
 
     def _add(self, name: str, ask: Ask) -> None:
-        greedy = ask.temperature == 0
+        greedy = ask.temperature < _LOWEST_TEMPERATURE
         added = self._manager.add_request(
             ask.tokens,
             request_id=name,
@@ -246,29 +283,3 @@ class Engine:
 
     def _is_end(self, token: int) -> bool:
         return token in (self._ends if isinstance(self._ends, list) else [self._ends])
-
-
-class _Text:
-    """The text of tokens that come one by one, as far as later ones cannot change it, up to a text that ends it."""
-
-    def __init__(self, loaded: AnsweringModel, stop: tuple[str, ...]) -> None:
-        self._loaded = loaded
-        self._stop = stop
-        self._held = max(map(len, stop), default=1) - 1
-        self._given = 0  # signs that were given away
-
-    def add(self, tokens: list[int], *, last: bool) -> tuple[str, bool]:
-        """What is new in the text of all tokens so far, and whether it ends here."""
-        text = self._loaded.text_of(tokens)
-        found = [at for one in self._stop if (at := text.find(one)) >= 0]
-        if found:
-            return self._give(text[: min(found)]), True
-        if last:
-            return self._give(text), False
-        # A sign of several tokens shows as this one until it is whole.
-        text = text.rstrip("\ufffd")
-        return self._give(text[: max(0, len(text) - self._held)]), False
-
-    def _give(self, text: str) -> str:
-        piece, self._given = text[self._given :], max(self._given, len(text))
-        return piece

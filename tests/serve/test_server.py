@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import pytest
 from tiny_corpus import topical_text, write_models_and_gates
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 
 import seerattn
 from seerattn.cli import main
+from seerattn.hf import paged
 from seerattn.hf.eval_model import Loading
 from seerattn.serve.model import Answering
 
@@ -313,38 +315,102 @@ def test_model_without_gates_is_served_dense(folder, alone) -> None:
         assert "density must be 1" in served.complete(text, density=0.5).body["error"]["message"]
 
 
-def test_forward_that_fails_is_told_and_ends_the_health_of_the_server(folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise ValueError("no forward today")
+def test_request_whose_forward_fails_is_told_and_nobody_else_notices(folder, alone, monkeypatch) -> None:
+    choose, text = paged._select, topical_text(150, 8)
+    expected = [alone(topical_text(100 + seed, seed))[0] for seed in range(4)]
 
-    with serving(folder) as served:
-        monkeypatch.setattr("seerattn.hf.paged._select", fail)
-        status, reply = served.complete(topical_text(100, 8))
-        assert status == 500 and "no forward today" in reply["error"]["message"]
-        while served.engine.runs:  # the thread tells first and ends then
-            pass
-        assert served.ask("/health").status == 503
-        assert served.complete("w1 w2 w3").status == 500
+    def choose_or_fail(selector, request, *others: Any) -> Any:
+        if request.prompt == 150:
+            raise ValueError("no blocks today")
+        return choose(selector, request, *others)
+
+    monkeypatch.setattr(paged, "_select", choose_or_fail)
+    with serving(folder) as served, ThreadPoolExecutor(6) as pool:
+        bad = [pool.submit(served.complete, text, stream=stream) for stream in (False, True)]
+        good = list(pool.map(lambda seed: served.complete(topical_text(100 + seed, seed)), range(4)))
+        assert [reply.body["choices"][0]["text"] for reply in good] == expected
+        status, reply = bad[0].result()
+        assert status == 500 and "no blocks today" in reply["error"]["message"]
+        assert reply["error"]["type"] == "server_error"
+        (event,) = [line for line in bad[1].result().body.split("\n\n") if line]
+        assert "no blocks today" in json.loads(event.removeprefix("data: "))["error"]["message"]
+        assert served.ask("/health").status == 200 and 'outcome="failed"} 2' in served.ask("/metrics").body
+
+
+def test_temperature_next_to_nothing_is_greedy_and_harms_no_neighbour(folder, alone) -> None:
+    """Scores over 1e-40 are infinite, and drawing from those fails."""
+    texts = [topical_text(60 + seed, seed) for seed in range(4)]
+    with serving(folder) as served, ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda text: served.complete(text, temperature=1e-40), texts))
+    assert [reply.body["choices"][0]["text"] for reply in replies] == [alone(text)[0] for text in texts]
+
+
+def fail_from(monkeypatch: pytest.MonkeyPatch, error: BaseException, batch: int) -> None:
+    """Has what is done between forwards raise from some forward on, which nobody can be blamed for."""
+    update = ContinuousBatchProcessor.update_batch
+
+    def failing(self: ContinuousBatchProcessor) -> None:
+        update(self)
+        failing.batches += 1
+        if failing.batches >= batch:
+            raise error
+
+    failing.batches = 0
+    monkeypatch.setattr(ContinuousBatchProcessor, "update_batch", failing)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("error", [RuntimeError("nothing works"), SystemExit("nothing works")], ids=["told", "silent"])
+def test_failure_of_all_is_told_to_each_and_to_whoever_asks_for_health(folder, monkeypatch, error) -> None:
+    fail_from(monkeypatch, error, batch=20)
+    with serving(folder) as served, ThreadPoolExecutor(6) as pool:
+        asks = [{"max_tokens": 500, "stream": bool(number % 2)} for number in range(6)]
+        replies = list(pool.map(lambda fields: served.complete(topical_text(50, 6), **fields), asks))
+        for reply, fields in zip(replies, asks):
+            text = reply.body if fields["stream"] else json.dumps(reply.body)
+            assert '"server_error"' in text and "[DONE]" not in text
+        assert served.ask("/health") == (503, {"status": "failed"})
+        status, reply = served.complete("w1 w2")
+        assert status == 503 and "takes no more requests" in reply["error"]["message"]
+
+
+def test_command_whose_model_fails_tells_so_and_ends_with_an_error(folder) -> None:
+    code = """
+import sys
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+
+def failing(self):
+    raise RuntimeError("nothing works")
+
+ContinuousBatchProcessor.update_batch = failing
+from seerattn.cli import main
+main(sys.argv[1:])
+"""
+    with command(folder, "-c", code) as (process, port):
+        status, reply = Served(port, None).complete("w1 w2")
+        assert status == 500 and "nothing works" in reply["error"]["message"]
+        told = process.stderr.read()
+        assert process.wait(SECONDS) == 1 and "not the fault of one request" in told
+
+
+@contextmanager
+def command(folder: Path, *python: str, port: int = 0) -> Iterator[tuple[subprocess.Popen, int]]:
+    """`seerattn serve` in a process of its own, once it takes requests, and its port."""
+    arguments = ["--model", folder / "model", "--gates", folder / "gates-of-model", "--density", DENSITY]
+    arguments += ["--name", "tiny", "--device", "cpu", "--port", port, "--cache-tokens", 8192]
+    line = [sys.executable, *(python or ("-m", "seerattn")), "serve", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    try:
+        yield process, next(int(found[1]) for row in process.stderr if (found := re.search(r"at http.*:(\d+)", row)))
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
 
 
 def test_server_that_is_told_to_end_answers_first(folder) -> None:
-    arguments = [
-        "--model",
-        folder / "model",
-        "--gates",
-        folder / "gates-of-model",
-        "--density",
-        DENSITY,
-        "--name",
-        "tiny",
-    ]
-    arguments += ["--device", "cpu", "--port", 0, "--cache-tokens", 8192]
-    command = [sys.executable, "-m", "seerattn", "serve", *map(str, arguments)]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    try:
-        port = next(int(found[1]) for line in process.stderr if (found := re.search(r"answers at .*:(\d+)", line)))
+    with command(folder) as (process, port):
         connection, reply = open_stream(port, max_tokens=300)
         process.send_signal(signal.SIGTERM)
         assert reply.read().decode().rstrip().endswith("data: [DONE]")
@@ -352,10 +418,6 @@ def test_server_that_is_told_to_end_answers_first(folder) -> None:
         assert process.wait(SECONDS) == 0
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.1", port), timeout=1)
-    finally:
-        process.kill()
-        process.stderr.close()
-        process.wait()
 
 
 def test_port_that_is_taken_is_told_before_the_model_is_loaded(folder, capsys) -> None:
