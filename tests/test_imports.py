@@ -116,8 +116,9 @@ def test_imports_that_are_made_by_strings_are_seen() -> None:
     assert "seerattn.cli.bench" in imported(Path("seerattn/cli/__init__.py"))  # commands, imported when called
 
 
-def test_ops_import_of_selection_only_its_two_contracts() -> None:
-    allowed = ("seerattn.selection.block_indices", "seerattn.selection.map_form")
+def test_ops_import_of_selection_only_its_contracts() -> None:
+    contracts = ("block_indices", "decode_blocks", "map_form")
+    allowed = [f"seerattn.selection.{name}" for name in contracts]
     assert not offences(
         importers("ops"), lambda name: starts(name, "seerattn.selection") and not starts(name, *allowed)
     )

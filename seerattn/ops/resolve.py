@@ -28,6 +28,10 @@ IMPLS: dict[str, dict[str, str]] = {
         "triton": "seerattn.ops.paged_attention.triton_fwd",
         "reference": "seerattn.ops.paged_attention.reference",
     },
+    "decode_attention": {
+        "triton": "seerattn.ops.decode_attention.triton_split",
+        "reference": "seerattn.ops.decode_attention.reference",
+    },
     "attention_map": {
         "triton": "seerattn.ops.attention_map.triton_fwd",
         "reference": "seerattn.ops.attention_map.reference",

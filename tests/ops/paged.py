@@ -27,13 +27,12 @@ def make_cache(rows: list[tuple[Tensor, Tensor]], size: int, *, shared: int = 0,
         packed: K and V of a head lie side by side, heads before tokens, as in vLLM 0.32; else each for itself.
     """
     heads, _, dim = rows[0][0].shape
-    kept = shared // size
     numbers: list[list[int]] = []
     count = 0
-    for i, (k, _) in enumerate(rows):
-        needed = -(-k.shape[1] // size)
-        own = needed - (kept if i else 0)
-        numbers.append((numbers[0][:kept] if i else []) + list(range(count, count + own)))
+    for k, _ in rows:
+        kept = numbers[0][: min(shared, k.shape[1]) // size] if numbers else []
+        own = -(-k.shape[1] // size) - len(kept)
+        numbers.append(kept + list(range(count, count + own)))
         count += own
     count += 2  # pages of nobody
     place = torch.randperm(count, generator=torch.Generator().manual_seed(size)).tolist()

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from seerattn.ops.block_sparse_attention.triton_rows import LOG2_E, add_sink, capped, query_tile, row_offset
 from seerattn.ops.checks import scale_refusal
 from seerattn.ops.launch import tma_fits
-from seerattn.ops.triton_keys import key_tile
+from seerattn.ops.triton_keys import key_page, key_tile
 from seerattn.selection.block_indices import BlockIndices
 
 BLOCK_SIZES = (32, 64, 128)
@@ -238,8 +238,7 @@ def _add(
     new_top,
     v_tiles,
     v_strides,
-    pages_ptr,
-    batch,
+    place,
     kv_head,
     k_slot,
     first_key,
@@ -256,7 +255,7 @@ def _add(
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
-    v = key_tile(v_tiles, v_strides, pages_ptr, batch, kv_head, k_slot, first_key, k_end, PAGE, TILE_K, D, BLOCK_D, CUT)
+    v = key_tile(v_tiles, v_strides, place, kv_head, k_slot, first_key, k_end, PAGE, TILE_K, D, BLOCK_D, CUT)
     if CUT and v_strides is None:
         # What follows this sequence belongs to another one, and 0 x NaN would let it leak.
         key = first_key + tl.arange(0, TILE_K)
@@ -307,20 +306,9 @@ def _walk(
     STEPS: tl.constexpr = BLOCK_K // TILE_K
     for i in range(begin, end):
         first_key = tl.load(entries + i // STEPS) * BLOCK_K + i % STEPS * TILE_K
+        place = key_page(pages_ptr, batch, k_slot, first_key, k_end, PAGE, TILE_K)
         k = key_tile(
-            k_tiles,
-            k_strides,
-            pages_ptr,
-            batch,
-            kv_head,
-            k_slot,
-            first_key,
-            k_end,
-            PAGE,
-            TILE_K,
-            D,
-            BLOCK_D,
-            MASKED and CUT,
+            k_tiles, k_strides, place, kv_head, k_slot, first_key, k_end, PAGE, TILE_K, D, BLOCK_D, MASKED and CUT
         )
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         factor = scale
@@ -348,8 +336,7 @@ def _walk(
                     new_top,
                     v_tiles,
                     v_strides,
-                    pages_ptr,
-                    batch,
+                    place,
                     kv_head,
                     k_slot,
                     first_key,
@@ -373,8 +360,7 @@ def _walk(
                 new_top,
                 v_tiles,
                 v_strides,
-                pages_ptr,
-                batch,
+                place,
                 kv_head,
                 k_slot,
                 first_key,
