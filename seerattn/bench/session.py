@@ -154,6 +154,7 @@ UNITS = {
     "host_ms": "ms of the host",
     "prefill_ms": "ms",
     "decode_ms": "ms a token",
+    "decode_attention_ms": "ms",
     "attention_map_ms": "ms",
     "extra_memory_mib": "MiB beyond the results",
     "ttft_s": "s",

@@ -377,7 +377,8 @@ def _walk(
     return acc, top, total, kept
 
 
-@triton.jit
+# Numbers that change from call to call, which would compile anew where 16 divides them.
+@triton.jit(do_not_specialize=["whole_start", "whole_len", "num_q_blocks", "list_width", "num_pages"])
 def _forward(
     q_ptr,
     k_tiles,

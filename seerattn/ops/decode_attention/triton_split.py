@@ -187,7 +187,8 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@triton.jit
+# Numbers that change from batch to batch, which would compile anew where 16 divides them.
+@triton.jit(do_not_specialize=["list_width", "num_pages", "splits"])
 def _decode(
     q_ptr,
     k_ptr,
@@ -304,7 +305,7 @@ def _not_zero(total):
     return tl.where(total > 0.0, total, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(
     out_ptr,
     lse_ptr,
