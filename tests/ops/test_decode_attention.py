@@ -205,6 +205,26 @@ def test_two_runs_are_bitwise_equal(monkeypatch):
     assert torch.equal(run(*call)[0], run(*call)[0])
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs a GPU")
+def test_a_captured_call_follows_what_lists_and_lengths_hold_later():
+    q, k, v, lengths = (x.to(DEVICE) for x in make_call())
+    for x in (k, v):
+        x.nan_to_num_()
+    first, later = (DecodeBlocks.from_mask(make_mask(lengths.cpu(), seed=i), block_k=64) for i in (1, 2))
+    lists = DecodeBlocks(first.indices.to(DEVICE), first.counts.to(DEVICE), 64)
+    call = {"lengths": lengths, "blocks": lists, "impl": "triton"}
+    decode_attention(q, k, v, **call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(q, k, v, **call)
+    lists.indices.copy_(later.indices)
+    lists.counts.copy_(later.counts)
+    lengths -= 1
+    lengths.clamp_(min=0)
+    graph.replay()
+    assert torch.equal(out, decode_attention(q, k, v, **call))
+
+
 def test_what_does_not_fit_is_rejected_in_a_sentence():
     q, k, v, lengths = make_call()
     blocks = DecodeBlocks.from_mask(make_mask(lengths), block_k=64)

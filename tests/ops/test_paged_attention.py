@@ -148,6 +148,34 @@ def test_a_batch_without_tokens_gives_an_empty_result():
         assert batch.run(cache, impl)[0].shape == (0, 4, 32)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_captured_call_follows_what_tables_and_lengths_hold_later(size):
+    first, later = Batch([(70, 70), (33, 150), (0, 0)]), Batch([(20, 150), (0, 0), (83, 90)])
+    inputs = []
+    for batch in (first, later):
+        rows = [(k[0, :, :n], v[0, :, :n]) for (_, k, v), (_, n) in zip(batch.alone, batch.lens) if n]
+        cache = make_cache(rows, size)
+        room = torch.zeros(3, 12, dtype=torch.int32)
+        room[[i for i, (_, n) in enumerate(batch.lens) if n], : cache.table.shape[1]] = cache.table
+        lists = BlockIndices.stack([*batch.lists, make_blocks(1, 2, 192, 192, 64, 64)])
+        indices = torch.nn.functional.pad(lists.indices, (0, 4 - lists.indices.shape[-1]), value=-1)[:3]
+        pages = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, 40 - len(x))) for x in (cache.k, cache.v)]
+        inputs.append([*pages, room, indices, lists.counts[:3], batch.bounds, batch.k_lens, batch.q])
+    k, v, table, indices, counts, bounds, k_lens, q = held = [x.to(DEVICE) for x in inputs[0]]
+    blocks = replace(first.blocks, indices=indices, counts=counts)
+    call = {"block_table": table, "cu_seqlens_q": bounds, "k_lens": k_lens, "impl": "triton"}
+    paged_attention(q, k, v, blocks, **call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_attention(q, k, v, blocks, **call)
+    for x, new in zip(held, inputs[1]):
+        x.copy_(new)
+    graph.replay()
+    assert torch.equal(out, paged_attention(q, k, v, blocks, **call))
+    assert not out.isnan().any()
+
+
 def test_what_does_not_fit_is_rejected_in_a_sentence():
     batch = Batch()
     cache = batch.cache(16)
