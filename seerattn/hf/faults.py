@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from seerattn.hf.paged import Batching
+from seerattn.hf.requests import Batching
 
 logger = logging.getLogger(__name__)
 

@@ -138,7 +138,7 @@ def test_equal_beginnings_are_shared_and_change_nothing(length: int, monkeypatch
         starts.append(row.start)
         return unwatched(self, number, row)
 
-    monkeypatch.setattr("seerattn.hf.paged.Batching.mask", watched)
+    monkeypatch.setattr("seerattn.hf.requests.Batching.mask", watched)
     first = tokens(length).tolist()
     asked = [first, first, first[:130] + tokens(70, seed=9).tolist()]
     expected = [alone(gated, prompt) for prompt in asked]
@@ -318,6 +318,6 @@ def test_what_a_manager_cannot_have_is_switched_off_and_told_once(caplog: pytest
             manager = gated.init_continuous_batching(greedy(), asked)
             gated.get_base_model().config._attn_implementation = "seer_attention"
     assert caplog.text.count("runs without CUDA graphs") == 1
-    assert "use_cuda_graph, use_async_batching, max_blocks_per_request" in caplog.text
+    assert "use_cuda_graph, use_async_batching" in caplog.text
     assert not any(manager.continuous_batching_config.cuda_graph_booleans)
-    assert asked.use_cuda_graph is True and manager.continuous_batching_config.max_blocks_per_request == 0
+    assert asked.use_cuda_graph is True and manager.continuous_batching_config.max_blocks_per_request == 8

@@ -1,0 +1,204 @@
+"""What a manager of continuous batching knows of its requests, and the rows of the forward that it runs.
+
+Which request a row belongs to, and how long its prompt is, is known to the manager of the batches alone: the number of
+blocks of a short chunk, and whether "auto" runs it dense, are those of the whole prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seerattn.hf.mask import CallMask
+from seerattn.hf.meters import DensityMeter, density_meters
+from seerattn.hf.state import NO_GATE_BLOCK, Attachment, Running
+from seerattn.selection.policies import Policy, TopK
+from seerattn.selection.selector import Kept, LastRowsDense, Selector, needs_length
+
+
+@dataclass(eq=False)
+class Request:
+    """One request of a manager.
+
+    Attributes:
+        prompt: its tokens.
+        running: what its prompt runs, from its first chunk to its last.
+        shares: whether others may read its pages, and it theirs.
+        meters: count the blocks of its prompt.
+        kept: what the selector of a layer keeps for the next chunk, and of how many tokens.
+    """
+
+    prompt: int
+    running: Running
+    shares: bool
+    meters: tuple[DensityMeter, ...] = ()
+    kept: dict[int, tuple[int, Kept | None]] = field(default_factory=dict)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether something chooses blocks of its prompt; else it runs as in the unpatched model."""
+        return any(selector is not None for selector in self.running.selectors.values())
+
+
+class Choice(NamedTuple):
+    """What was chosen for one request before it came; see `seerattn.hf.batching.choose_for`."""
+
+    running: Running
+    meter: DensityMeter | None
+
+
+class Row(NamedTuple):
+    """Tokens ``begin .. end`` of a packed forward and the keys ``k_begin .. k_end`` of their request."""
+
+    begin: int
+    end: int
+    k_begin: int
+    k_end: int
+
+    @property
+    def start(self) -> int:
+        """Keys before the first token."""
+        return (self.k_end - self.k_begin) - (self.end - self.begin)
+
+
+@dataclass(eq=False)
+class Batching:
+    """What one manager of continuous batching runs.
+
+    Attributes:
+        attachment: of the model.
+        rows: numbers and states of the requests of the forward at hand, in their order.
+        choices: what was chosen for single requests, by their ids.
+        requests: those that are under way, by their ids.
+        shared: what the pages that requests share were made by, once there are any.
+        failed: requests of the forward at hand whose attention could not be computed, and why.
+        suspects: requests, by their ids, of which one made a forward fail; they run one at a time.
+        unsound: whether the scores of next tokens of the last forward were not finite, bool ``[n]``.
+    """
+
+    attachment: Attachment
+    rows: Callable[[], list[Any]]
+    choices: dict[str, Choice] = field(default_factory=dict)
+    requests: dict[str, Request] = field(default_factory=dict)
+    shared: Running | None = None
+    failed: dict[str, Exception] = field(default_factory=dict)
+    suspects: list[str] = field(default_factory=list)
+    unsound: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    _lengths: Tensor | None = None
+    _bounds: dict[bool, list[Row]] = field(default_factory=dict)
+    _masks: dict[int, CallMask] = field(default_factory=dict)
+    _decoding: tuple = ()
+
+    @property
+    def block_q(self) -> int:
+        """Multiple of which chunks begin: blocks of queries are then chosen by all of their queries."""
+        return max((gate.config.block_q for gate in self.attachment.gates().values()), default=NO_GATE_BLOCK)
+
+    def request(self, state: Any) -> Request:
+        """What is known of a request, from the state that transformers keeps of it.
+
+        Raises:
+            ValueError: a policy that looks at the end of a call.
+        """
+        if state.request_id not in self.requests:
+            choice = self.choices.get(state.request_id)
+            running = self.attachment.now() if choice is None else choice.running
+            # Later it may be more: a request that had to make room begins anew, with what it wrote behind its prompt.
+            prompt = len(state.initial_tokens)
+            whole = _of_prompt(running, prompt)
+            if self.shared is None and whole is running:
+                self.shared = whole
+            meters = density_meters(self.attachment) + (
+                [] if choice is None or choice.meter is None else [choice.meter]
+            )
+            self.requests[state.request_id] = Request(prompt, whole, whole is self.shared, tuple(meters))
+        return self.requests[state.request_id]
+
+    def cleared(self, request_id: str) -> None:
+        """Ends the suspicion against a request."""
+        self.suspects = [one for one in self.suspects if one != request_id]
+
+    def forward(self, cu_q: Tensor, cu_k: Tensor, windowed: bool) -> list[Row]:
+        """The rows of the forward at hand; lengths are read from the device once."""
+        self._begin(cu_q)
+        if windowed not in self._bounds:
+            ends = pairwise(cu_q.tolist()), pairwise(cu_k.tolist())
+            self._bounds[windowed] = [Row(*q, *k) for q, k in zip(*ends)]
+        return self._bounds[windowed]
+
+    def decoding(self, cu_q: Tensor, tokens: int) -> tuple[list[Row], list[int]]:
+        """The rows of a forward of one token a request, and which of them a kernel may decode together.
+
+        Those are decoded with gates or selectors on. A row that is the end of a prompt is not decoded, and one of a
+        request that runs dense is attended to by what the unpatched model has. Nothing waits for the device.
+        """
+        self._begin(cu_q)
+        if not self._decoding:
+            states = [future.state for future in self.rows()[:tokens]]
+            rows = [Row(at, at + 1, 0, state.position_offset) for at, state in enumerate(states)]
+            numbers = []
+            for number, (row, state) in enumerate(zip(rows, states)):
+                known = self.requests.get(state.request_id)
+                if known is not None and row.start >= known.prompt and known.chooses:
+                    numbers.append(number)
+            self._decoding = (rows, numbers)
+        return self._decoding
+
+    def _begin(self, cu_q: Tensor) -> None:
+        """Forgets the forward before."""
+        if self._lengths is not cu_q:
+            self._lengths, self._bounds, self._masks, self._decoding = cu_q, {}, {}, ()
+
+    def mask(self, number: int, row: Row) -> CallMask:
+        """What the layers share of a row of a prompt: the tables of its keys."""
+        if number not in self._masks:
+            given = {"q_length": row.end - row.begin, "q_offset": row.start, "attention_mask": None}
+            self._masks[number] = CallMask(self.attachment.dense, given)
+        return self._masks[number]
+
+
+BATCHING: ContextVar[Batching | None] = ContextVar("seerattn_batching", default=None)
+
+
+def check_running(running: Running) -> None:
+    """Refuses what gives a prompt in chunks other blocks than a whole one, in a way that no length mends.
+
+    Raises:
+        ValueError: a policy or selector that looks at the end of a call, of which a chunk has one as well, or one that
+            needs the length and cannot be told it.
+    """
+    for selector in running.selectors.values():
+        if isinstance(selector, LastRowsDense) or getattr(_policy(selector), "last_rows_dense", 0):
+            raise ValueError(
+                "last_rows_dense must be 0 in continuous batching, where every chunk of a prompt has last rows, got a "
+                "policy with some"
+            )
+        if selector is not None and needs_length(selector) and not isinstance(_policy(selector), TopK):
+            raise ValueError(
+                "a selector must choose in chunks as in one call in continuous batching, or do so by a TopK, which is "
+                f"told the length of the prompt, got {type(selector).__name__}"
+            )
+
+
+def _policy(selector: Selector | None) -> Policy | None:
+    return getattr(selector, "policy", None)
+
+
+def _of_prompt(running: Running, prompt: int) -> Running:
+    """What the prompt of a request runs: a policy that needs the whole length is told it.
+
+    Raises:
+        ValueError: see `check_running`.
+    """
+    check_running(running)
+    needy = {layer: s for layer, s in running.selectors.items() if s is not None and needs_length(s)}
+    if not needy:
+        return running
+    told = {layer: replace(s, policy=replace(s.policy, length=prompt)) for layer, s in needy.items()}
+    return replace(running, selectors={**running.selectors, **told})
