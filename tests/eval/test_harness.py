@@ -238,6 +238,22 @@ def test_documents_are_made_at_each_length_and_are_the_same_whatever_else_is_loa
             assert document["max_length"] == task.length
 
 
+def test_likelihoods_at_each_length_are_those_of_its_own_documents_in_a_plain_forward(model) -> None:
+    task = HarnessTask(name="ruler_fwe", likelihood=True, generate=0)
+    for job in task.jobs(Setup(TOKENIZER, (320, 420), limit=2, longest=700)):
+        rows = {row.cell["metric"]: row for row in job.measure(model, [DENSE], ResultsFile(None))}
+        expected = []
+        for index, prompt in zip(job.loaded.chosen, job.sequences, strict=True):
+            answer = " " + " ".join(job.loaded.task.eval_docs[index]["outputs"])
+            ids = torch.tensor([*prompt, *TOKENIZER(answer, add_special_tokens=False)["input_ids"]])
+            with torch.inference_mode():
+                rows_of_logits = model.model(ids[None]).logits[0, len(prompt) - 1 : -1]
+            chosen = rows_of_logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])
+            expected.append(float(chosen.mean()))
+        assert rows["log_prob_per_token"].samples["scores"] == pytest.approx(expected, abs=1e-9)
+        assert len({round(value, 3) for value in expected}) == 2
+
+
 def test_finished_tasks_are_not_run_again_and_other_documents_are(
     model, sparse, data_dir, tmp_path, monkeypatch
 ) -> None:

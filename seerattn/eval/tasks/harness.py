@@ -193,7 +193,9 @@ class _Runner:
         values, samples = results["results"][name], results["samples"][name]
         scores = {pair: _score(*pair, values, samples) for pair in self.job.written}
         if self.job.likelihood:
-            found = zip(*(self.harnessed.likelihoods[index] for index in self.job.loaded.chosen), strict=True)
+            # The harness counts the chosen documents, whatever their places among all are.
+            asked = range(len(self.job.loaded.chosen))
+            found = zip(*(self.harnessed.likelihoods[number] for number in asked), strict=True)
             for metric, documents in zip(LIKELIHOODS, map(list, found), strict=True):
                 scores[metric] = Score(*statistics.mean(documents), documents)
         return scores, density

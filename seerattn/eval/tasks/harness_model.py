@@ -58,7 +58,7 @@ class MiddleCutModel(HFLM):
         batch_size: prompts that are generated from together.
         writes: whether it generates answers; without, it answers nothing.
         answer: gives the right answer of a document; then `likelihoods` has how likely it is, by the number of the
-            document.
+            document among those that are asked.
         encoded: token ids of texts, which it looks up and adds to: each method is asked the same.
     """
 
