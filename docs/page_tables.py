@@ -305,6 +305,7 @@ TABLES = {
     "smollm2-answers": Drawn(["smollm2-gates"], report("Answers beside dense")),
     "smollm2-budgets": Drawn(["smollm2-gates"], report("Budgets per head")),
     "smollm2-methods": Drawn(["smollm2-methods"], report("Perplexity: books-test", "Perplexity: proofs-test")),
+    "gemma3-methods": Drawn(["gemma3-methods"], report("Perplexity: books-test")),
     "targets-perplexity": Drawn(["smollm2-targets"], report("Perplexity over dense")),
     "targets-answers": Drawn(["smollm2-targets"], report("Answers beside dense")),
     "gemma3-perplexity": Drawn(["gemma3-gates"], report("Perplexity over dense")),
@@ -369,6 +370,8 @@ TABLES = {
     "ablation": Drawn(["gate-ablation"], ablation, raw=["gate-variants"]),
     # Of a form in both the later record counts.
     "forms": Drawn(["smollm2-targets", "smollm2-gates"], forms("targets")),
+    "smollm2-rope": Drawn(["smollm2-ablation"], forms("rope")),
+    "smollm2-poolings": Drawn(["smollm2-ablation"], forms("poolings")),
 }
 # A figure of a page, the file of a report that it is, and the records that the report is made of.
 FIGURES = {

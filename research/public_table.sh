@@ -3,12 +3,12 @@
 # samples, and rules of heads for the methods that search some. Everything goes to outputs/smollm2-table; what is there
 # already is not made again. Then: python research/side_by_side.py research/experiments/smollm2.yaml --output outputs/smollm2-table
 #   bash research/public_table.sh                                # in the root of the project; one GPU, some ten minutes
-#   MODEL=outputs/models/gemma3-270m OUT=outputs/gemma3-table CONTEXT=32768 RULES_CONTEXT=8192 STEPS=250 ANCHORS=2 \
+#   MODEL=outputs/models/gemma3-270m FOLDER=outputs/gemma3-table CONTEXT=32768 RULES_CONTEXT=8192 STEPS=250 ANCHORS=2 \
 #       bash research/public_table.sh                          # of its 18 layers 3 have gates, too few for Kascade's 5 anchors
 #   STEPS=3 CONTEXT=512 bash research/public_table.sh --device cpu    # to the end on a CPU, for trying it out
 # Text: research/texts/README.md. The model: make models.
 set -euo pipefail
-model=${MODEL:-outputs/models/smollm2} out=${OUT:-outputs/smollm2-table} context=${CONTEXT:-8192} steps=${STEPS:-1000} rules_context=${RULES_CONTEXT:-$context}
+model=${MODEL:-outputs/models/smollm2} out=${FOLDER:-outputs/smollm2-table} context=${CONTEXT:-8192} steps=${STEPS:-1000} rules_context=${RULES_CONTEXT:-$context}
 run=(python -m seerattn)
 train=(--data books/train-000.jsonl.gz --data proofs/train-000.jsonl.gz)
 held=(--data books/validation-000.jsonl.gz --data proofs/validation-000.jsonl.gz)
