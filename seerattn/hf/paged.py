@@ -14,7 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from seerattn.hf.call import LayerCall, logits_of
@@ -171,8 +173,10 @@ def _attend(
             if told == tokens:
                 return out
             q = q[:, :, told:]
-    mask = _dense_mask(batching.attachment.dense, q, k, window)
-    out.append(dense(q, k, v, mask, kwargs)[0])
+    if _needs_no_mask(batching.attachment.dense, q, k, window, kwargs):
+        out.append(_ends_with_keys(q, k, v, kwargs))
+    else:
+        out.append(dense(q, k, v, _dense_mask(batching.attachment.dense, q, k, window), kwargs)[0])
     return out
 
 
@@ -248,6 +252,29 @@ def _dense_is_faster(state: LayerState, request: Request, q: Tensor) -> bool:
     return prefer_dense(
         q_len=request.prompt, k_len=request.prompt, device=q.device, shape=shape, density=kind.expected or 0.0
     )
+
+
+def _needs_no_mask(dense: str, q: Tensor, k: Tensor, window: int | None, kwargs: dict[str, Any]) -> bool:
+    """Whether a part of a prompt that runs dense is left to a kernel that knows where its queries stand.
+
+    Its mask would have a number for every query and key, 1 GiB of 8k tokens behind 120k, and with one
+    scaled_dot_product_attention has no fast kernel and copies the keys of a group for each of its heads.
+    """
+    is_part = 1 < q.shape[2] < k.shape[2] and (window is None or k.shape[2] <= window)
+    return dense == "sdpa" and is_part and q.device.type == "cuda" and kwargs.get("s_aux") is None
+
+
+def _ends_with_keys(q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Dense causal attention ``[1, t, H, D]`` of queries of which the last one is the last key."""
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=causal_lower_right(q.shape[2], k.shape[2]),
+        scale=logits_of(q, kwargs)["scale"],
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(1, 2)
 
 
 def _dense_mask(dense: str, q: Tensor, k: Tensor, window: int | None) -> Tensor | None:

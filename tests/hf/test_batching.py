@@ -15,7 +15,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 
 import seerattn
 from seerattn import KeepAll, TopK
-from seerattn.hf import batching
+from seerattn.hf import batching, paged
 from seerattn.hf.meters import record_time
 from seerattn.hf.paged import PAGED
 from seerattn.hf.state import Capture, capturing
@@ -70,6 +70,19 @@ def test_without_a_policy_and_with_every_block_a_batch_is_that_of_the_unpatched_
             assert batch(gated, asked) == expected
     seerattn.set_policy(gated, None)
     assert batch(gated, asked) == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "glm"])
+def test_parts_of_a_prompt_that_runs_dense_need_no_mask_where_a_kernel_knows_their_place(
+    name: str, monkeypatch
+) -> None:
+    gated, asked, without = model(name, policy=None), prompts(), []
+    expected = [alone(gated, prompt) for prompt in asked]
+    attend = paged._ends_with_keys
+    monkeypatch.setattr(paged, "_ends_with_keys", lambda q, *others: without.append(q.shape[2]) or attend(q, *others))
+    # As on a GPU.
+    monkeypatch.setattr(paged, "_needs_no_mask", lambda dense, q, k, window, _: 1 < q.shape[2] < k.shape[2])
+    assert batch(gated, asked, max_batch_tokens=100) == expected and len(without) > 4
 
 
 @pytest.mark.parametrize("impl", ["auto", "sparse"])
