@@ -39,7 +39,7 @@ LAW: dict[str, set[str]] = {
     "training": CORE | {"data", "results", "hf"},
     "methods": CORE | {"data", "results", "hf"},
     "serve": CORE | {"hf"},
-    "bench": CORE | {"data", "results", "hf", "training"},
+    "bench": CORE | {"data", "results", "hf", "training", "serve"},
     "eval": CORE | {"data", "results", "hf", "methods"},
     "report": GROUND | {"selection", "results", "methods"},  # the registry of methods, see below
     "cli": CORE | {"data", "results", "hf", "training", "methods", "serve", "bench", "eval", "report"},

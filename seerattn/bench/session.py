@@ -109,12 +109,13 @@ class Session:
         self.say(f"{label}: {', '.join(map(shown, rows))}")
         return rows
 
-    def check(self, name: str, run: Callable[[], tuple[float, float]]) -> None:
+    def check(self, name: str, run: Callable[[], tuple[float, float]], *, oracle: str = "its fp64 oracle") -> None:
         """Compares a variant with its oracle, once a session.
 
         Args:
             name: what is checked.
             run: returns an error and the bound that it must keep.
+            oracle: what it is compared with.
 
         Raises:
             CheckFailed: the error is larger, or not a number.
@@ -123,7 +124,7 @@ class Session:
             try:
                 error, bound = run()
                 if not error <= bound:
-                    raise CheckFailed(f"{name} does not match its fp64 oracle, error {error:.2e}, bound {bound:.2e}")
+                    raise CheckFailed(f"{name} does not match {oracle}, error {error:.2e}, bound {bound:.2e}")
                 self._checks[name] = None
                 self.say(f"checked {name}: error {error:.2e}, bound {bound:.2e}")
             except Exception as error:
@@ -158,6 +159,8 @@ UNITS = {
     "attention_map_ms": "ms",
     "extra_memory_mib": "MiB beyond the results",
     "ttft_s": "s",
+    "serve_first_s": "s to the first token",
+    "serve_tokens_per_second": "tokens/s",
     "finetune_layer_ms": "ms with backward",
     "finetune_step_ms": "ms a step",
     "attention_share": "of it attention",

@@ -12,6 +12,7 @@ from seerattn.bench.crossover import CrossoverBench, save_table
 from seerattn.bench.distill import DistillBench
 from seerattn.bench.finetune import FinetuneBench
 from seerattn.bench.options import Bench, Measuring, ModelBench
+from seerattn.bench.serve import ServeBench
 from seerattn.bench.session import Session, shown
 from seerattn.bench.ttft import TTFTBench
 from seerattn.cli.options import from_options
@@ -66,6 +67,13 @@ def ttft(bench: TTFTBench, measuring: Measuring) -> None:
 
 @app.command()
 @from_options
+def serve(bench: ServeBench, measuring: Measuring) -> None:
+    """Time many prompts at once through the engine of `seerattn serve`: dense, and with gates at several densities."""
+    _measure(bench, measuring)
+
+
+@app.command()
+@from_options
 def distill(bench: DistillBench, measuring: Measuring) -> None:
     """Time steps of gate distillation beside plain forwards of the same model, and what the paper's recipe takes."""
     _measure(bench, measuring)
@@ -108,7 +116,7 @@ def _finish(session: Session, rows: list[Result] | None, measuring: Measuring) -
         raise ValueError("nothing could be measured; the reasons are above")
 
 
-def _print_results(rows: Iterable[Result]) -> None:
+def _print_results(rows: list[Result]) -> None:
     """A line for each variant, with its quantities beside each other."""
     lines: dict[tuple, list[Result]] = {}
     for row in rows:
@@ -123,6 +131,7 @@ def _print_results(rows: Iterable[Result]) -> None:
             name = "dense with the map"
         targets = [f"{row.cell['target_share']:.0%} of the targets"] if "target_share" in row.cell else []
         chunks = [f"chunks of {row.cell['chunk']:,}"] if "chunk" in row.cell else []
+        chunks += [f"{row.cell['at_once']} at once"] if "at_once" in row.cell else []
         blocks = f"{row.cell['block_q']}x{row.cell['block_k']}" if "block_q" in row.cell else ""
         body.append(
             [
@@ -133,10 +142,24 @@ def _print_results(rows: Iterable[Result]) -> None:
                 f"per {row.cell['share']}" if "share" in row.cell else "",
                 "" if row.density is None else f"{row.density:g}",
                 "" if row.realised_density is None else f"{row.realised_density:.3f}",
-                ", ".join(map(shown, found)),
+                ", ".join([*map(shown, found), *_speed_up(found, rows)]),
             ]
         )
     print_table(heads, body, texts=heads)
+
+
+def _speed_up(found: list[Result], rows: Iterable[Result]) -> list[str]:
+    """How much sooner the first token of served prompts comes than densely, of as many."""
+    (row,) = [one for one in found if one.what == "serve_first_s"] or [None]
+    if row is None or row.method == "dense" or row.value is None:
+        return []
+    asked = (row.what, row.context, row.model, row.cell["at_once"])
+    dense = [
+        one.value
+        for one in rows
+        if one.method == "dense" and (one.what, one.context, one.model, one.cell.get("at_once")) == asked and one.value
+    ]
+    return [f"{min(dense) / row.value:.2f} times as soon as dense"] if dense else []
 
 
 def _print_crossover(found: dict) -> None:

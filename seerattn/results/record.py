@@ -23,7 +23,7 @@ _PROVENANCE += ("seconds", "timestamp", "part")
 # Kinds of what readers of records know by name, where it is there at all.
 _CELL: dict[str, Any] = (
     dict.fromkeys(("task", "metric", "filter", "note", "dtype", "device", "impl", "work", "launch", "clock"), str)
-    | dict.fromkeys(("block_q", "block_k", "rows_alike", "mask_heads", "layers", "layer", "batch"), int)
+    | dict.fromkeys(("block_q", "block_k", "rows_alike", "mask_heads", "layers", "layer", "batch", "at_once"), int)
     | {"budget": str, "depth": float, "share": float | str, "target_share": float, "map": bool}
     | {"training": dict[str, Any]}
 )
@@ -49,11 +49,11 @@ _NEEDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 # Of a measurement by `seerattn bench`, which says the device in its cell; with blocks, and of a whole model.
 _BENCH, _BENCH_BLOCKS, _BENCH_MODEL = ("impl",), ("block_q", "block_k", "share"), ("layers",)
-_BENCH_SPARSE = ("attention_ms", "selection_ms", "ttft_s")
+_BENCH_SPARSE = ("attention_ms", "selection_ms", "ttft_s", "serve_first_s", "serve_tokens_per_second")
 _BUDGETS = ("density", "time", "own")
 # Of what others are divided by, or drawn on a logarithmic axis.
 _POSITIVE = ("perplexity", "attention_ms", "selection_ms", "attention_map_ms", "ttft_s", "finetune_layer_ms")
-_POSITIVE += ("finetune_step_ms", "tokens_per_second", "distill_hours")
+_POSITIVE += ("finetune_step_ms", "tokens_per_second", "distill_hours", "serve_first_s", "serve_tokens_per_second")
 
 
 @dataclass(frozen=True, kw_only=True)

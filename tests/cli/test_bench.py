@@ -17,6 +17,7 @@ COMMANDS = {
     "map": (*TINY, "--contexts", "130"),
     "crossover": (*TINY, "--contexts", "130", "--densities", "0.5,1", "--table", "@table.json"),
     "ttft": (*MODEL, "--contexts", "130", "--densities", "0.5,0.7"),
+    "serve": (*MODEL, "--contexts", "130", "--densities", "0.5", "--at-once", "2,1", "--set", "batch_tokens=256"),
     "distill": (*MODEL, "--contexts", "130"),
     "finetune": (*MODEL, "--contexts", "130", "--densities", "0.5"),
 }
@@ -39,6 +40,11 @@ ROWS = {
         ("ttft_s", "dense", "sdpa"),
         ("attention_share", "dense", "sdpa"),
         *[("ttft_s", "gate", "reference"), ("attention_share", "gate", "reference")] * 2,
+    ],
+    "serve": [
+        (what, *of)
+        for of in [("dense", "sdpa"), ("gate", "reference")] * 2
+        for what in ("serve_first_s", "serve_tokens_per_second")
     ],
     "distill": [("tokens_per_second", "dense", "sdpa"), ("tokens_per_second", "gate", "reference")],
     "finetune": [
