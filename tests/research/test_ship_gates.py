@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import seerattn
 from seerattn import GateSelector, TopK
-from seerattn.hf.capture import AttentionCall, watch_attention
 from seerattn.gate_files import CONFIG, WEIGHTS
+from seerattn.hf.capture import AttentionCall, watch_attention
 from seerattn.hf.state import layer_states
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "research"))
