@@ -3,13 +3,12 @@
 import runpy
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seerattn.bench.model import TINY
 from seerattn.data.windows import token_documents
 from seerattn.eval.experiment import Experiment
-from seerattn.hf.attach import attach
-from seerattn.hf.loading import read_model
+from seerattn.hf.attach import attach, detach
 
 RESEARCH = Path(__file__).parents[2] / "research"
 RECIPE = runpy.run_path(str(RESEARCH / "shape_model.py"))
@@ -19,12 +18,12 @@ EXPERIMENT = RESEARCH / "experiments" / "llama-time.yaml"
 def test_a_shape_has_all_that_its_experiment_names(tmp_path) -> None:
     folder = tmp_path / "shape"
     RECIPE["main"](output=folder, layers=3, size="tiny")
-    model = read_model(str(folder / "model"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
     config = model.config
     heads = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     assert heads == (3, TINY.shape.heads, TINY.shape.kv_heads, TINY.shape.head_dim)
     for name in RECIPE["FORMS"]:
-        attach(model, folder / name)
+        detach(attach(model, folder / name))
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     assert len(tokenizer) <= config.vocab_size
     experiment = Experiment.from_file(EXPERIMENT)
