@@ -5,7 +5,7 @@ OLDEST := .venv-oldest/bin
 # One thread a process keeps small tests fast on few cores; the demo and the benchmark use all of them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo models test test-newest test-oldest test-public test-architectures test-gpu memcheck fuzz lint format docs bench-cpu wheel clean
+.PHONY: demo models test test-newest test-oldest test-public test-architectures test-gpu memcheck fuzz lint format docs bench-cpu load-test wheel clean
 
 demo: .venv/.installed
 	$(BIN)/python research/demo.py
@@ -69,6 +69,10 @@ docs: .venv-docs/.installed
 
 bench-cpu: .venv/.installed
 	$(BIN)/python research/kernels/cpu.py
+
+# Many requests at once on `seerattn serve`, and a server that is killed; about 15 minutes.
+load-test: .venv/.installed
+	$(TEST_ENV) $(BIN)/python research/serve_load.py
 
 # Builds a wheel and a source archive into outputs/dist, and tries the wheel where nothing else is installed.
 wheel: .venv/.installed
