@@ -2,10 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+VLLM := .venv-vllm/bin
 # One thread a process keeps small tests fast on few cores; the demo and the benchmark use all of them.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo models test test-newest test-oldest test-public test-architectures test-gpu memcheck fuzz lint format docs bench-cpu load-test wheel clean
+.PHONY: demo models test test-newest test-oldest test-public test-architectures test-vllm test-gpu memcheck fuzz lint format docs bench-cpu load-test wheel clean
 
 demo: .venv/.installed
 	$(BIN)/python research/demo.py
@@ -40,6 +41,11 @@ test-architectures: .venv/.installed
 	@$(TEST_ENV) $(BIN)/python -m pytest -p no:cacheprovider tests/architectures --shard 1/2 & first=$$!; \
 	$(TEST_ENV) $(BIN)/python -m pytest -p no:cacheprovider tests/architectures --shard 2/2; second=$$?; \
 	wait $$first && exit $$second
+
+# The plug-in in engines of vLLM, on the CPU, in processes of the test and over HTTP.
+test-vllm: .venv-vllm/.installed
+	@echo "== vLLM with gates =="
+	$(TEST_ENV) $(VLLM)/python -m pytest -p no:cacheprovider tests/vllm
 
 # These two run with the Python at hand, which must have a CUDA build of torch.
 test-gpu:
@@ -97,6 +103,16 @@ wheel: .venv/.installed
 	$(OLDEST)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+# Of torchvision and its like only builds for CUDA are found, with which vLLM cannot be imported; text needs none.
+.venv-vllm/.installed: pyproject.toml requirements-vllm.txt
+	@echo "== installing into .venv-vllm =="
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install --quiet --upgrade pip
+	$(VLLM)/python -m pip install --quiet -r requirements-vllm.txt
+	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 # Sources are read, not imported, so neither the package nor torch is installed here.
 .venv-docs/.installed: pyproject.toml requirements-docs.txt
 	@echo "== installing into .venv-docs =="
@@ -106,4 +122,4 @@ wheel: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-docs outputs
+	rm -rf .venv .venv-oldest .venv-vllm .venv-docs outputs

@@ -39,6 +39,7 @@ LAW: dict[str, set[str]] = {
     "training": CORE | {"data", "results", "hf"},
     "methods": CORE | {"data", "results", "hf"},
     "serve": CORE | {"hf"},
+    "vllm": CORE,
     "bench": CORE | {"data", "results", "hf", "training", "serve"},
     "eval": CORE | {"data", "results", "hf", "methods"},
     "report": GROUND | {"selection", "results", "methods"},  # the registry of methods, see below
@@ -139,8 +140,16 @@ def test_implementations_of_an_op_do_not_import_each_other() -> None:
 
 
 def test_only_integration_layers_import_transformers_or_peft() -> None:
-    core = [p for p in FILES if room(p) in ("gate", "gate_files", "selection", "ops", "results", "report")]
+    core = [p for p in FILES if room(p) in ("gate", "gate_files", "selection", "ops", "results", "report", "vllm")]
     assert not offences(core, lambda n: starts(n, "transformers", "peft"))
+
+
+def test_only_the_plug_in_imports_vllm() -> None:
+    assert not offences([p for p in FILES if room(p) != "vllm"], lambda n: starts(n, "vllm"))
+    # Its modules are looked up before there is an engine, and those that no engine needs without vLLM.
+    at_once = [p for p in importers("vllm") if p.name not in ("cpu.py", "cuda.py")]
+    tops = [node for p in at_once for node in ast.parse((ROOT / p).read_text()).body if isinstance(node, ast.ImportFrom)]
+    assert not [node.module for node in tops if starts(node.module, "vllm")]
 
 
 def test_only_report_imports_matplotlib() -> None:

@@ -1,0 +1,234 @@
+"""Gates for the layers and the heads of one process. Nothing here needs vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from seerattn import AttnGate, AttnGateConfig, GateSelector, KeepAll, Threshold, TopK
+from seerattn.gate_files import GateFolder
+from seerattn.selection.selector import AttentionContext
+from seerattn.vllm import options
+from seerattn.vllm.gates import Heads, LayerGate, check_model, has_gate, heads_of_gate, layer_number
+from seerattn.vllm.options import Options, chosen_policy, read
+from seerattn.vllm.refusals import check_engine, check_layer
+
+H, HKV, D = 8, 4, 32
+FORMS = {
+    "default": AttnGateConfig(distance_bias=4, qk_norm=True, init="normal"),
+    "published": AttnGateConfig.paper(),
+    "kv group": AttnGateConfig(share="kv_group", init="normal"),
+}
+
+
+def gate_of(form: AttnGateConfig, heads: int = H, kv_heads: int = HKV) -> AttnGate:
+    frequencies = 10000.0 ** (-torch.arange(0, D, 2) / D)
+    return AttnGate(form, num_heads=heads, num_kv_heads=kv_heads, head_dim=D, inv_freq=frequencies).eval()
+
+
+def filled(form: AttnGateConfig) -> AttnGate:
+    torch.manual_seed(1)
+    gate = gate_of(form)
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return gate
+
+
+@pytest.mark.parametrize(("rank", "ranks", "query", "kv"), [
+    (0, 1, range(8), range(4)),
+    (1, 2, range(4, 8), range(2, 4)),
+    (3, 4, range(6, 8), range(3, 4)),
+    (5, 8, range(5, 6), range(2, 3)),
+])  # fmt: skip
+def test_heads_of_a_rank_are_those_that_vllm_deals_out(rank: int, ranks: int, query: range, kv: range) -> None:
+    heads = Heads.of_rank(H, HKV, rank, ranks)
+    assert (heads.query, heads.kv) == (query, kv)
+    # Query head h attends to KV head h // G.
+    assert {h // (H // HKV) for h in heads.query} == set(heads.kv)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("form", list(FORMS))
+def test_gates_of_all_ranks_choose_together_what_the_whole_gate_chooses(form: str, ranks: int) -> None:
+    """Each rank sees its own heads alone; a policy has a setting of its own for every head."""
+    config, layer = FORMS[form], 2
+    gate = filled(config)
+    torch.manual_seed(2)
+    q, k = torch.randn(1, H, 300, D), torch.randn(1, HKV, 300, D)
+    mask_heads = H if config.share == "query_head" else HKV
+    densities = [[], [], [0.2 + 0.08 * head for head in range(mask_heads)]]
+    policies = [TopK(density=densities, rule="row_share"), Threshold(threshold=densities, on="softmax"), KeepAll()]
+    context = AttentionContext(layer=layer, scale=1.0, softcap=None, unrotate=lambda x, start: x.float())
+    for policy in policies:
+        whole = GateSelector(gate, policy, impl="reference").select(q, k, context).to_mask()
+        found = []
+        for rank in range(ranks):
+            heads = Heads.of_rank(H, HKV, rank, ranks)
+            if config.share == "kv_group" and ranks > HKV:
+                with pytest.raises(ValueError, match="tensor_parallel_size must be at most the 4 KV heads"):
+                    heads_of_gate(gate.state_dict(), config, heads)
+                return
+            own = gate_of(config, len(heads.query), len(heads.kv))
+            own.load_state_dict(heads_of_gate(gate.state_dict(), config, heads))
+            of_layer = LayerGate(layer, own, policy, None, heads)
+            selector = GateSelector(own, of_layer.policy_of(300, 300), impl="reference")
+            found.append(selector.select(q[:, heads.query], k[:, heads.kv], context).to_mask())
+        assert torch.equal(torch.cat(found, 1), whole)
+
+
+def test_policy_is_told_the_length_of_the_whole_prompt_where_it_needs_it() -> None:
+    gate = LayerGate(0, filled(FORMS["default"]), TopK(density=0.1), None, Heads.of_rank(H, HKV, 0, 1))
+    assert gate.policy_of(5000, 512) == TopK(density=0.1, length=5000)
+    shared = replace(gate, policy=TopK(density=0.1, rule="row_share"))
+    assert shared.policy_of(5000, 512) == shared.policy
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("model.layers.3.self_attn.attn", 3), ("transformer.h.0.attn.attn", 0), ("language_model.model.layers.5.attn", 5)],
+)
+def test_layer_is_told_by_the_number_in_its_name(name: str, number: int) -> None:
+    assert layer_number(name, 6) == number
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.6.self_attn.attn",
+        "model.attn",
+        "model.layers.1.blocks.2.attn",
+        "vision_model.layers.1.attn",
+        "encoder.layers.1.attn",
+        "model.mtp.layers.1.attn",
+    ],
+)
+def test_unknown_layer_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"attention layers must be those of the decoder, layers.0 to layers.5"):
+        layer_number(name, 6)
+
+
+def folder(layers: dict[int, str], listed: tuple[int, ...] | None = None, **more) -> GateFolder:
+    fields = {"form": FORMS["default"], "policy": None, "budgets": None, "base": {}, "listed": listed}
+    return GateFolder(**fields | more, modules=layers)
+
+
+def test_full_layer_without_a_gate_is_refused_unless_the_folder_lists_its_layers() -> None:
+    some = {0: "model.layers.0.self_attn"}
+    assert has_gate(folder(some), 0, is_windowed=False) and not has_gate(folder(some), 1, is_windowed=True)
+    assert not has_gate(folder(some, (0,)), 1, is_windowed=False)
+    with pytest.raises(ValueError, match="every full-attention layer must have a gate, got none for layer 1"):
+        has_gate(folder(some), 1, is_windowed=False)
+    with pytest.raises(ValueError, match="must attend to all tokens, got layer 0 with a sliding window"):
+        has_gate(folder(some), 0, is_windowed=True)
+
+
+def model_config(**changed) -> SimpleNamespace:
+    text = {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": H,
+        "rope_parameters": {"rope_theta": 1e4},
+    }
+    heads = {"get_total_num_kv_heads": lambda: HKV, "get_head_size": lambda: D}
+    return SimpleNamespace(hf_text_config=SimpleNamespace(**text | changed), **heads)
+
+
+def test_gates_of_another_model_are_refused() -> None:
+    base = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": H, "num_key_value_heads": HKV}
+    base |= {"head_dim": D, "rope": {"rope_theta": 10000.0, "rope_type": "default"}}
+    check_model(folder({}, base=base), model_config())
+    for name, value in (("hidden_size", 128), ("num_attention_heads", 16), ("rope_parameters", {"rope_theta": 5e5})):
+        with pytest.raises(ValueError, match="gates must belong to the model"):
+            check_model(folder({}, base=base), model_config(**{name: value}))
+
+
+def test_options_are_read_and_refused_in_a_sentence() -> None:
+    assert read({}) is None and read(None) is None and read({"other": 1}) is None
+    found = read({"seerattn": {"gates": "g", "density": 0.2, "policy": TopK(density=0.1).to_dict()}})
+    assert found == Options(gates="g", density=0.2, policy=TopK(density=0.1))
+    for wrong, sentence in (
+        ("g", "must be options by name"),
+        ({}, "must have gates, got none"),
+        ({"gates": "g", "gate": 1}, "must be among gates, density, impl, log, got 'gate'"),
+        ({"gates": "g", "density": 1.5}, "density must be"),
+        ({"gates": "g", "impl": "triton"}, "impl must be"),
+        ({"gates": "g", "policy": {"policy": "Best"}}, "policy must be one of"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            read({"seerattn": wrong})
+
+
+SAME_K, ROW_SHARE = TopK(density=0.3), TopK(density=0.3, rule="row_share")
+
+
+def test_policy_is_that_of_the_user_or_else_of_the_folder() -> None:
+    def chosen(of_folder, shares_pages: bool = True, **asked):
+        return chosen_policy(Options(gates="g", **asked), folder({}, policy=of_folder), shares_pages=shares_pages)
+
+    assert chosen(ROW_SHARE) == ROW_SHARE
+    assert chosen(ROW_SHARE, density=0.1) == TopK(density=0.1, rule="row_share")
+    assert chosen(None, density=0.1) == TopK(density=0.1, rule="row_share")
+    assert chosen(ROW_SHARE, policy=KeepAll()) == KeepAll()
+    assert chosen(SAME_K, shares_pages=False) == SAME_K
+    for asked, of_folder, sentence in (
+        ({}, None, "a density or a policy must be given"),
+        ({"density": 0.1}, Threshold(threshold=0.1), "density must come with the policy TopK, got Threshold"),
+        ({}, replace(ROW_SHARE, last_rows_dense=2), "last_rows_dense must be 0"),
+        ({"policy": SAME_K}, ROW_SHARE, "must choose for a beginning whatever follows it"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            chosen(of_folder, **asked)
+
+
+def test_rule_of_the_folder_that_knows_the_length_gives_way_to_shared_pages_and_it_is_told(monkeypatch) -> None:
+    told = []
+    monkeypatch.setattr(options.logger, "warning", told.append)
+    options._tell_of_the_rule.cache_clear()
+    for _ in range(2):  # layers
+        found = chosen_policy(Options(gates="g"), folder({}, policy=SAME_K), shares_pages=True)
+        assert found == ROW_SHARE and len(told) == 1 and "'same_k'" in told[0]
+
+
+def engine_config(**changed) -> SimpleNamespace:
+    parallel = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False}
+    own = {name: value for name, value in changed.items() if name not in parallel}
+    parallel |= {name: value for name, value in changed.items() if name in parallel}
+    plain = {"speculative_config": None, "kv_transfer_config": None}
+    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **plain | own)
+
+
+def test_engine_that_gates_cannot_follow_is_refused() -> None:
+    check_engine(engine_config())
+    for name, value in (
+        ("speculative_config", object()),
+        ("kv_transfer_config", object()),
+        ("decode_context_parallel_size", 2),
+        ("prefill_context_parallel_size", 2),
+        ("enable_dbo", True),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must not be set"):
+            check_engine(engine_config(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (
+            {"attn_type": "encoder_only"},
+            "must be those of a decoder where gates are asked for, got one of kind enc",
+        ),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be that of the model where gates are asked for, got fp8"),
+        ({"alibi_slopes": [1.0]}, "must have no ALiBi slopes"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "must have keys of their own"),
+    ],
+)
+def test_layer_that_gates_cannot_choose_for_is_refused(changed: dict, sentence: str) -> None:
+    plain = {"attn_type": "decoder", "kv_cache_dtype": "auto", "alibi_slopes": None}
+    plain |= {"kv_sharing_target_layer_name": None}
+    check_layer(SimpleNamespace(**plain))
+    with pytest.raises(ValueError, match=sentence):
+        check_layer(SimpleNamespace(**plain | changed))
