@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerFast
 
 
 class TextStream:
@@ -17,7 +18,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
-        self._decoder = _Streaming(tokenizer) if tokenizer.is_fast else _Again(tokenizer)
+        streams = isinstance(tokenizer, PreTrainedTokenizerFast)
+        self._decoder = _Streaming(tokenizer) if streams else _Again(tokenizer)
         self._stop = stop
         self._held = max(map(len, stop), default=1) - 1
         self._tokens = 0  # that were decoded
