@@ -6,7 +6,7 @@
 - cuts prompts at multiples of the gates' query block alone, so that a request gets what it gets alone;
 - lets requests share the pages of equal beginnings only where both are read by the same selectors;
 - fails a request alone where its attention, or a forward, fails (`seerattn.hf.faults`);
-- decodes over the tables of pages of its cache (`seerattn.hf.pages`), but without CUDA graphs, which it says once.
+- leaves keys in the pages of its cache (`seerattn.hf.pages`), but has no CUDA graphs, which it says once.
 
 The name of the attention implementation that transformers asks for stands in the config while a manager lives.
 """
@@ -27,12 +27,14 @@ from typing import Any
 from torch import nn
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
 
 from seerattn.hf.faults import isolate_faults
 from seerattn.hf.meters import DensityMeter, time_meter
 from seerattn.hf.paged import PAGED
+from seerattn.hf.pages import leave_in_pages
 from seerattn.hf.requests import BATCHING, Batching, Choice, check_running
 from seerattn.hf.state import CAPTURE, Attachment, attachment_of, check_fits, check_gated, check_policy
 from seerattn.selection.policies import Policy
@@ -43,12 +45,11 @@ logger = logging.getLogger(__name__)
 _OFF = {
     "use_cuda_graph": False,
     "use_async_batching": False,
+    "max_blocks_per_request": 0,
     "varlen_compile_config": None,
     "decode_compile_config": None,
     "default_compile_level": 0,
 }
-# Tokens of a request of a model that does not say how long one may be, for which tables of pages have room.
-_LONGEST = 131072
 _BATCHINGS: weakref.WeakKeyDictionary[ContinuousBatchingManager, Batching] = weakref.WeakKeyDictionary()
 
 
@@ -135,8 +136,7 @@ def _init_batching(
     if continuous_batching_config is None:
         generation = generation_config or getattr(base, "generation_config", None)
         continuous_batching_config = getattr(generation, "continuous_batching_config", None)
-    asked = continuous_batching_config or ContinuousBatchingConfig()
-    config = _servable(base, asked, attachment)
+    config = _servable(base, continuous_batching_config or ContinuousBatchingConfig(), attachment)
     before = base.config._attn_implementation
     base.config._attn_implementation = PAGED[attachment.dense]
     try:
@@ -149,22 +149,10 @@ def _init_batching(
         manager._original_attn_impl = before
     batching = _BATCHINGS.setdefault(manager, Batching(attachment, partial(_requests, weakref.ref(manager))))
     isolate_faults(manager, batching)
-    # transformers takes tables away from whoever has no FlashAttention, before it makes the cache.
-    manager.continuous_batching_config.max_blocks_per_request = _table_pages(base, asked)
     context = copy_context()
     context.run(BATCHING.set, batching)
     manager._run_generation_loop = partial(_run_in, context, weakref.ref(manager))
     return manager
-
-
-def _table_pages(base: PreTrainedModel, config: ContinuousBatchingConfig) -> int:
-    """Pages of a request that a table has room for, 0 for no tables; longer ones are decoded without."""
-    types = getattr(base.config, "layer_types", None) or ["full_attention"]
-    if set(types) != {"full_attention"} or getattr(base.config, "sliding_window", None) is not None:
-        return 0
-    if config.max_blocks_per_request is not None:
-        return config.max_blocks_per_request
-    return -(-(getattr(base.config, "max_position_embeddings", None) or _LONGEST) // _page(config)) + 1
 
 
 def _page(config: ContinuousBatchingConfig) -> int:
@@ -229,8 +217,6 @@ def _servable(base: nn.Module, config: ContinuousBatchingConfig, attachment: Att
     for name, off in _OFF.items():
         if hasattr(config, name):
             setattr(config, name, off)
-    # Asked for again once transformers has looked for FlashAttention, of which it would warn.
-    config.max_blocks_per_request = 0
     config.scheduler_type = ours
     return config
 
@@ -238,7 +224,8 @@ def _servable(base: nn.Module, config: ContinuousBatchingConfig, attachment: Att
 @functools.cache
 def _tell_what_is_off(asked: str) -> None:
     logger.warning(
-        "continuous batching with gates runs without CUDA graphs, asynchronous batches and compilation%s",
+        "continuous batching with gates runs without CUDA graphs, asynchronous batches, compilation and the tables of "
+        "FlashAttention%s",
         f"; asked for were {asked}" if asked else "",
     )
 
@@ -253,6 +240,10 @@ def _tell_of_pages() -> None:
 
 class _Aligned(Scheduler):
     """What a scheduler of ours does otherwise; the class beside it schedules."""
+
+    def __init__(self, cache: PagedAttentionCache, *others: Any, **options: Any) -> None:
+        super().__init__(cache, *others, **options)
+        leave_in_pages(cache)
 
     def add_waiting_request(self, state: Any) -> None:
         # What cannot be served fails here, where transformers fails the request alone.

@@ -21,8 +21,8 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from seerattn.hf.call import LayerCall, logits_of
 from seerattn.hf.meters import attend_counted, count_dense
-from seerattn.hf.pages import EDITS_KEYWORDS, Pages
-from seerattn.hf.requests import BATCHING, Batching, Request, Row
+from seerattn.hf.pages import EDITS_KEYWORDS, Pages, Row, is_left_in_pages
+from seerattn.hf.requests import BATCHING, Batching, Request
 from seerattn.hf.state import LayerState, check_filled
 from seerattn.ops.crossover import LayerShape, prefer_dense
 from seerattn.selection.block_indices import BlockIndices
@@ -81,7 +81,7 @@ def paged_attention(
             "or selectors are attached, got a manager that was made otherwise"
         )
     own = {name: x for name, x in kwargs.items() if name not in _PACKED}
-    if kwargs.get("block_table") is not None:
+    if is_left_in_pages(kwargs["cache"]):
         return _over_pages(dense, batching, module, query, key, value, seer, own, kwargs), None
     window = kwargs.get("sliding_window")
     key, value, cu_k = _update(module, key, value, kwargs, is_windowed=window is not None)
@@ -105,19 +105,24 @@ def _over_pages(
     own: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """Attention of a forward of one token a request ``[1, n, H, D]``; layers with windows have none."""
-    pages = Pages.of(module, key, value, kwargs)
-    rows, numbers = batching.decoding(kwargs["cu_seq_lens_q"], query.shape[2])
-    together = pages.decode(query, numbers, logits_of(query, own)) if numbers else None
-    if together is not None and len(numbers) == len(rows):
+    """Attention ``[1, T, H, D]`` of a layer whose keys are left in their pages; such layers have no windows."""
+    cache = kwargs["cache"]
+    layout = batching.layout(kwargs["cu_seq_lens_q"], cache)
+    _update(module, key, value, kwargs, is_windowed=False)
+    pages = Pages.of(cache, module.layer_idx, layout)
+    together = pages.decode(query, logits_of(query, own))
+    if together is not None and layout.places is None:
         return together[None]
-    out = query.new_empty(1, len(rows), query.shape[1], value.shape[3])
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     if together is not None:
-        out[0, numbers] = together
-    for number, row in enumerate(rows):
-        if together is None or number not in numbers:
-            q, keys = query[:, :, number : number + 1], partial(pages.row, number, row.k_end)
-            out[:, number : number + 1] = torch.cat(_alone(dense, batching, number, row, seer, q, keys, None, own), 1)
+        out[0, layout.places[0]] = together
+    for number, row in enumerate(layout.rows):
+        if together is None or number not in layout.decoded:
+            new = slice(row.begin, row.end)
+            whole = (key[:, :, new], value[:, :, new])
+            keys = partial(pages.row, number) if row.start else lambda whole=whole: whole
+            parts = _alone(dense, batching, number, row, seer, query[:, :, new], keys, None, own)
+            out[:, new] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return out
 
 

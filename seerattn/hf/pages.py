@@ -1,18 +1,21 @@
-"""Pages of transformers' continuous batching in forwards that only decode, one token a request.
+"""Keys and values of continuous batching where they lie: in the pages of a cache.
 
-In these transformers hands over a table of the pages of every request, where it else has indices of all of its keys. It
-writes nothing and gives nothing back: attention puts the new token into its page. A kernel reads the pages in place
-(`seerattn.ops.decode_attention`), so that no step copies keys and values. Where none runs, and for requests that run as
-in the unpatched model, those of one request at a time are gathered.
+transformers copies all keys of all requests of a forward, in every layer, by an index of every single one, which the
+host writes down in Python. Here a forward writes what is new, and copies nothing by itself: a table of its pages says
+where the keys of a request are. A kernel decodes all requests together and in place (`seerattn.ops.decode_attention`).
+Keys of a later part of a prompt are gathered, those of one request at a time; so are those of what is decoded where no
+kernel runs, or is attended to as in the unpatched model. Caches of models with windows are left as they are.
 """
 
 from __future__ import annotations
 
 import inspect
+import weakref
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from seerattn.ops.decode_attention import decode_attention
@@ -20,70 +23,147 @@ from seerattn.ops.resolve import preferred, refusal
 
 # transformers 5.17 gives indices one by one and has names with a prefix; newer ones edit the keywords of the call.
 EDITS_KEYWORDS = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
-_OP = "decode_attention"
+_OP, _EXTEND = "decode_attention", "extend_read_and_write_indices"
+
+
+def leave_in_pages(cache: PagedAttentionCache) -> None:
+    """Has a cache of full attention alone be written to, and not read, by what transformers does for a forward."""
+    kinds = cache.cache_allocators if EDITS_KEYWORDS else cache.group_cache_managers
+    if len(kinds) == 1 and not _has_windows(cache):
+        setattr(cache, _EXTEND, partial(_write_alone, weakref.ref(cache)))
+
+
+def is_left_in_pages(cache: PagedAttentionCache) -> bool:
+    """Whether `leave_in_pages` did so."""
+    return _EXTEND in vars(cache)
+
+
+def _has_windows(cache: PagedAttentionCache) -> bool:
+    return "sliding_attention" in cache.cache_allocators if EDITS_KEYWORDS else cache.num_sliding_attention_groups > 0
+
+
+def _write_alone(cache: weakref.ref[PagedAttentionCache], *request: Any) -> None:
+    *request, _, write_index = request
+    alive = cache()
+    type(alive).extend_read_and_write_indices(alive, *request, None, write_index)
+
+
+class Row(NamedTuple):
+    """Tokens ``begin .. end`` of a packed forward and the keys ``k_begin .. k_end`` of their request."""
+
+    begin: int
+    end: int
+    k_begin: int
+    k_end: int
+
+    @property
+    def start(self) -> int:
+        """Keys before the first token."""
+        return (self.k_end - self.k_begin) - (self.end - self.begin)
+
+
+class Layout(NamedTuple):
+    """Where the rows of a forward have their keys.
+
+    Attributes:
+        rows: one a request, in their order.
+        decoded: numbers of those that a kernel may decode together.
+        table: pages of the rows, int32 ``[n, P]``.
+        lengths: keys of the rows, int32 ``[n]``.
+        places: token, number and so on of the rows in `decoded`, int64 ``[2, m]``; None if that is all of them.
+    """
+
+    rows: list[Row]
+    decoded: list[int]
+    table: Tensor
+    lengths: Tensor
+    places: Tensor | None
+
+    @classmethod
+    def of(cls, cache: PagedAttentionCache, futures: list[Any], decoded: list[bool], device: torch.device) -> Layout:
+        """The layout of a forward, from what the host knows of its requests: nothing waits for the device.
+
+        Args:
+            cache: that was left in its pages.
+            futures: the requests, as transformers schedules them.
+            decoded: whether a kernel may decode each with others, if it is one token.
+            device: of the model.
+        """
+        rows, at = [], 0
+        for future in futures:
+            rows.append(Row(at, at + future.query_length, 0, future.state.position_offset))
+            at += future.query_length
+        together = [number for number, row in enumerate(rows) if decoded[number] and row.end - row.begin == 1]
+        page = _page_size(cache)
+        pages = [_pages(cache, future.state.request_id)[: -(-row.k_end // page)] for future, row in zip(futures, rows)]
+        width = max(map(len, pages))
+        table = torch.tensor([[*of, *[0] * (width - len(of))] for of in pages], dtype=torch.int32)
+        places = None
+        if len(together) < len(rows):
+            places = torch.tensor([[rows[number].begin for number in together], together]).to(device)
+        lengths = torch.tensor([row.k_end for row in rows], dtype=torch.int32)
+        return cls(rows, together, table.to(device), lengths.to(device), places)
 
 
 class Pages(NamedTuple):
     """Keys and values of one layer.
 
     Attributes:
-        table: pages of every request in their order, int32 ``[n, P]``.
-        k: all pages ``[pages, page_size, HKV, D]``.
+        layout: of the forward.
+        k: all pages ``[pages, page_size, HKV, D]``, which hold what is new already.
         v: of the values, as ``k``.
-        at: position of the new token of every request, ``[n]``.
     """
 
-    table: Tensor
+    layout: Layout
     k: Tensor
     v: Tensor
-    at: Tensor
 
     @classmethod
-    def of(cls, module: nn.Module, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Pages:
-        """The pages of a layer once they hold the new keys and values ``[1, HKV, n, D]``."""
-        at = kwargs["position_ids"][0]
-        found = cls(*_tables(module, key, value, kwargs), at)
-        page, place = at // found.k.shape[1], at % found.k.shape[1]
-        page = found.table.gather(1, page[:, None].long())[:, 0]
-        for pages, new in ((found.k, key), (found.v, value)):
-            pages[page.long(), place.long()] = new[0].transpose(0, 1)
-        return found
+    def of(cls, cache: PagedAttentionCache, layer: int, layout: Layout) -> Pages:
+        """The pages of a layer."""
+        if EDITS_KEYWORDS:
+            return cls(layout, *cache.layer_to_allocator[layer].get_cache_for_block_table(layer))
+        _, place = cache.layer_index_to_group_indices[layer]
+        shape = (-1, cache.block_size, cache.num_key_value_heads, cache.head_dim)
+        return cls(layout, cache.key_cache[place].view(shape), cache.value_cache[place].view(shape))
 
-    def row(self, number: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[1, HKV, tokens, D]`` of one request, gathered."""
-        needed = self.table[number, : -(-tokens // self.k.shape[1])].long()
+    def row(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[1, HKV, S, D]`` of one request, gathered."""
+        tokens = self.layout.rows[number].k_end
+        needed = self.layout.table[number, : -(-tokens // self.k.shape[1])].long()
         return tuple(pages[needed].flatten(0, 1)[:tokens].transpose(0, 1)[None] for pages in (self.k, self.v))
 
-    def decode(self, query: Tensor, numbers: list[int], logits: dict[str, Any]) -> Tensor | None:
-        """Attention of some requests' tokens over all of their keys, or None where no kernel runs here.
+    def decode(self, query: Tensor, logits: dict[str, Any]) -> Tensor | None:
+        """Attention of the rows that are decoded over all of their keys, or None where no kernel runs here.
 
         Args:
-            query: of all requests ``[1, H, n, D]``.
-            numbers: which of them.
+            query: of all rows ``[1, H, T, D]``.
             logits: scale, softcap and sinks.
 
         Returns:
             ``[m, H, D]``.
         """
         name = preferred(_OP, "auto", query.device)
-        if name == "reference":
+        if name == "reference" or not self.layout.decoded:
             return None
-        q, table, lengths = query[0].transpose(0, 1), self.table, (self.at + 1).to(torch.int32)
-        if len(numbers) < len(q):
-            some = torch.tensor(numbers, device=q.device)
-            q, table, lengths = q[some], table[some], lengths[some]
+        q, (_, _, table, lengths, places) = query[0].transpose(0, 1), self.layout
+        if places is not None:
+            q, table, lengths = q[places[0]], table[places[1]], lengths[places[1]]
         call = {"lengths": lengths, "block_table": table, "blocks": None, **logits}
         if refusal(_OP, name, q.device, q, self.k, self.v, **call) is not None:
             return None
         return decode_attention(q, self.k, self.v, **call, impl=name)
 
 
-def _tables(module: nn.Module, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    cache: PagedAttentionCache = kwargs["cache"]
-    if EDITS_KEYWORDS:
-        edited = dict(kwargs)
-        cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=edited)
-        return edited["block_table"], edited["k_cache"], edited["v_cache"]
-    group, layer = cache.layer_index_to_group_indices[module.layer_idx]
-    shape = (-1, cache.block_size, cache.num_key_value_heads, cache.head_dim)
-    return kwargs["block_table"][group], cache.key_cache[layer].view(shape), cache.value_cache[layer].view(shape)
+def _page_size(cache: PagedAttentionCache) -> int:
+    return next(iter(cache.cache_allocators.values())).tokens_per_page if EDITS_KEYWORDS else cache.block_size
+
+
+def _pages(cache: PagedAttentionCache, request_id: str) -> list[int]:
+    """Pages of a request in their order, as `Pages` counts them."""
+    if not EDITS_KEYWORDS:
+        return cache.group_cache_managers[0].block_table[request_id]
+    (allocator,) = cache.cache_allocators.values()
+    # A block has a page of keys and one of values for every layer; the views of a layer begin at its own.
+    stride = allocator.block_physical_stride // allocator.tokens_per_page
+    return [block * stride for block in allocator.block_table[request_id]]

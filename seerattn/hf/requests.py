@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from seerattn.hf.mask import CallMask
 from seerattn.hf.meters import DensityMeter, density_meters
+from seerattn.hf.pages import Layout, Row
 from seerattn.hf.state import NO_GATE_BLOCK, Attachment, Running
 from seerattn.selection.policies import Policy, TopK
 from seerattn.selection.selector import Kept, LastRowsDense, Selector, needs_length
@@ -53,20 +55,6 @@ class Choice(NamedTuple):
     meter: DensityMeter | None
 
 
-class Row(NamedTuple):
-    """Tokens ``begin .. end`` of a packed forward and the keys ``k_begin .. k_end`` of their request."""
-
-    begin: int
-    end: int
-    k_begin: int
-    k_end: int
-
-    @property
-    def start(self) -> int:
-        """Keys before the first token."""
-        return (self.k_end - self.k_begin) - (self.end - self.begin)
-
-
 @dataclass(eq=False)
 class Batching:
     """What one manager of continuous batching runs.
@@ -93,7 +81,7 @@ class Batching:
     _lengths: Tensor | None = None
     _bounds: dict[bool, list[Row]] = field(default_factory=dict)
     _masks: dict[int, CallMask] = field(default_factory=dict)
-    _decoding: tuple = ()
+    _layout: Layout | None = None
 
     @property
     def block_q(self) -> int:
@@ -132,28 +120,28 @@ class Batching:
             self._bounds[windowed] = [Row(*q, *k) for q, k in zip(*ends)]
         return self._bounds[windowed]
 
-    def decoding(self, cu_q: Tensor, tokens: int) -> tuple[list[Row], list[int]]:
-        """The rows of a forward of one token a request, and which of them a kernel may decode together.
+    def layout(self, cu_q: Tensor, cache: PagedAttentionCache) -> Layout:
+        """Where the rows of the forward at hand have their keys, in a cache that was left in its pages.
 
-        Those are decoded with gates or selectors on. A row that is the end of a prompt is not decoded, and one of a
-        request that runs dense is attended to by what the unpatched model has. Nothing waits for the device.
+        Decoded together are requests that choose the blocks of their prompts. The end of a prompt is not decoded, and
+        what runs dense is attended to as in the unpatched model.
         """
         self._begin(cu_q)
-        if not self._decoding:
-            states = [future.state for future in self.rows()[:tokens]]
-            rows = [Row(at, at + 1, 0, state.position_offset) for at, state in enumerate(states)]
-            numbers = []
-            for number, (row, state) in enumerate(zip(rows, states)):
-                known = self.requests.get(state.request_id)
-                if known is not None and row.start >= known.prompt and known.chooses:
-                    numbers.append(number)
-            self._decoding = (rows, numbers)
-        return self._decoding
+        if self._layout is None:
+            futures = self.rows()
+            self._layout = Layout.of(
+                cache, futures, [self._is_decoded(future.state) for future in futures], cu_q.device
+            )
+        return self._layout
+
+    def _is_decoded(self, state: Any) -> bool:
+        known = self.requests.get(state.request_id)
+        return known is not None and known.chooses and state.position_offset > known.prompt
 
     def _begin(self, cu_q: Tensor) -> None:
         """Forgets the forward before."""
         if self._lengths is not cu_q:
-            self._lengths, self._bounds, self._masks, self._decoding = cu_q, {}, {}, ()
+            self._lengths, self._bounds, self._masks, self._layout = cu_q, {}, {}, None
 
     def mask(self, number: int, row: Row) -> CallMask:
         """What the layers share of a row of a prompt: the tables of its keys."""

@@ -331,6 +331,6 @@ def test_what_a_manager_cannot_have_is_switched_off_and_told_once(caplog: pytest
             manager = gated.init_continuous_batching(greedy(), asked)
             gated.get_base_model().config._attn_implementation = "seer_attention"
     assert caplog.text.count("runs without CUDA graphs") == 1
-    assert "use_cuda_graph, use_async_batching" in caplog.text
+    assert "use_cuda_graph, use_async_batching, max_blocks_per_request" in caplog.text
     assert not any(manager.continuous_batching_config.cuda_graph_booleans)
-    assert asked.use_cuda_graph is True and manager.continuous_batching_config.max_blocks_per_request == 8
+    assert asked.use_cuda_graph is True and manager.continuous_batching_config.max_blocks_per_request == 0

@@ -1,10 +1,11 @@
-"""Decoding over pages: the tokens of every request alone, whichever way its keys are read."""
+"""Keys in pages: the tokens of every request alone, whichever way its keys are read, and what is copied."""
 
 import pytest
 import torch
 from batched_model import BLOCK, GATE, SPARSE, alone, config, greedy, model, prompts
 from tiny_models import tiny_model
 from torch import Tensor
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 import seerattn
 from seerattn.hf import batching, pages
@@ -24,26 +25,27 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Watched:
-    """Counts the rows that were gathered and those that a kernel read, which the op's reference stands for."""
+    """Counts rows of layers that were gathered, and those that a kernel read, for which the op's reference stands."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, kernel: bool) -> None:
-        self.gathered = self.read = self.updated = 0
-        gather, decode, update = Pages.row, Pages.decode, pages.PagedAttentionCache.update
+        self.gathered = self.read = 0
+        gather, decode, update = Pages.row, Pages.decode, PagedAttentionCache.update
 
-        def row(*args) -> tuple[Tensor, Tensor]:
+        def row(self_, number: int) -> tuple[Tensor, Tensor]:
             self.gathered += 1
-            return gather(*args)
+            return gather(self_, number)
 
-        def together(self_, query: Tensor, numbers: list[int], logits: dict) -> Tensor | None:
-            self.read += len(numbers)
-            return decode(self_, query, numbers, logits)
+        def together(self_, query: Tensor, logits: dict) -> Tensor | None:
+            self.read += len(self_.layout.decoded)
+            return decode(self_, query, logits)
 
-        def updates(*args, **kwargs):
-            self.updated += kwargs.get("kwargs", {}).get("block_table") is None
-            return update(*args, **kwargs)
+        def written(*args, **options):
+            indices = options.get("kwargs", options)["read_index"]
+            assert [index.numel() for index in indices] == [0], "no key is copied by its index"
+            return update(*args, **options)
 
         monkeypatch.setattr(Pages, "row", row)
-        monkeypatch.setattr(pages.PagedAttentionCache, "update", updates)
+        monkeypatch.setattr(PagedAttentionCache, "update", written)
         if kernel:
             monkeypatch.setattr(Pages, "decode", together)
             monkeypatch.setattr(pages, "preferred", lambda *_: "triton")
@@ -62,15 +64,27 @@ def run(gated, asked: list[list[int]], **options) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["gathered", "by a kernel"])
+@pytest.mark.parametrize("budget", [64, 4096], ids=["in chunks", "at once"])
 @pytest.mark.parametrize("name", ["llama", "smollm3", "glm"])
-def test_decoding_over_pages_gives_the_tokens_of_each_alone(name: str, kernel: bool, monkeypatch) -> None:
+def test_keys_in_pages_give_the_tokens_of_each_alone(name: str, budget: int, kernel: bool, monkeypatch) -> None:
     gated, asked = model(name), prompts(LENGTHS)
     expected = [alone(gated, prompt, NEW) for prompt in asked]
     watched = Watched(monkeypatch, kernel=kernel)
-    assert run(gated, asked, max_batch_tokens=128) == expected
-    # Of two layers; some of the first tokens are written beside parts of prompts.
-    many = 2 * len(asked) * (NEW - 10)
-    assert (watched.read > many > 10 > watched.gathered) if kernel else (watched.gathered > many)
+    assert run(gated, asked, max_batch_tokens=budget) == expected
+    # Of two layers; the first token of an answer comes of its prompt.
+    written = 2 * len(asked) * (NEW - 1)
+    assert watched.read == written * kernel
+    parts = 2 * sum(-(-n // 64) - 1 for n in LENGTHS) if budget == 64 else 0
+    assert parts * kernel <= watched.gathered - written * (not kernel) <= 3 * parts
+
+
+def test_forward_that_reads_a_prompt_gathers_the_keys_of_that_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    gated, (first, second) = model(), prompts((100, 200))
+    expected = [alone(gated, first, NEW), alone(gated, second, NEW)]
+    watched = Watched(monkeypatch, kernel=True)
+    assert run(gated, [first, second], max_batch_tokens=BLOCK + 1) == expected
+    # The parts of 100 tokens behind the first one, and those of 200, of which most are read while the first one writes.
+    assert watched.gathered == 2 * (3 + 6) and watched.read == 2 * 2 * (NEW - 1)
 
 
 def test_rest_of_a_prompt_that_is_one_token_long_is_read_sparsely(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +95,7 @@ def test_rest_of_a_prompt_that_is_one_token_long_is_read_sparsely(monkeypatch: p
     with seerattn.record_density(gated) as together:
         assert run(gated, [prompt], max_batch_tokens=BLOCK) == [expected]
     assert together.mean() == single.mean() < 0.9
-    assert watched.gathered == 2, "one row in each of two layers, which is the rest of the prompt"
+    assert watched.gathered == 2 * 4 and watched.read == 2 * (NEW - 1)
 
 
 def test_requests_that_run_dense_are_decoded_as_in_the_unpatched_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,38 +115,31 @@ def test_requests_that_run_dense_are_decoded_as_in_the_unpatched_model(monkeypat
     assert watched.gathered == watched.read == 2 * (NEW - 1)
 
 
-def test_attention_without_a_policy_is_the_same_bits_with_tables_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_without_a_policy_is_the_same_bits_from_pages_and_by_index(monkeypatch: pytest.MonkeyPatch) -> None:
     gated = seerattn.attach(tiny_model("llama", torch.float32), GATE, None)
     asked = prompts((1, 37, 130, 300))
     seen: list[Tensor] = []
     projection = transformers_model(gated).model.layers[1].self_attn.o_proj
     projection.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     outputs = []
-    for tables in (0, 16):
-        seen.clear()
-        watched = Watched(monkeypatch, kernel=True)
-        run(gated, asked, max_blocks_per_request=tables, max_batch_tokens=1024)
-        assert bool(watched.gathered) == bool(tables) and not watched.read
-        outputs.append(list(seen))
-        monkeypatch.undo()
-    assert len(outputs[0]) == len(outputs[1]) == NEW
-    assert all(torch.equal(a, b) for a, b in zip(*outputs))
+    for budget in (64, 1024):
+        for by_index in (True, False):
+            seen.clear()
+            if by_index:
+                monkeypatch.setattr(batching, "leave_in_pages", lambda cache: None)
+                run(gated, asked, max_batch_tokens=budget)
+            else:
+                watched = Watched(monkeypatch, kernel=True)
+                run(gated, asked, max_batch_tokens=budget)
+                assert watched.gathered and not watched.read
+            outputs.append(list(seen))
+            monkeypatch.undo()
+        by_index, in_pages = outputs[-2:]
+        assert len(by_index) == len(in_pages) >= NEW
+        assert all(torch.equal(a, b) for a, b in zip(by_index, in_pages))
 
 
-def test_what_a_table_has_no_room_for_is_decoded_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    gated, prompt = model(), prompts((50,))[0]
-    expected = alone(gated, prompt, NEW)
-    for number in (0, 1, 2, 3):
-        watched = Watched(monkeypatch, kernel=True)
-        assert run(gated, [prompt], max_blocks_per_request=number) == [expected]
-        # Of two layers. The first of the tokens is that of the prompt, and the last is never read.
-        fitting = min(NEW - 1, max(0, number * BLOCK - len(prompt)))
-        assert watched.read == 2 * fitting and watched.updated >= 2 * (NEW - fitting)
-        monkeypatch.undo()
-
-
-def test_models_with_windows_have_no_tables() -> None:
-    for name, has in (("llama", True), ("gemma3", False)):
-        gated = model(name)
-        manager = gated.init_continuous_batching(greedy(), config())
-        assert (manager.continuous_batching_config.max_blocks_per_request > 0) == has
+def test_caches_of_models_with_windows_are_left_as_they_are() -> None:
+    for name, has in (("llama", True), ("gemma3", False), ("phi3", False)):
+        manager = model(name).init_continuous_batching(greedy(), config())
+        assert pages.is_left_in_pages(manager._create_batch_processor().cache) == has
