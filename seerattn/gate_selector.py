@@ -159,16 +159,28 @@ def pooled_inputs(
     The fused kernel reads each once and never holds it in fp32. Where pooling is learned, single un-rotated tokens in
     fp32 are handed on instead, as what is learned needs its gradient.
     """
-    c, inv_freq = gate.config, call_frequencies(gate, context)
+    start = k.shape[2] - q.shape[2]
+    queries = pooled_queries(gate, q, context, start, impl)
+    return queries, pooled_keys(gate, k[:, :, first_key:], context, first_key, impl)
 
-    def side(x: Tensor, start: int, size: int, kinds: tuple[str, ...]) -> Pooled:
-        if "salient" in kinds:
-            size, kinds = 1, ("avg",)
-        pooled = pool(x, context, start=start, size=size, kinds=kinds, impl=impl)
-        return replace(pooled, inv_freq=inv_freq)
 
-    queries = side(q, k.shape[2] - q.shape[2], c.q_size, c.q_pooling)
-    return queries, side(k[:, :, first_key:], first_key, c.k_size, c.k_pooling)
+def pooled_queries(gate: AttnGate, q: Tensor, context: AttentionContext, start: int, impl: str = "auto") -> Pooled:
+    """The part of `pooled_inputs` that is queries ``[B, H, n, D]`` from position ``start`` on."""
+    return _pooled_side(gate, q, context, start, gate.config.q_size, gate.config.q_pooling, impl)
+
+
+def pooled_keys(gate: AttnGate, k: Tensor, context: AttentionContext, start: int, impl: str = "auto") -> Pooled:
+    """The part of `pooled_inputs` that is keys ``[B, HKV, n, D]`` from position ``start`` on."""
+    return _pooled_side(gate, k, context, start, gate.config.k_size, gate.config.k_pooling, impl)
+
+
+def _pooled_side(
+    gate: AttnGate, x: Tensor, context: AttentionContext, start: int, size: int, kinds: tuple[str, ...], impl: str
+) -> Pooled:
+    if "salient" in kinds:
+        size, kinds = 1, ("avg",)
+    pooled = pool(x, context, start=start, size=size, kinds=kinds, impl=impl)
+    return replace(pooled, inv_freq=call_frequencies(gate, context))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ FILES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 
 # What every room may import of the others. A room is a folder of the package or a module beside them.
 GROUND = {"texts", "outputs", "saving", "locking", "options", "yaml_files", "extras"}
-CORE = GROUND | {"selection", "gate", "ops", "gate_memory", "gate_selector", "gate_files"}
+CORE = GROUND | {"selection", "gate", "ops", "gate_memory", "gate_selector", "gate_decode", "gate_files"}
 LAW: dict[str, set[str]] = {
     "texts": set(),
     "saving": set(),
@@ -33,6 +33,7 @@ LAW: dict[str, set[str]] = {
     "gate_memory": GROUND | {"selection", "gate", "ops"},
     "gate_files": GROUND | {"selection", "gate"},
     "gate_selector": GROUND | {"selection", "gate", "ops", "gate_memory"},
+    "gate_decode": GROUND | {"selection", "gate", "gate_memory", "gate_selector"},
     "data": GROUND,
     "results": GROUND | {"selection"},
     "hf": CORE | {"data", "results"},

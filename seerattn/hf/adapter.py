@@ -136,7 +136,11 @@ class SeerModel(BaseTuner):
         config.base_model, config.layers = found, wanted
         config.target_modules = [layers[index].name for index in wanted]
         self.targeted_module_names = config.target_modules
-        attachment.policies[adapter_name] = None if config.policy is None else policy_from_dict(config.policy)
+        for policies, saved in (
+            (attachment.policies, config.policy),
+            (attachment.decode_policies, config.decode_policy),
+        ):
+            policies[adapter_name] = None if saved is None else policy_from_dict(saved)
         attachment.budgets[adapter_name] = budgets
         if attachment.active is None or adapter_name in self.active_adapters:
             attachment.active = adapter_name

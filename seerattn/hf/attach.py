@@ -23,12 +23,15 @@ from seerattn.hf.identity import transformers_model
 from seerattn.hf.placement import dense_implementation, set_implementation
 from seerattn.hf.probe import probe
 from seerattn.hf.state import Attachment, attachment_of, check_attached_impl, check_fits, check_gated, check_policy
+from seerattn.selection.decode_policy import check_decode_policy
+from seerattn.selection.decode_selector import DecodeSelector
 from seerattn.selection.policies import Policy
 from seerattn.selection.selector import Selector
 
 logger = logging.getLogger(__name__)
 
 SelectorFactory = Callable[[int], Selector | None]
+DecoderFactory = Callable[[int], DecodeSelector | None]
 
 
 def attach(
@@ -36,10 +39,11 @@ def attach(
     gates: str | Path | AttnGateConfig | Selector | SelectorFactory,
     policy: Policy | None = None,
     *,
+    decode_policy: Policy | DecodeSelector | DecoderFactory | None = None,
     impl: str = "auto",
     layers: list[int] | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Makes the prefill of a model sparse.
+    """Makes the attention of a model sparse: that of prompts, and of tokens that are decoded if that is asked for.
 
     Args:
         model: a decoder-only language model with ``attn_implementation`` "sdpa" or "eager".
@@ -48,7 +52,10 @@ def attach(
             an `AttnGateConfig`, for fresh gates to be trained;
             any `Selector`, used by every layer, or a function from the layer's index to its selector (None leaves
             that layer dense).
-        policy: replaces the policy that was saved with the gates. Without either, the model runs dense.
+        policy: replaces the policy that was saved with the gates. Without either, prompts run dense.
+        decode_policy: chooses the blocks of every token that is decoded, by the same gates; it replaces the one that
+            was saved with them. Without either, decoding is dense. With selectors it is a `DecodeSelector`, or a
+            function from the layer's index to one.
         impl: implementation of `block_sparse_attention`. "auto" takes the fastest, or dense attention where it expects
             that to be faster; "sparse" takes the fastest and is never dense, as measurements need it.
         layers: indices of decoder layers; by default all full-attention layers, or those of the saved gates.
@@ -64,14 +71,20 @@ def attach(
     check_attached_impl(impl)
     check_policy(policy)
     if isinstance(gates, (str, Path, AttnGateConfig)):
-        return _attach_gates(model, gates, policy, impl, layers)
+        check_decode_policy(decode_policy)
+        return _attach_gates(model, gates, policy, decode_policy, impl, layers)
     if not isinstance(gates, Selector) and not callable(gates):
         raise ValueError(
             f"gates must be a folder, an AttnGateConfig, a Selector or a function of a layer's index, got {gates!r}"
         )
     if policy is not None:
         raise ValueError(f"policy must be None with a selector, which chooses by itself, got {policy}")
-    _attach_selectors(model, gates, impl, layers)
+    if not (decode_policy is None or isinstance(decode_policy, DecodeSelector) or callable(decode_policy)):
+        raise ValueError(
+            f"decode_policy must be a DecodeSelector, a function of a layer's index or None with a selector, got "
+            f"{decode_policy!r}"
+        )
+    _attach_selectors(model, gates, decode_policy, impl, layers)
     return model
 
 
@@ -79,6 +92,7 @@ def _attach_gates(
     model: PreTrainedModel | PeftModel,
     gates: str | Path | AttnGateConfig,
     policy: Policy | None,
+    decode_policy: Policy | None,
     impl: str,
     layers: list[int] | None,
 ) -> GatedModel:
@@ -101,9 +115,10 @@ def _attach_gates(
         take_off(transformers_model(model))
         raise
     attachment.refresh(impl)
-    if policy is not None:
-        set_policy(gated, policy)
-    elif attachment.policies["default"] is None:
+    saved = attachment.policies["default"], attachment.decode_policies["default"]
+    if policy is not None or decode_policy is not None:
+        set_policy(gated, policy or saved[0], decode_policy=decode_policy or saved[1])
+    elif saved == (None, None):
         logger.info("the gates have no policy and the model runs dense; seerattn.set_policy makes it sparse")
     return gated
 
@@ -117,9 +132,14 @@ def _without_deprecation_of_peft() -> Iterator[None]:
 
 
 def _attach_selectors(
-    model: PreTrainedModel | PeftModel, selector: Selector | SelectorFactory, impl: str, layers: list[int] | None
+    model: PreTrainedModel | PeftModel,
+    selector: Selector | SelectorFactory,
+    decoder: DecodeSelector | DecoderFactory | None,
+    impl: str,
+    layers: list[int] | None,
 ) -> None:
     choose: SelectorFactory = (lambda _: selector) if isinstance(selector, Selector) else selector
+    choose_token: DecoderFactory = decoder if callable(decoder) else (lambda _: decoder)
     base, attachment = transformers_model(model), attachment_of(model)
     found = {layer.layer: layer for layer in probe(base)} if attachment is None else attachment.layers
     wanted = sorted(found)
@@ -127,7 +147,7 @@ def _attach_selectors(
         if not layers or not set(layers) <= set(wanted):
             raise ValueError(f"layers must be among {wanted}, got {layers}")
         wanted = layers
-    chosen = {index: choose(index) for index in wanted}
+    chosen, decoders = ({index: of(index) for index in wanted} for of in (choose, choose_token))
     if attachment is None:
         attachment = Attachment(dense_implementation(base))
         for layer in found.values():
@@ -135,33 +155,39 @@ def _attach_selectors(
         set_implementation(base, IMPLEMENTATIONS[attachment.dense])
         let_batch(base)
     attachment.chosen = chosen
+    attachment.chosen_decoders = {index: one for index, one in decoders.items() if one is not None}
     attachment.refresh(impl)
 
 
-def set_policy(model: nn.Module, policy: Policy | None, *, impl: str | None = None) -> None:
+def set_policy(
+    model: nn.Module, policy: Policy | None, *, decode_policy: Policy | None = None, impl: str | None = None
+) -> None:
     """Changes how a model with gates selects, for all that use it; also what `save_pretrained` saves.
 
     A forward that runs meanwhile ends as it began. For one request or thread there is `seerattn.policy`.
 
     Args:
         model: a `PeftModel` with gates, or a transformers model that loaded them as an adapter.
-        policy: the new policy; None runs dense.
+        policy: the new policy of prompts; None runs them dense.
+        decode_policy: the new one of tokens that are decoded; None decodes dense, whatever it was before.
         impl: the new implementation, None keeps it.
 
     Raises:
         ValueError: the model has no gates, the policy does not fit it, or an unknown ``impl``.
     """
     check_policy(policy)
+    check_decode_policy(decode_policy)
     if impl is not None:
         check_attached_impl(impl)
-    attachment = check_gated(model, policy)
+    attachment = check_gated(model, policy or decode_policy)
     check_fits(policy, attachment)
-    attachment.set_policy(policy, impl)
+    attachment.set_policy(policy, decode_policy, impl)
     for part in model.modules():
         configs = part._configs if isinstance(part, SeerModel) else part.__dict__.get("peft_config", {})
         config = configs.get(attachment.active)
         if isinstance(config, SeerConfig):
             config.policy = None if policy is None else policy.to_dict()
+            config.decode_policy = None if decode_policy is None else decode_policy.to_dict()
 
 
 def detach(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:

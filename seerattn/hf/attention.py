@@ -2,7 +2,8 @@
 
 transformers calls it for every attention layer of a model whose ``attn_implementation`` is one of `IMPLEMENTATIONS`.
 A hook before each layer that was attached to adds a `LayerCall` as the keyword ``seer``. Every other layer, and every
-decode step, runs the attention function and the mask that the model used before, so its result is the same bit for bit.
+decode step without a policy of its own, runs the attention function and the mask that the model used before, so its
+result is the same bit for bit. With one a decode step goes on in `seerattn.hf.decode`.
 
 The first layer of a forward finds those that run dense whatever comes, with nobody looking on (`_is_untouched`). Their
 hook adds nothing, so that a short prompt takes as long as in the unpatched model.
@@ -29,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from seerattn.hf.call import LayerCall, Prefill
+from seerattn.hf.decode import decode
 from seerattn.hf.gate_cache import choose, recall_of
 from seerattn.hf.mask import CallMask, Row, Unservable, make_mask
 from seerattn.hf.meters import attend_counted, count_dense, density_meters, time_meter
@@ -55,8 +57,10 @@ def add_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     else:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if hidden is not None and hidden.shape[1] == 1 and not is_paged(kwargs):
-            return None  # a decode step
-        _check_implementation(module)
+            if not state.decodes:
+                return None
+        else:
+            _check_implementation(module)
     recall = recall_of(state.attachment.gate_cache, module, state.layer, kwargs)
     call = LayerCall(state, kwargs.get("position_embeddings"), kwargs.get("position_ids"), None, recall)
     return args, kwargs | {"seer": call}
@@ -102,7 +106,12 @@ def seer_attention(
     """
     if is_paged(kwargs):
         return paged_attention(partial(_as_unpatched, dense, module), module, query, key, value, seer, kwargs)
-    if seer is None or query.shape[2] == 1 or _is_windowed(key, kwargs):
+    if seer is None or _is_windowed(key, kwargs):
+        return _as_unpatched(dense, module, query, key, value, attention_mask, kwargs)
+    if query.shape[2] == 1:
+        out = decode(module, query, key, value, attention_mask, seer, kwargs, _log_unservable)
+        if out is not None:
+            return out, None
         return _as_unpatched(dense, module, query, key, value, attention_mask, kwargs)
     call = Prefill.of(module, query, key, value, attention_mask, seer, kwargs)
     if _is_untouched(call):

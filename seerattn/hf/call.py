@@ -149,16 +149,16 @@ class LayerCall:
         if slots is not None:
             first_slot = int(slots[-1]) + 1 - tokens
             last = (slots[slots >= first_slot] - first_slot).to(tables[0].device)
-        for positions in self._positions(row, k_len, slots):
+        for positions in self.positions(row, k_len, slots):
             made = rotation.tables(positions.to(tables[0].device), tables[0])
-            if all(_alike(m[:, -q_len:], t[:, last]) for m, t in zip(made, tables)):
+            if all(alike(m[:, -q_len:], t[:, last]) for m, t in zip(made, tables)):
                 return made
         raise Unservable(
             "position_ids must count up by one along a prompt that comes in several calls, got resetting or skipping "
             "ones, as packed documents and images have; give such a prompt in one call"
         )
 
-    def _positions(self, row: int | None, k_len: int, slots: Tensor | None) -> Iterator[Tensor]:
+    def positions(self, row: int | None, k_len: int, slots: Tensor | None) -> Iterator[Tensor]:
         """Candidates for the positions ``[1 or B, S]`` of all keys of the call, which all precede its last token."""
         steps = torch.arange(k_len)
         ids = self.position_ids
@@ -288,5 +288,6 @@ def state_key(state: LayerState) -> tuple:
     return (rotation.embedding, tuple(rotation.arguments.items()))
 
 
-def _alike(made: Tensor, given: Tensor) -> bool:
+def alike(made: Tensor, given: Tensor) -> bool:
+    """Whether rotary tables that were made again are those that a call was given, rounding aside."""
     return made.shape[1:] == given.shape[1:] and bool(((made - given).abs() <= _SAME_TABLES).all())

@@ -17,6 +17,7 @@ from seerattn.gate.config import AttnGateConfig
 from seerattn.gate_files import CONFIG, WEIGHTS, check_gates, check_layers, check_sizes, read_budgets, read_config
 from seerattn.saving import write_whole
 from seerattn.selection.budgets import HeadBudgets, shares_density
+from seerattn.selection.decode_policy import check_decode_policy
 from seerattn.selection.policies import policy_from_dict
 
 
@@ -42,6 +43,7 @@ class SeerConfig(PeftConfig):
     Attributes:
         gate: form of the gates, `AttnGateConfig.to_dict`.
         policy: `Policy.to_dict` of the policy to start with; None runs dense until `set_policy`.
+        decode_policy: the same of tokens that are decoded; None decodes dense.
         budgets: `HeadBudgets.to_dict`, by which a density is shared among heads; None shares it equally.
         layers: indices of the decoder layers with a gate; None is every full-attention layer.
         base_model: sizes and RoPE of the model that the gates belong to, filled in when they are attached.
@@ -50,6 +52,7 @@ class SeerConfig(PeftConfig):
 
     gate: dict = field(default_factory=lambda: AttnGateConfig().to_dict())
     policy: dict | None = None
+    decode_policy: dict | None = None
     budgets: dict | None = None
     layers: list[int] | None = None
     base_model: dict | None = None
@@ -62,7 +65,7 @@ class SeerConfig(PeftConfig):
         self.task_type = self.task_type or "CAUSAL_LM"
         super().__post_init__()
         self.peft_type = PeftType("SEER")
-        for name in ("gate", "policy", "budgets", "base_model"):
+        for name in ("gate", "policy", "decode_policy", "budgets", "base_model"):
             value = getattr(self, name)
             if not isinstance(value, dict) and (value is not None or name == "gate"):
                 raise ValueError(f"{name} of gates must be an object of JSON, got {str(value)[:40]!r}")
@@ -80,6 +83,7 @@ class SeerConfig(PeftConfig):
             raise ValueError(f"base_model_name_or_path of gates must be a name or null, got {got}")
         AttnGateConfig.from_dict(self.gate)
         policy = None if self.policy is None else policy_from_dict(self.policy)
+        check_decode_policy(None if self.decode_policy is None else policy_from_dict(self.decode_policy))
         if self.base_model is not None:
             check_sizes(self.base_model, self.layers)
         budgets = self.head_budgets(self.base_model, self.layers)

@@ -17,10 +17,10 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from seerattn.hf.call import Prefill
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Channels of a token that tell its keys from those of another one, of the first and the last head and spread over both:
 # some that lie together may be zero in all tokens. One channel of bf16 would be equal by chance in some hundred tokens.
@@ -129,8 +130,9 @@ class Recall:
         record = self.records.rows.get(row)
         if not past:
             return Memory(), None
-        if record is not None and untouched and record.marks.shape[2] == past:
-            return Memory(past, record.kept), record.marks
+        if record is not None and untouched and record.marks.shape[2] <= past:
+            # Fewer where tokens were decoded of which a selector kept nothing new.
+            return Memory(record.marks.shape[2], record.kept), record.marks
         known, best = 0, None
         for found in self.store.others(self.cache, self.layer, row) if record is None else (record,):
             tokens, record = _held_to(found, k, past)
@@ -148,6 +150,24 @@ class Recall:
         known = 0 if marks is None else marks.shape[2]
         new = _marks(k[:, :, known:]).detach().clone()
         self.records.rows[row] = Record(new if marks is None else torch.cat((marks, new), 2), memory.kept)
+
+    def through(self, row: int | None, k: Tensor, past: int, untouched: bool, select: Callable[[Memory], T]) -> T:
+        """What a selector finds that is told what is known, and of which is kept what it leaves.
+
+        Args:
+            row: see `find`, as the next two.
+            k: keys of the call.
+            past: those before it.
+            untouched: whether nothing of them needs a comparison.
+            select: the selector.
+        """
+        memory, marks = self.find(row, k, past, untouched)
+        before = memory.kept
+        found = select(memory)
+        # What is the same is of the keys that have marks already.
+        if memory.kept is None or memory.kept is not before or row not in self.records.rows:
+            self.keep(row, k, memory, marks)
+        return found
 
     def end(self, key: Tensor) -> None:
         """Notes what the cache holds after a call with these keys."""
@@ -174,9 +194,8 @@ def choose(
         return selector.select(q, k, context)
     # Which slots of a row are its own may change from call to call where its padding is not on the left.
     untouched = recall.untouched and (row is None or call.mask.rows is None)
-    memory, marks = recall.find(row, k, k.shape[2] - q.shape[2], untouched)
-    blocks = selector.select(q, k, replace(context, memory=memory))
-    recall.keep(row, k, memory, marks)
+    past = k.shape[2] - q.shape[2]
+    blocks = recall.through(row, k, past, untouched, lambda m: selector.select(q, k, replace(context, memory=m)))
     recall.end(call.key)
     return blocks
 

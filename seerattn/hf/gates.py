@@ -152,6 +152,7 @@ def delete_gate(attachment: Attachment, name: str) -> None:
         if holder is not None and name in holder:
             del holder[name]
     attachment.policies.pop(name, None)
+    attachment.decode_policies.pop(name, None)
     attachment.budgets.pop(name, None)
     if attachment.active == name:
         attachment.active = next(iter(attachment.policies), None)

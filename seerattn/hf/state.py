@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from seerattn.gate.attn_gate import AttnGate
+from seerattn.gate_decode import GateDecoder
 from seerattn.gate_files import GATES
 from seerattn.gate_selector import GateSelector
 from seerattn.hf.gate_cache import GateCache
 from seerattn.hf.rotary import Rotation
 from seerattn.ops.resolve import IMPLS
 from seerattn.selection.budgets import HeadBudgets, shares_density
+from seerattn.selection.decode_policy import check_decode_policy
+from seerattn.selection.decode_selector import DecodeSelector
 from seerattn.selection.policies import Policy
 from seerattn.selection.selector import Selector, expected_density
 
@@ -89,6 +92,7 @@ class Running:
 
     Attributes:
         selectors: what chooses the blocks, by layer.
+        decoders: what chooses those of a token that is decoded, by layer; one that is not named decodes dense.
         gates: those that are used and trained, by layer.
         impl: implementation of `block_sparse_attention`; "auto" may also choose dense attention, "sparse" is "auto"
             without that.
@@ -96,6 +100,7 @@ class Running:
     """
 
     selectors: Mapping[int, Selector | None] = field(default_factory=dict)
+    decoders: Mapping[int, DecodeSelector | None] = field(default_factory=dict)
     gates: Mapping[int, AttnGate] = field(default_factory=dict)
     impl: str = "auto"
     budgets: HeadBudgets | None = None
@@ -128,12 +133,15 @@ class Running:
             self._kinds.update(found)
         return self._kinds
 
-    def with_policy(self, policy: Policy | None) -> Running:
-        """The same gates under another policy; None runs dense."""
-        if policy is None:
-            return replace(self, selectors={})
-        gates = self.gates.items()
-        return replace(self, selectors={i: GateSelector(gate, policy, budgets=self.budgets) for i, gate in gates})
+    def with_policy(self, policy: Policy | None, decode_policy: Policy | None = None) -> Running:
+        """The same gates under other policies, of prompts and of tokens that are decoded; None runs dense."""
+        selectors, decoders = {}, {}
+        for index, gate in self.gates.items():
+            if policy is not None:
+                selectors[index] = GateSelector(gate, policy, budgets=self.budgets)
+            if decode_policy is not None:
+                decoders[index] = GateDecoder(gate, decode_policy)
+        return replace(self, selectors=selectors, decoders=decoders)
 
 
 @dataclass(eq=False)
@@ -144,10 +152,13 @@ class Attachment:
         dense: the attention implementation that ours replaced.
         layers: what is known of the attention layers that were attached to, by index.
         policies: policy of every set of gates, by the name of its adapter.
+        decode_policies: the same for tokens that are decoded.
         budgets: the same for what shares a density among its heads.
         active: name of the set of gates that is used, None without gates.
         enabled: whether gates and selectors are used at all.
         chosen: selectors that were attached over the gates, or None.
+        chosen_decoders: what was attached with them.
+        decodes: whether anything ever chose blocks of decoded tokens here; else no decode step asks.
         running: what the layers run outside of a `policy` context.
         gate_cache: what their selectors keep from call to call.
     """
@@ -155,10 +166,13 @@ class Attachment:
     dense: str
     layers: dict[int, AttentionLayer] = field(default_factory=dict)
     policies: dict[str, Policy | None] = field(default_factory=dict)
+    decode_policies: dict[str, Policy | None] = field(default_factory=dict)
     budgets: dict[str, HeadBudgets | None] = field(default_factory=dict)
     active: str | None = None
     enabled: bool = True
     chosen: Mapping[int, Selector | None] | None = None
+    chosen_decoders: Mapping[int, DecodeSelector | None] = field(default_factory=dict)
+    decodes: bool = False
     running: Running = field(default_factory=Running)
     gate_cache: GateCache = field(default_factory=GateCache)
 
@@ -182,15 +196,17 @@ class Attachment:
             return
         running = Running(gates=self.gates(), impl=impl, budgets=self.budgets.get(self.active))
         if self.chosen is None:
-            self.running = running.with_policy(self.policies.get(self.active))
+            running = running.with_policy(self.policies.get(self.active), self.decode_policies.get(self.active))
         else:
-            self.running = replace(running, selectors=self.chosen)
+            running = replace(running, selectors=self.chosen, decoders=self.chosen_decoders)
+        self.decodes |= bool(running.decoders)
+        self.running = running
 
-    def set_policy(self, policy: Policy | None, impl: str | None = None) -> None:
+    def set_policy(self, policy: Policy | None, decode_policy: Policy | None = None, impl: str | None = None) -> None:
         """Changes how the gates choose; None runs dense. Selectors that were attached over them go."""
         if self.active is not None:
-            self.policies[self.active] = policy
-        self.chosen = None
+            self.policies[self.active], self.decode_policies[self.active] = policy, decode_policy
+        self.chosen, self.chosen_decoders = None, {}
         self.refresh(impl)
 
 
@@ -225,6 +241,11 @@ class LayerState:
     def selector(self) -> Selector | None:
         """What chooses the blocks in the context of the caller; None runs dense."""
         return self.attachment.now().selectors.get(self.layer)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether something chooses the blocks of tokens that are decoded, in the context of the caller."""
+        return self.attachment.decodes and self.attachment.now().decoders.get(self.layer) is not None
 
     @property
     def gate(self) -> AttnGate | None:
@@ -294,26 +315,31 @@ _POLICIES: ContextVar[tuple[tuple[Attachment, Running], ...]] = ContextVar("seer
 
 
 @contextmanager
-def policy(model: nn.Module, policy: Policy | None, *, impl: str | None = None) -> Iterator[None]:
-    """Runs ``model`` by another policy inside the ``with``, in this thread or asyncio task alone.
+def policy(
+    model: nn.Module, policy: Policy | None, *, decode_policy: Policy | None = None, impl: str | None = None
+) -> Iterator[None]:
+    """Runs ``model`` by other policies inside the ``with``, in this thread or asyncio task alone.
 
     A server gives each request its own this way; `set_policy` changes the model for all. A thread that is started
     inside begins without it, unless it is given `contextvars.copy_context`.
 
     Args:
-        model: with gates; with ``policy=None`` any model that was attached to.
-        policy: chooses the blocks; None runs dense.
+        model: with gates; without a policy any model that was attached to.
+        policy: chooses the blocks of prompts; None runs them dense.
+        decode_policy: chooses those of every token that is decoded; None decodes dense.
         impl: implementation of the attention, see `seerattn.attach`; None keeps it.
 
     Raises:
         ValueError: the model has no gates, or what is no policy or no ``impl``.
     """
     check_policy(policy)
+    check_decode_policy(decode_policy)
     if impl is not None:
         check_attached_impl(impl)
-    attachment = check_gated(model, policy)
+    attachment = check_gated(model, policy or decode_policy)
     check_fits(policy, attachment)
-    running = attachment.now().with_policy(policy)
+    running = attachment.now().with_policy(policy, decode_policy)
+    attachment.decodes |= bool(running.decoders)
     token = _POLICIES.set((*_POLICIES.get(), (attachment, replace(running, impl=impl or running.impl))))
     try:
         yield

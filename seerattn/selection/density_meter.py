@@ -10,31 +10,24 @@ from torch import Tensor
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
 
 
-class DensityMeter:
-    """Counts the blocks that layers compute; see `seerattn.record_density`.
+class _Meter:
+    """What counting prompts and counting decode steps share.
 
-    Only prefill calls of layers with a selector count. A call that ``impl="auto"`` ran dense counts with density 1.
-    Blocks that attention skips (`Policy.skip_threshold`) count, since their scores are computed; `skipped` tells them.
+    Args:
+        what: names what was to be counted where nothing was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self._what = what
         # Counts stay on the device until they are asked for, so that counting never waits for a GPU.
         self._computed: dict[int, Tensor] = {}
-        self._skipped: dict[int, Tensor] = {}
         self._causal: dict[int, int] = {}
 
-    def add(self, layer: int, heads: int, blocks: BlockIndices) -> None:
-        """Counts one call of a layer with so many query heads."""
-        computed = blocks.counts.sum((0, 2)).repeat_interleave(heads // blocks.num_heads)
+    def _add(self, layer: int, heads: int, computed: Tensor, causal: int) -> None:
+        """Counts blocks that were computed, int ``[Hm]``, of so many causal ones a head."""
+        computed = computed.repeat_interleave(heads // len(computed))
         self._computed[layer] = self._computed[layer] + computed if layer in self._computed else computed
-        geometry = (tuple(blocks.q_start.tolist()), tuple(blocks.q_len.tolist()), blocks.block_q, blocks.block_k)
-        self._causal[layer] = self._causal.get(layer, 0) + _causal_blocks(*geometry)
-
-    def add_skipped(self, layer: int, blocks: BlockIndices, counts: Tensor) -> None:
-        """Tells of a call that was counted how many blocks were computed in full, ``counts [B, H, Nq]``."""
-        listed = blocks.counts.repeat_interleave(counts.shape[1] // blocks.num_heads, 1)
-        skipped = (listed - counts).sum((0, 2))
-        self._skipped[layer] = self._skipped[layer] + skipped if layer in self._skipped else skipped
+        self._causal[layer] = self._causal.get(layer, 0) + causal
 
     @property
     def layers(self) -> list[int]:
@@ -54,6 +47,49 @@ class DensityMeter:
         self._check_counted()
         return float(torch.stack([density.mean() for density in self.by_head().values()]).mean())
 
+    def _check_counted(self) -> None:
+        if not self._computed:
+            raise ValueError(f"the meter must have seen at least one {self._what}, got none")
+
+
+class DecodeMeter(_Meter):
+    """Counts the blocks that layers read for tokens that are decoded; see `DensityMeter`."""
+
+    def __init__(self) -> None:
+        super().__init__("token that was decoded by a policy")
+
+    def add(self, layer: int, heads: int, counts: Tensor, tokens: int, block_k: int) -> None:
+        """Counts one token of each of some sequences of ``tokens`` keys, by the lengths ``[B, Hm]`` of their lists."""
+        self._add(layer, heads, counts.sum(0), len(counts) * -(-tokens // block_k))
+
+
+class DensityMeter(_Meter):
+    """Counts the blocks that layers compute; see `seerattn.record_density`.
+
+    Only prefill calls of layers with a selector count. A call that ``impl="auto"`` ran dense counts with density 1.
+    Blocks that attention skips (`Policy.skip_threshold`) count, since their scores are computed; `skipped` tells them.
+
+    Attributes:
+        decode: the same of tokens that were decoded by a policy of their own; one that "auto" let read everything
+            counts with density 1. Nothing is counted without such a policy.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("prefill of a layer with a selector")
+        self._skipped: dict[int, Tensor] = {}
+        self.decode = DecodeMeter()
+
+    def add(self, layer: int, heads: int, blocks: BlockIndices) -> None:
+        """Counts one call of a layer with so many query heads."""
+        geometry = (tuple(blocks.q_start.tolist()), tuple(blocks.q_len.tolist()), blocks.block_q, blocks.block_k)
+        self._add(layer, heads, blocks.counts.sum((0, 2)), _causal_blocks(*geometry))
+
+    def add_skipped(self, layer: int, blocks: BlockIndices, counts: Tensor) -> None:
+        """Tells of a call that was counted how many blocks were computed in full, ``counts [B, H, Nq]``."""
+        listed = blocks.counts.repeat_interleave(counts.shape[1] // blocks.num_heads, 1)
+        skipped = (listed - counts).sum((0, 2))
+        self._skipped[layer] = self._skipped[layer] + skipped if layer in self._skipped else skipped
+
     def skipped(self) -> float:
         """Share of the counted blocks whose scores were computed, and then neither softmax nor product with values.
 
@@ -62,10 +98,6 @@ class DensityMeter:
         """
         self._check_counted()
         return sum(int(x.sum()) for x in self._skipped.values()) / sum(int(x.sum()) for x in self._computed.values())
-
-    def _check_counted(self) -> None:
-        if not self._computed:
-            raise ValueError("the meter must have seen at least one prefill of a layer with a selector, got none")
 
 
 @functools.lru_cache(maxsize=256)

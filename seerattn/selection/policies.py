@@ -90,6 +90,22 @@ class Policy(ABC):
             forced_scored: whether the scores of forced blocks mean anything; if not, they are left out of every
                 softmax.
         """
+        geometry = {"block_q": block_q, "block_k": block_k, "q_start": q_start, "q_len": q_len}
+        mask = self.keep(scores, **geometry, layer=layer, forced_scored=forced_scored)
+        return replace(BlockIndices.from_mask(mask, **geometry), skip_threshold=self.skip_threshold)
+
+    def keep(
+        self,
+        scores: Tensor,
+        *,
+        q_start: int,
+        q_len: int,
+        block_q: int,
+        block_k: int,
+        layer: int = 0,
+        forced_scored: bool = True,
+    ) -> Tensor:
+        """The blocks that `select` lists, as a mask: bool ``[B, Hm, Nq, Nk]``; of others than causal ones any value."""
         num_q_blocks, num_k_blocks = scores.shape[2:]
         geometry = (q_start, q_len, num_q_blocks, num_k_blocks, block_q, block_k)
         if num_q_blocks != num_query_blocks(q_start, q_len, block_q):
@@ -103,9 +119,7 @@ class Policy(ABC):
             forced[:, -self.last_rows_dense :] = causal[:, -self.last_rows_dense :]
         hidden = ~causal if forced_scored else ~causal | forced
         rows = _Rows(layer, q_start + q_len, block_q, block_k, causal[:, None], forced[:, None])
-        mask = self._keep(scores.masked_fill(hidden[:, None], -torch.inf), rows) | rows.forced
-        blocks = BlockIndices.from_mask(mask, block_q=block_q, block_k=block_k, q_start=q_start, q_len=q_len)
-        return replace(blocks, skip_threshold=self.skip_threshold)
+        return self._keep(scores.masked_fill(hidden[:, None], -torch.inf), rows) | rows.forced
 
     @property
     def nominal_density(self) -> float | None:
