@@ -42,10 +42,12 @@ test-architectures: .venv/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest -p no:cacheprovider tests/architectures --shard 2/2; second=$$?; \
 	wait $$first && exit $$second
 
-# The plug-in in engines of vLLM, on the CPU, in processes of the test and over HTTP.
+# The plug-in in engines of vLLM, on the CPU, in the two processes of the tests and over HTTP.
 test-vllm: .venv-vllm/.installed
 	@echo "== vLLM with gates =="
-	$(TEST_ENV) $(VLLM)/python -m pytest -p no:cacheprovider tests/vllm
+	@$(TEST_ENV) $(VLLM)/python -m pytest -p no:cacheprovider tests/vllm --shard 1/2 & first=$$!; \
+	$(TEST_ENV) $(VLLM)/python -m pytest -p no:cacheprovider tests/vllm --shard 2/2; second=$$?; \
+	wait $$first && exit $$second
 
 # These two run with the Python at hand, which must have a CUDA build of torch.
 test-gpu:

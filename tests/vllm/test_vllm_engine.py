@@ -100,6 +100,11 @@ def test_rule_that_depends_on_the_length_is_told_that_of_the_whole_prompt(llama:
         assert answers(llm, prompts()) == expected
 
 
+def test_compiled_model_gives_the_tokens_of_sparse_generate(llama: Made) -> None:
+    with engine(llama.model, llama.options(), enforce_eager=False) as llm:
+        assert answers(llm, prompts()) == [alone(llama.gated, prompt) for prompt in prompts()]
+
+
 @pytest.mark.parametrize("budget", [4096, 100], ids=["one shot", "chunks"])
 def test_all_blocks_kept_are_the_dense_output_of_the_engine(llama: Made, budget: int) -> None:
     """A second time all of them begin with pages that the first time left."""

@@ -38,8 +38,8 @@ def ask(port: int, path: str, body: Any = None) -> Any:
     return json.loads(text) if text else None
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The port of a server, and the file of what it says."""
     folder = tmp_path_factory.mktemp("serve")
     # The build for CPUs has another name than the package that `vllm serve` asks for the version of.
@@ -51,7 +51,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
     options = {"seerattn": {"gates": str(GATES), "density": 0.2, "impl": "sparse", "log": True}}
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(REFERENCE), "--port", str(port)]
     command += ["--additional-config", json.dumps(options), "--max-num-batched-tokens", "8192", "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", "2304", "--served-model-name", "tiny"]
+    command += ["--max-model-len", "2304", "--served-model-name", "tiny", "--enforce-eager"]
+    command += ["--tensor-parallel-size", str(request.param)]
     environment = os.environ | {"PYTHONPATH": str(folder), "VLLM_LOGGING_LEVEL": "INFO", "OMP_NUM_THREADS": "1"}
     said = folder / "said"
     with said.open("w") as file:
@@ -95,9 +96,10 @@ def test_three_clients_at_once_get_the_tokens_and_the_density_of_sparse_generate
     for _ in range(2):
         with ThreadPoolExecutor(len(asked)) as clients:
             assert list(clients.map(complete, asked)) == expected
-    line = r"request \S+: (\d+) prompt tokens(?:, (\d+) of them from the cache)?, density (\S+)"
-    lines = re.findall(line, said.read_text())
-    told = sorted((int(prompt), int(cached or 0), float(density)) for prompt, cached, density in lines)
+    line = r"request (\S+): (\d+) prompt tokens(?:, (\d+) of them from the cache)?, density (\S+)"
+    # Every rank tells of its own heads.
+    lines = {found[0]: found[1:] for found in re.findall(line, said.read_text())}
+    told = sorted((int(prompt), int(cached or 0), float(density)) for prompt, cached, density in lines.values())
     assert [prompt for prompt, _, _ in told] == [700, 700, 1500, 1500, 2048, 2048]
     # Page by page what was read before is found.
     assert [cached for _, cached, _ in told[1::2]] == [640, 1408, 1920] and all(0.15 < x[2] < 0.35 for x in told)
