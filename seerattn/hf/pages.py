@@ -70,7 +70,8 @@ class Layout(NamedTuple):
         decoded: numbers of those that a kernel may decode together.
         table: pages of the rows, int32 ``[n, P]``.
         lengths: keys of the rows, int32 ``[n]``.
-        places: token, number and so on of the rows in `decoded`, int64 ``[2, m]``; None if that is all of them.
+        places: tokens and numbers of the rows in `decoded`, int64 ``[2, m]``; None if that is all of them.
+        impl: of `decode_attention` that runs on the device.
     """
 
     rows: list[Row]
@@ -78,6 +79,7 @@ class Layout(NamedTuple):
     table: Tensor
     lengths: Tensor
     places: Tensor | None
+    impl: str
 
     @classmethod
     def of(cls, cache: PagedAttentionCache, futures: list[Any], decoded: list[bool], device: torch.device) -> Layout:
@@ -100,9 +102,9 @@ class Layout(NamedTuple):
         table = torch.tensor([[*of, *[0] * (width - len(of))] for of in pages], dtype=torch.int32)
         places = None
         if len(together) < len(rows):
-            places = torch.tensor([[rows[number].begin for number in together], together]).to(device)
+            places = _on(device, torch.tensor([[rows[number].begin for number in together], together]))
         lengths = torch.tensor([row.k_end for row in rows], dtype=torch.int32)
-        return cls(rows, together, table.to(device), lengths.to(device), places)
+        return cls(rows, together, _on(device, table), _on(device, lengths), places, preferred(_OP, "auto", device))
 
 
 class Pages(NamedTuple):
@@ -143,16 +145,21 @@ class Pages(NamedTuple):
         Returns:
             ``[m, H, D]``.
         """
-        name = preferred(_OP, "auto", query.device)
-        if name == "reference" or not self.layout.decoded:
+        _, decoded, table, lengths, places, name = self.layout
+        if name == "reference" or not decoded:
             return None
-        q, (_, _, table, lengths, places) = query[0].transpose(0, 1), self.layout
+        q = query[0].transpose(0, 1)
         if places is not None:
             q, table, lengths = q[places[0]], table[places[1]], lengths[places[1]]
         call = {"lengths": lengths, "block_table": table, "blocks": None, **logits}
         if refusal(_OP, name, q.device, q, self.k, self.v, **call) is not None:
             return None
         return decode_attention(q, self.k, self.v, **call, impl=name)
+
+
+def _on(device: torch.device, x: Tensor) -> Tensor:
+    # Memory that is not pinned is copied before the call returns, which does not wait for what the device has to do.
+    return x.to(device, non_blocking=True)
 
 
 def _page_size(cache: PagedAttentionCache) -> int:
