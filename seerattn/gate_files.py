@@ -21,6 +21,7 @@ from torch import Tensor
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.config import AttnGateConfig
 from seerattn.selection.budgets import HeadBudgets, shares_density
+from seerattn.selection.decode_policy import check_decode_policy
 from seerattn.selection.policies import Policy, policy_from_dict
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,6 +42,7 @@ class GateFolder(NamedTuple):
     Attributes:
         form: of the gates.
         policy: to start with, or None.
+        decode_policy: the same of tokens that are decoded, or None.
         budgets: by which a density is shared among heads, or None.
         base: sizes and RoPE of the model that they belong to.
         listed: layers with a gate as the config names them; None is every full-attention layer.
@@ -49,6 +51,7 @@ class GateFolder(NamedTuple):
 
     form: AttnGateConfig
     policy: Policy | None
+    decode_policy: Policy | None
     budgets: HeadBudgets | None
     base: Mapping[str, Any]
     listed: tuple[int, ...] | None
@@ -64,14 +67,17 @@ def read_folder(folder: Path) -> GateFolder:
     """
     config = read_config(folder)
     form = AttnGateConfig.from_dict(config.get("gate"))
-    policy = None if config.get("policy") is None else policy_from_dict(config["policy"])
+    policy, decode_policy = (
+        None if config.get(name) is None else policy_from_dict(config[name]) for name in ("policy", "decode_policy")
+    )
+    check_decode_policy(decode_policy)
     base, listed = config.get("base_model"), config.get("layers")
     check_layers(listed)
     modules = check_gates(folder, form, base, listed)
     budgets = read_budgets(config.get("budgets"), form, base, list(modules))
     if budgets is not None and shares_density(policy):
         budgets.check(policy.density)
-    return GateFolder(form, policy, budgets, base, None if listed is None else tuple(listed), modules)
+    return GateFolder(form, policy, decode_policy, budgets, base, None if listed is None else tuple(listed), modules)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

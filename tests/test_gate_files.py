@@ -22,6 +22,7 @@ def test_what_a_folder_says_matches_what_peft_reads(name: str) -> None:
     assert found.form.to_dict() == {**found.form.to_dict(), **config.gate}
     assert found.policy.to_dict() == config.policy and found.base == config.base_model
     assert found.listed == (None if config.layers is None else tuple(config.layers))
+    assert found.decode_policy is None is config.decode_policy
     assert (found.budgets is None) == (config.budgets is None)
     assert found.budgets is None or found.budgets.to_dict() == config.budgets
     assert list(found.modules) == list(range(config.base_model["num_hidden_layers"]))
@@ -37,9 +38,19 @@ def test_what_a_folder_says_matches_what_peft_reads(name: str) -> None:
         ({"layers": [0, 0]}, "must differ"),
         ({"layers": [0, 1]}, "must hold gates of layers"),
         ({"policy": {"policy": "None"}}, "policy must be one of"),
+        ({"decode_policy": {"policy": "TopK", "density": 0.1, "last_rows_dense": 1}}, "last_rows_dense"),
         ({"budgets": {}}, "budgets must have"),
     ],
-    ids=["another adapter", "no form", "no sizes", "a layer twice", "other layers", "no policy", "no budgets"],
+    ids=[
+        "another adapter",
+        "no form",
+        "no sizes",
+        "a layer twice",
+        "other layers",
+        "no policy",
+        "no policy of decoding",
+        "no budgets",
+    ],
 )
 def test_folder_that_says_what_gates_cannot_have_is_refused(tmp_path: Path, change: dict, sentence: str) -> None:
     folder = Path(shutil.copytree(ROOT / "assets/reference-gates/best", tmp_path / "gates"))

@@ -102,6 +102,8 @@ def chosen_policy(options: Options, folder: GateFolder, *, shares_pages: bool) -
             )
         _tell_of_the_rule()
         policy = replace(policy, rule="row_share")
+    if folder.decode_policy is not None:
+        _tell_of_decoding()
     if folder.budgets is not None and shares_density(policy):
         folder.budgets.check(policy.density)
     return policy
@@ -114,3 +116,8 @@ def _tell_of_the_rule() -> None:
         "('same_k'), which depends on the length of the prompt, as requests share pages of equal beginnings; "
         "--no-enable-prefix-caching keeps the rule of the folder"
     )
+
+
+@functools.cache
+def _tell_of_decoding() -> None:
+    logger.warning("vLLM decodes densely: the decode_policy that the folder of gates names is left out")

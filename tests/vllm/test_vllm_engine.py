@@ -28,10 +28,6 @@ __all__ = ["chosen"]
 ROOT = Path(__file__).parents[2]
 REFERENCE, GATES = ROOT / "assets/reference-model", ROOT / "assets/reference-gates/best"
 BOOK = ROOT / "assets/books/evaluate/harte-from-sand-hill-to-pine.txt.gz"
-UNTIED = {"tie_word_embeddings": False}
-# Rotations of several kinds, norms of queries and keys, soft caps, sinks, and layers with a window beside full ones.
-FAMILIES = {"llama-yarn": {}, "llama-llama3": {}, "qwen3": {}, "gemma3": UNTIED}
-FAMILIES |= {"gemma2": {}, "gpt-oss": {}, "cohere": {}}
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +68,6 @@ def test_requests_give_the_tokens_of_sparse_generate_with_shipped_gates(book, re
     assert [one.cached for one in whole] == [0, 0, 0, 1408] and [one.cached for one in hits] == [0, 640, 1408, 1920]
     if budget == 4096:
         assert [one.density for one in whole[:3]] == [found for _, found in read_alone[:3]]
-
-
-@pytest.mark.parametrize("name", list(FAMILIES))
-def test_families_give_the_tokens_and_the_density_of_sparse_generate(tmp_path: Path, name: str) -> None:
-    made, asked = make(tmp_path, name, **FAMILIES[name]), prompts()
-    expected, densities = [], []
-    for prompt in asked:
-        with seerattn.record_density(made.gated) as meter:
-            expected.append(alone(made.gated, prompt))
-        densities.append(meter.mean() if meter.layers else None)
-    with seerattn.policy(made.gated, None):
-        assert [alone(made.gated, prompt) for prompt in asked] != expected
-    with engine(made.model, made.options()) as llm:
-        assert answers(llm, asked) == expected
-    # A prompt of one token is decoded.
-    assert [one.density for one in density.prompts()[-5:]] == densities[:-1] and densities[-1] is None
-    assert max(densities[1:-1]) < 0.7
 
 
 def test_rule_that_depends_on_the_length_is_told_that_of_the_whole_prompt(llama: Made) -> None:

@@ -112,7 +112,14 @@ def test_unknown_layer_is_refused(name: str) -> None:
 
 
 def folder(layers: dict[int, str], listed: tuple[int, ...] | None = None, **more) -> GateFolder:
-    fields = {"form": FORMS["default"], "policy": None, "budgets": None, "base": {}, "listed": listed}
+    fields = {
+        "form": FORMS["default"],
+        "policy": None,
+        "decode_policy": None,
+        "budgets": None,
+        "base": {},
+        "listed": listed,
+    }
     return GateFolder(**fields | more, modules=layers)
 
 
@@ -191,6 +198,15 @@ def test_rule_of_the_folder_that_knows_the_length_gives_way_to_shared_pages_and_
     for _ in range(2):  # layers
         found = chosen_policy(Options(gates="g"), folder({}, policy=SAME_K), shares_pages=True)
         assert found == ROW_SHARE and len(told) == 1 and "'same_k'" in told[0]
+
+
+def test_decoding_that_the_folder_would_have_sparse_is_told_to_be_dense(monkeypatch) -> None:
+    told = []
+    monkeypatch.setattr(options.logger, "warning", told.append)
+    options._tell_of_decoding.cache_clear()
+    for decode_policy, said in ((None, 0), (SAME_K, 1)):
+        given = folder({}, policy=ROW_SHARE, decode_policy=decode_policy)
+        assert chosen_policy(Options(gates="g"), given, shares_pages=True) == ROW_SHARE and len(told) == said
 
 
 def engine_config(**changed) -> SimpleNamespace:
