@@ -283,7 +283,8 @@ class _Aligned(Scheduler):
             return alone
         with self._showing(lambda one: one not in batching.suspects):
             others = super().schedule_batch(*budgets)
-        return others if others[0] else alone
+        # None says that there is no room, which others are then made to give.
+        return others if others[0] or others[0] is None else alone
 
     @contextmanager
     def _showing(self, wanted: Callable[[str], bool]) -> Iterator[None]:

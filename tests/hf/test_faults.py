@@ -1,7 +1,9 @@
 """Faults in continuous batching: whose request fails, and that nothing of its neighbours changes."""
 
 import random
+from collections import deque
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import replace
 
 import pytest
@@ -9,9 +11,13 @@ import torch
 from batched_model import BLOCK, NEW, SPARSE, alone, config, greedy, model, prompts
 from tiny_models import tiny_model, tokens
 from torch import nn
+from transformers.generation.continuous_batching.scheduler import Scheduler
 
 import seerattn
+from seerattn.hf import batching
 from seerattn.hf.identity import transformers_model
+from seerattn.hf.requests import BATCHING, Batching
+from seerattn.hf.state import attachment_of
 
 MARK = 7  # a token that only the request at fault has
 SECONDS = 60
@@ -192,3 +198,20 @@ def test_model_without_gates_whose_selector_fails_is_isolated_too() -> None:
     gated = seerattn.attach(tiny_model("llama", torch.float64), Failing(), impl="reference")
     found = run(gated, prompts((1, 130)), allow_block_sharing=False)
     assert found[0][1] is None and f"no blocks of {BLOCK}" in found[1][1]
+
+
+def test_others_are_made_to_give_room_while_a_suspect_has_to_wait() -> None:
+    class Full(Scheduler):
+        """A scheduler that takes nobody in, and has no room for those who are."""
+
+        def schedule_batch(self, *_: int) -> tuple:
+            return (None if self.active_requests else [], False, 0, 0)
+
+    scheduler = object.__new__(type("Aligned", (batching._Aligned, Full), {}))
+    scheduler.active_requests, scheduler.waiting_requests = {"other": object()}, {"suspect": object()}
+    scheduler.waiting_requests_order, scheduler.block_new_requests = deque(["suspect"]), True
+    ours = Batching(attachment_of(model()), list, suspects=["suspect"])
+    found = copy_context().run(lambda: BATCHING.set(ours) and scheduler._one_suspect_or_others(1, 1))
+    assert found[0] is None, "which has transformers make room"
+    assert [*scheduler.active_requests] == ["other"] and [*scheduler.waiting_requests] == ["suspect"]
+    assert list(scheduler.waiting_requests_order) == ["suspect"]
