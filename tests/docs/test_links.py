@@ -56,3 +56,11 @@ def test_files_and_headings_outside_of_docs_that_a_page_links_to_are_there(place
         assert path.exists(), target
         if anchor and DOCS not in path.parents:
             assert anchor in anchors(path), f"{target}#{anchor}"
+
+
+def test_laws_of_the_design_name_tests_that_are_there() -> None:
+    named = re.findall(
+        r"`(?:tests/)?((?:\w+/)?test_\w+\*?\.py)`", (DOCS.parent / "DESIGN.md").read_text(encoding="utf-8")
+    )
+    assert len(named) > 30
+    assert not [name for name in named if not list((DOCS.parent / "tests").glob(name))]
