@@ -16,6 +16,7 @@ from torch import Tensor
 
 from seerattn.gate import attn_gate, pooling
 from seerattn.gate.attn_gate import AttnGate
+from seerattn.gate.heads import policy_of_heads
 from seerattn.gate.pooling import Pooled, pool_blocks
 from seerattn.gate_memory import GateMemory
 from seerattn.ops import gate_scores
@@ -51,6 +52,8 @@ class GateSelector(PolicySelector):
         start, k_len = k.shape[2] - q.shape[2], k.shape[2]
         config = self.gate.config
         policy = share_density(self.policy, self.budgets, k_len)
+        if self.gate.part is not None:
+            policy = policy_of_heads(policy, context.layer, self.gate.part.mask_heads(config))
         # Keys of other frequencies would be other ones, so a call that has its own keeps nothing.
         kept = None
         if context.memory is not None and context.frequencies is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seerattn.gate.config import AttnGateConfig
+from seerattn.gate.heads import Heads, heads_of_gate
 from seerattn.gate.pooling import Pooled, pool_blocks
 from seerattn.gate.rope import Pairing, block_positions, rotate
 from seerattn.selection.map_form import PUBLISHED
@@ -46,6 +47,11 @@ class AttnGate(nn.Module):
             ``config.rope``; it belongs to the model and is not saved with the gate.
         pairing: which channels the base model rotates together, at the width of the gate; by default the halves of
             all of them, as the Llama family does. It belongs to the model as well.
+        part: the heads of the layer that it is for, where a process has some of them; then ``num_heads`` and
+            ``num_kv_heads`` are their numbers, and of the weights of a whole gate it loads those of its heads.
+
+    Raises:
+        ValueError: sizes that do not fit each other or the form.
     """
 
     def __init__(
@@ -57,8 +63,13 @@ class AttnGate(nn.Module):
         head_dim: int,
         inv_freq: Tensor | None = None,
         pairing: Pairing | None = None,
+        part: Heads | None = None,
     ) -> None:
         super().__init__()
+        if part is not None:
+            part.check(config)
+            self.register_load_state_dict_pre_hook(_keep_own_heads)
+        self.part = part
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
         gate_dim = config.gate_dim or head_dim
@@ -296,6 +307,14 @@ class AttnGate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, gate_dim={self.gate_dim}"
+
+
+def _keep_own_heads(gate: AttnGate, state_dict: dict[str, Tensor], prefix: str, *others: object) -> None:
+    """Pre-hook of loading: of the weights of a whole gate those of the heads of this process."""
+    names = [name for name, _ in gate.named_parameters() if f"{prefix}{name}" in state_dict]
+    whole = {name: state_dict[f"{prefix}{name}"] for name in names}
+    for name, x in heads_of_gate(whole, gate.config, gate.part).items():
+        state_dict[f"{prefix}{name}"] = x
 
 
 def parameter_count(config: AttnGateConfig, *, layers: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:

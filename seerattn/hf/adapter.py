@@ -65,7 +65,7 @@ class SeerModel(BaseTuner):
         self.model = model
         self.targeted_module_names: list[str] = []
         # transformers gives a config, and holds the adapter itself from then on; PEFT gives a dictionary.
-        switched = isinstance(peft_config, PeftConfig)
+        switched = self._switched = isinstance(peft_config, PeftConfig)
         self._configs = _GateConfigs(self)
         self._configs.update({adapter_name: peft_config} if switched else peft_config)
         self._others: dict[str, PeftConfig] | None = None
@@ -113,6 +113,8 @@ class SeerModel(BaseTuner):
         wanted = sorted(layers) if config.layers is None else sorted(config.layers)
         if not wanted or not set(wanted) <= set(layers):
             raise ValueError(f"layers must be among the full-attention layers {sorted(layers)}, got {wanted}")
+        if any(layer.part for layer in layers.values()):
+            self._check_dealt_out(config)
         found = identity(base, [layers[index] for index in wanted])
         if config.base_model is not None:
             check_identity(config.base_model, found)
@@ -145,6 +147,19 @@ class SeerModel(BaseTuner):
         if attachment.active is None or adapter_name in self.active_adapters:
             attachment.active = adapter_name
         attachment.refresh()
+
+    def _check_dealt_out(self, config: SeerConfig) -> None:
+        """Refuses what no process of a model can do that has some heads of every layer (tensor parallelism)."""
+        if self._switched:
+            raise ValueError(
+                "gates must be loaded by seerattn.attach or PeftModel.from_pretrained where heads are dealt out to "
+                "processes (tensor parallelism), got load_adapter, which takes whole tensors alone"
+            )
+        if not config.inference_mode:
+            raise ValueError(
+                "gates must learn on a model in one piece, got one whose heads are dealt out to processes (tensor "
+                "parallelism); train them without tp_plan, and attach the folder"
+            )
 
     def _freeze_base(self) -> None:
         gates = {id(p) for gate in self.attachment.gates().values() for p in gate.parameters()}

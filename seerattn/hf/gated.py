@@ -56,6 +56,11 @@ class GatedModel(PeftModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Saves the gates, and no adapter around them. See `PeftModel.save_pretrained`."""
+        if any(layer.part for layer in self.base_model.attachment.layers.values()):
+            raise ValueError(
+                "gates must be saved from a model in one piece, got the part of one process (tensor parallelism); copy "
+                "the folder that they came from"
+            )
         others, self.base_model._others = self.base_model._others, None
         try:
             # PEFT would look the base model up on the Hub, to save embeddings of another size with the adapter.

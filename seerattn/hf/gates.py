@@ -126,6 +126,7 @@ def make_gate(layer: AttentionLayer, form: AttnGateConfig) -> AttnGate:
         num_heads=layer.num_heads,
         num_kv_heads=layer.num_kv_heads,
         head_dim=layer.head_dim,
+        part=layer.part,
         **rotation,
     ).float()
 

@@ -28,8 +28,8 @@ def identity(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> dict[s
     return {
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": common([layer.num_heads for layer in layers]),
-        "num_key_value_heads": common([layer.num_kv_heads for layer in layers]),
+        "num_attention_heads": common([layer.whole_heads[0] for layer in layers]),
+        "num_key_value_heads": common([layer.whole_heads[1] for layer in layers]),
         "head_dim": common([layer.head_dim for layer in layers]),
         "rope": plain_json(getattr(config, "rope_parameters", None) or {}),
     }

@@ -41,6 +41,7 @@ from seerattn.hf.proof import (
 )
 from seerattn.hf.rotary import unproven
 from seerattn.hf.state import AttentionLayer
+from seerattn.hf.tensor_parallel import part_of
 
 PROBE = "seer_probe"
 PROBE_TOKENS = 16
@@ -142,6 +143,9 @@ def _probe(model: PreTrainedModel) -> list[AttentionLayer]:
             raise ValueError(f"model must have full-attention layers, got {name}, whose layers are all sliding-window")
         _check_numbers(full, names, name)
         layers = [_prove(call, recorder, names[call.module], name, dense) for call in full]
+        layers = [
+            replace(layer, part=part_of(model, layer.module, layer.num_heads, layer.num_kv_heads)) for layer in layers
+        ]
         if not full[0].query.is_meta:
             _prove_beyond(model, recorder, layers, name)
             layers = _prove_cached(model, recorder, layers, full)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from seerattn.gate.attn_gate import AttnGate
+from seerattn.gate.heads import Heads
 from seerattn.gate_decode import GateDecoder
 from seerattn.gate_files import GATES
 from seerattn.gate_selector import GateSelector
@@ -51,6 +52,8 @@ class AttentionLayer:
         head_dim: width of a head.
         rotation: how it rotates, None without RoPE.
         not_cached: why it cannot be followed against a cache, None if it can.
+        part: the heads of the layer that this process has, where tensor parallelism deals them out; then ``num_heads``
+            and ``num_kv_heads`` are their numbers.
     """
 
     name: str
@@ -61,6 +64,12 @@ class AttentionLayer:
     head_dim: int
     rotation: Rotation | None
     not_cached: str | None = None
+    part: Heads | None = None
+
+    @property
+    def whole_heads(self) -> tuple[int, int]:
+        """Query and key/value heads of the layer in all processes together."""
+        return (self.num_heads, self.num_kv_heads) if self.part is None else self.part[:2]
 
 
 class Kind(NamedTuple):
@@ -304,10 +313,11 @@ def check_fits(policy: Policy | None, attachment: Attachment) -> None:
         return
     for layer, gate in attachment.gates().items():
         heads = len(setting[layer]) if layer < len(setting) else 0
-        if heads != gate.mask_heads:
+        whole = attachment.layers[layer].whole_heads[gate.config.share == "kv_group"]
+        if heads != whole:
             raise ValueError(
                 f"{name} must be one number, or one a head of every layer, got {heads} for layer {layer} with "
-                f"{gate.mask_heads}; calibrate the policy on this model"
+                f"{whole}; calibrate the policy on this model"
             )
 
 
@@ -340,7 +350,14 @@ def policy(
     check_fits(policy, attachment)
     running = attachment.now().with_policy(policy, decode_policy)
     attachment.decodes |= bool(running.decoders)
-    token = _POLICIES.set((*_POLICIES.get(), (attachment, replace(running, impl=impl or running.impl))))
+    with running_instead(attachment, replace(running, impl=impl or running.impl)):
+        yield
+
+
+@contextmanager
+def running_instead(attachment: Attachment, running: Running) -> Iterator[None]:
+    """Puts something else in the place of what the layers run inside the ``with``, in this context alone."""
+    token = _POLICIES.set((*_POLICIES.get(), (attachment, running)))
     try:
         yield
     finally:

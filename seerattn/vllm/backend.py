@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seerattn.gate.heads import Heads
 from seerattn.gate_selector import GateSelector
 from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.crossover import LayerShape, prefer_dense
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.selector import AttentionContext, RotaryTables
 from seerattn.vllm import density
-from seerattn.vllm.gates import Heads, LayerGate, check_model, has_gate, layer_number, load_gate, open_folder
+from seerattn.vllm.gates import LayerGate, check_model, has_gate, layer_number, load_gate, open_folder
 from seerattn.vllm.options import chosen_policy, current_options, read
 from seerattn.vllm.pages import GatePages, Written
 from seerattn.vllm.refusals import check_engine, check_layer

@@ -3,82 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.config import AttnGateConfig
+from seerattn.gate.heads import Heads
 from seerattn.gate.rope import Pairing
 from seerattn.gate_files import CONFIG, WEIGHTS, GateFolder, check_identity, plain_json, read_folder, read_weights
 from seerattn.selection.budgets import HeadBudgets, share_density
 from seerattn.selection.policies import Policy
-
-
-class Heads(NamedTuple):
-    """The heads of a layer that one process has.
-
-    Attributes:
-        num_heads: query heads of the whole layer.
-        num_kv_heads: its key/value heads.
-        query: those of the process.
-        kv: the key/value heads that they attend to.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    query: range
-    kv: range
-
-    @classmethod
-    def of_rank(cls, num_heads: int, num_kv_heads: int, rank: int, ranks: int) -> Heads:
-        """As vLLM deals heads out: neighbours stay together, and KV heads are repeated where there are more ranks."""
-        q, kv, copies = num_heads // ranks, max(1, num_kv_heads // ranks), max(1, ranks // num_kv_heads)
-        first = rank // copies * kv
-        return cls(num_heads, num_kv_heads, range(rank * q, (rank + 1) * q), range(first, first + kv))
-
-    def mask_heads(self, form: AttnGateConfig) -> range:
-        """Those of the process among the heads that have lists of their own."""
-        return self.query if form.share == "query_head" else self.kv
-
-    def check(self, form: AttnGateConfig) -> None:
-        """Refuses a part of the heads that a gate cannot choose for.
-
-        Raises:
-            ValueError: the gate is shared by a KV group that the process has in part.
-        """
-        if form.share == "kv_group" and len(self.query) * self.num_kv_heads != len(self.kv) * self.num_heads:
-            raise ValueError(
-                f"tensor_parallel_size must be at most the {self.num_kv_heads} KV heads where a KV group shares one "
-                f"gate, got ranks of {len(self.query)} query heads; use fewer ranks"
-            )
-
-
-def heads_of_gate(weights: Mapping[str, Tensor], form: AttnGateConfig, heads: Heads) -> dict[str, Tensor]:
-    """The parameters of a gate that belong to some of its heads; those without heads are shared by all.
-
-    Args:
-        weights: of the whole gate, by name.
-        form: of the gate.
-        heads: of the process.
-    """
-    heads.check(form)
-    mask = heads.mask_heads(form)
-    parts = {
-        "q_weight": mask,
-        "k_weight": heads.kv if form.q_linear else heads.query,
-        "q_salience": heads.query,
-        "k_salience": heads.kv,
-        "distance_bias": mask,
-    }
-    return {
-        name: x[parts[name].start : parts[name].stop].clone() if name in parts else x for name, x in weights.items()
-    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +29,12 @@ class LayerGate:
         gate: of the heads of this process.
         policy: of all heads.
         budgets: of all heads, or None.
-        heads: those of this process.
     """
 
     layer: int
     gate: AttnGate
     policy: Policy
     budgets: HeadBudgets | None
-    heads: Heads
 
     @property
     def form(self) -> AttnGateConfig:
@@ -105,22 +42,14 @@ class LayerGate:
         return self.gate.config
 
     def policy_of(self, prompt: int, tokens: int) -> Policy:
-        """The policy for a part of a prompt, with the settings of the heads of this process.
+        """The policy for a part of a prompt, of all heads; the selector keeps to those of this process.
 
         Args:
             prompt: tokens of the whole prompt.
             tokens: keys of the part.
         """
         policy = self.policy if not self.policy.needs_length else replace(self.policy, length=prompt)
-        policy = share_density(policy, self.budgets, tokens)
-        if policy.setting is None or isinstance(policy.setting[1], (int, float)):
-            return policy
-        name, values = policy.setting
-        own = self.heads.mask_heads(self.form)
-        rows = tuple(
-            tuple(row[own.start : own.stop]) if layer == self.layer else () for layer, row in enumerate(values)
-        )
-        return replace(policy, **{name: rows})
+        return share_density(policy, self.budgets, tokens)
 
 
 def open_folder(name: str) -> GateFolder:
@@ -229,7 +158,6 @@ def load_gate(
             f"gate_dim must be the head dim {head_dim} in vLLM, whose tables of rotation have that width, got "
             f"{form.gate_dim}; use gates of that width, or without RoPE"
         )
-    local = heads_of_gate(weights, form, heads)
     gate = AttnGate(
         form,
         num_heads=len(heads.query),
@@ -237,11 +165,12 @@ def load_gate(
         head_dim=head_dim,
         inv_freq=torch.zeros(head_dim // 2) if frequencies is None else frequencies,
         pairing=pairing,
+        part=heads,
     )
-    gate.load_state_dict(local)
+    gate.load_state_dict(weights)
     gate = gate.float().to(device).requires_grad_(False).eval()
     _check_setting(policy, layer, heads.num_heads if form.share == "query_head" else heads.num_kv_heads)
-    return LayerGate(layer, gate, policy, folder.budgets, heads)
+    return LayerGate(layer, gate, policy, folder.budgets)
 
 
 def _check_setting(policy: Policy, layer: int, heads: int) -> None:

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from seerattn import AttnGate, AttnGateConfig, GateSelector, KeepAll, Threshold, TopK
+from seerattn import AttnGate, AttnGateConfig, KeepAll, Threshold, TopK
 from seerattn.gate_files import GateFolder
-from seerattn.selection.selector import AttentionContext
 from seerattn.vllm import options
-from seerattn.vllm.gates import Heads, LayerGate, check_model, has_gate, heads_of_gate, layer_number
+from seerattn.vllm.gates import LayerGate, check_model, has_gate, layer_number
 from seerattn.vllm.options import Options, chosen_policy, read
 from seerattn.vllm.refusals import check_engine, check_layer
 
@@ -38,50 +37,8 @@ def filled(form: AttnGateConfig) -> AttnGate:
     return gate
 
 
-@pytest.mark.parametrize(("rank", "ranks", "query", "kv"), [
-    (0, 1, range(8), range(4)),
-    (1, 2, range(4, 8), range(2, 4)),
-    (3, 4, range(6, 8), range(3, 4)),
-    (5, 8, range(5, 6), range(2, 3)),
-])  # fmt: skip
-def test_heads_of_a_rank_are_those_that_vllm_deals_out(rank: int, ranks: int, query: range, kv: range) -> None:
-    heads = Heads.of_rank(H, HKV, rank, ranks)
-    assert (heads.query, heads.kv) == (query, kv)
-    # Query head h attends to KV head h // G.
-    assert {h // (H // HKV) for h in heads.query} == set(heads.kv)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-@pytest.mark.parametrize("form", list(FORMS))
-def test_gates_of_all_ranks_choose_together_what_the_whole_gate_chooses(form: str, ranks: int) -> None:
-    """Each rank sees its own heads alone; a policy has a setting of its own for every head."""
-    config, layer = FORMS[form], 2
-    gate = filled(config)
-    torch.manual_seed(2)
-    q, k = torch.randn(1, H, 300, D), torch.randn(1, HKV, 300, D)
-    mask_heads = H if config.share == "query_head" else HKV
-    densities = [[], [], [0.2 + 0.08 * head for head in range(mask_heads)]]
-    policies = [TopK(density=densities, rule="row_share"), Threshold(threshold=densities, on="softmax"), KeepAll()]
-    context = AttentionContext(layer=layer, scale=1.0, softcap=None, unrotate=lambda x, start: x.float())
-    for policy in policies:
-        whole = GateSelector(gate, policy, impl="reference").select(q, k, context).to_mask()
-        found = []
-        for rank in range(ranks):
-            heads = Heads.of_rank(H, HKV, rank, ranks)
-            if config.share == "kv_group" and ranks > HKV:
-                with pytest.raises(ValueError, match="tensor_parallel_size must be at most the 4 KV heads"):
-                    heads_of_gate(gate.state_dict(), config, heads)
-                return
-            own = gate_of(config, len(heads.query), len(heads.kv))
-            own.load_state_dict(heads_of_gate(gate.state_dict(), config, heads))
-            of_layer = LayerGate(layer, own, policy, None, heads)
-            selector = GateSelector(own, of_layer.policy_of(300, 300), impl="reference")
-            found.append(selector.select(q[:, heads.query], k[:, heads.kv], context).to_mask())
-        assert torch.equal(torch.cat(found, 1), whole)
-
-
 def test_policy_is_told_the_length_of_the_whole_prompt_where_it_needs_it() -> None:
-    gate = LayerGate(0, filled(FORMS["default"]), TopK(density=0.1), None, Heads.of_rank(H, HKV, 0, 1))
+    gate = LayerGate(0, filled(FORMS["default"]), TopK(density=0.1), None)
     assert gate.policy_of(5000, 512) == TopK(density=0.1, length=5000)
     shared = replace(gate, policy=TopK(density=0.1, rule="row_share"))
     assert shared.policy_of(5000, 512) == shared.policy
