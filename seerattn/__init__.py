@@ -18,6 +18,7 @@ _HOME = {
     "detach": "seerattn.hf.attach",
     "set_policy": "seerattn.hf.attach",
     "policy": "seerattn.hf.state",
+    "context_parallel": "seerattn.hf.context_parallel",
     "record_density": "seerattn.hf.meters",
     "DensityMeter": "seerattn.selection.density_meter",
     "SeerConfig": "seerattn.hf.config",

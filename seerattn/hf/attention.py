@@ -30,11 +30,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from seerattn.hf.call import LayerCall, Prefill
+from seerattn.hf.context_parallel import spread_attention
 from seerattn.hf.decode import decode
 from seerattn.hf.gate_cache import choose, recall_of
 from seerattn.hf.mask import CallMask, Row, Unservable, make_mask
 from seerattn.hf.meters import attend_counted, count_dense, density_meters, time_meter
 from seerattn.hf.paged import PAGED, is_paged, paged_attention
+from seerattn.hf.parts import PARTS
 from seerattn.hf.state import Kind, LayerState
 from seerattn.ops.crossover import prefer_dense
 from seerattn.selection.block_indices import BlockIndices
@@ -104,6 +106,24 @@ def seer_attention(
     Raises:
         ValueError: a call that sparse attention cannot follow, unless "auto" may run it dense.
     """
+    parts = PARTS.get()
+    if parts is not None:
+        attend = partial(_attention, dense, module)
+        return spread_attention(parts, attend, query, key, value, attention_mask, seer, kwargs)
+    return _attention(dense, module, query, key, value, attention_mask, seer, **kwargs)
+
+
+def _attention(
+    dense: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: CallMask | Tensor | None,
+    seer: LayerCall | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """See `seer_attention`, of all tokens."""
     if is_paged(kwargs):
         return paged_attention(partial(_as_unpatched, dense, module), module, query, key, value, seer, kwargs)
     if seer is None or _is_windowed(key, kwargs):

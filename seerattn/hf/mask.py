@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
+from seerattn.hf.parts import PARTS
 from seerattn.hf.state import CAPTURE, Attachment, AttentionLayer, Kind, Running, Tables
 
 # Query rows of a mask that are compared with causality at once: 64 MiB of booleans at 128k keys.
@@ -179,6 +180,10 @@ def make_mask(
     # A static cache gives its own counter, which the first layer moves on before anybody asks.
     q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
     arguments |= {"attention_mask": attention_mask, "q_length": q_length, "q_offset": q_offset}
+    parts = PARTS.get()
+    if parts is not None:
+        arguments = parts.whole_mask(arguments)
+        q_length = arguments["q_length"]
     if q_length == 1:
         # A decode step is dense in every layer; what it compiles to must not depend on us.
         return ALL_MASK_ATTENTION_FUNCTIONS[dense](**arguments)
