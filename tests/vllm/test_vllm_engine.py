@@ -193,11 +193,16 @@ def test_requests_that_make_room_for_others_go_on_as_if_they_had_not(llama: Made
         unwatched(self, request, *rest, **options)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", watched)
-    asked = prompts((200, 180, 190, 100))
-    expected = [alone(llama.gated, prompt, 60) for prompt in asked]
-    more = {"block_size": BLOCK, "max_model_len": 288, "num_gpu_blocks_override": 20}
+    asked, expected, densities = prompts((200, 180, 190, 100)), [], []
+    for prompt in asked:
+        with seerattn.record_density(llama.gated) as meter:
+            expected.append(alone(llama.gated, prompt, 60))
+        densities.append(meter.mean())
+    more = {"block_size": BLOCK, "max_model_len": 288, "num_gpu_blocks_override": 20, "enable_prefix_caching": False}
     with engine(llama.model, llama.options(), **more) as llm:
         assert answers(llm, asked, 60) == expected
+    # What was read again is counted once.
+    assert {one.prompt: one.density for one in density.prompts()[-4:]} == dict(zip(map(len, asked), densities))
     # One of them was writing its answer: what it had written is read again, as it was written.
     assert max(preempted) > 0
 

@@ -53,7 +53,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     command += ["--additional-config", json.dumps(options), "--max-num-batched-tokens", "8192", "--dtype", "float32"]
     command += ["--max-model-len", "2304", "--served-model-name", "tiny", "--enforce-eager"]
     command += ["--tensor-parallel-size", str(request.param)]
-    environment = os.environ | {"PYTHONPATH": str(folder), "VLLM_LOGGING_LEVEL": "INFO", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "INFO", "OMP_NUM_THREADS": "1"}
     said = folder / "said"
     with said.open("w") as file:
         own = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
