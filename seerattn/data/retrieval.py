@@ -9,7 +9,7 @@ merges, and so are lengths in tokens.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Literal, Protocol
@@ -55,12 +55,14 @@ class RetrievalDocument:
         answers: Half-open token spans of the answers in `input_ids`, in order.
         depths: For each answer, the share (0..1) of the filler text that lies before the fact it needs.
         kind: Kind of fact.
+        questions: First token of the question of each answer.
     """
 
     input_ids: list[int]
     answers: list[tuple[int, int]]
     depths: list[float]
     kind: Kind
+    questions: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _assemble(
     start = rng.randrange(len(haystack_ids) - filler + 1)
     window = [int(token) for token in haystack_ids[start : start + filler]]
     newline = _ids(encoder, "\n")[-1:]
-    input_ids, answers, depths, used = list(head), [], [], 0
+    input_ids, answers, depths, questions, used = list(head), [], [], [], 0
     fact_depths: dict[int, float] = {}
     for insert, text in zip(inserts, texts, strict=True):
         place = round(insert.place * filler)
@@ -197,6 +199,7 @@ def _assemble(
         input_ids += window[used:place]
         used = place
         if insert.asked:
+            questions.append(len(input_ids))
             begin = len(input_ids) + len(facts[insert.fact].question)
             answers.append((begin, begin + len(facts[insert.fact].answer)))
             depths.append(fact_depths[insert.fact])
@@ -204,7 +207,7 @@ def _assemble(
             fact_depths[insert.fact] = place / max(filler, 1)
         input_ids += text
     input_ids += window[used:]
-    return RetrievalDocument(input_ids, answers, depths, kind)
+    return RetrievalDocument(input_ids, answers, depths, kind, questions)
 
 
 def _fitting(facts: list[_Fact], length: int) -> list[_Fact]:

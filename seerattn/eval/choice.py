@@ -13,6 +13,10 @@ from seerattn.results.environment import fingerprint
 from seerattn.results.record import Result
 from seerattn.selection.selector import LastRowsDense
 
+# Where the cell of a result says what was asked for, and how people read it.
+_ASKED = {"time": "share", "tokens": "tokens"}
+UNITS = {"time": " of the time", "tokens": " tokens"}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -22,8 +26,9 @@ class Choice:
         method: the way of choosing blocks.
         selectors: its selectors on the model that is measured.
         setting: the value; None where it is not known yet, and for dense.
-        asked: the density, or the share of the time that dense attention takes; None where neither was asked for.
-        budget: which of the two, or "own".
+        asked: the density, the share of the time that dense attention takes, or the tokens that a decoded one may read;
+            None where nothing was asked for.
+        budget: which of these, or "own".
         last_rows_dense: query-block rows at the end that keep every block, on top of what the setting gives.
     """
 
@@ -35,7 +40,7 @@ class Choice:
     last_rows_dense: int = 0
 
     def __str__(self) -> str:
-        asked = "" if self.asked is None else f" {self.asked:g}" + (" of the time" if self.budget == "time" else "")
+        asked = "" if self.asked is None else f" {self.asked:g}{UNITS.get(self.budget, '')}"
         own = " (its own policy)" if self.budget == "own" else ""
         rows = f", last {self.last_rows_dense} rows dense" if self.last_rows_dense else ""
         return f"{self.method}{asked}{own}{rows}"
@@ -55,6 +60,8 @@ class Choice:
         """The model with the choice attached, inside the ``with``; dense is the untouched model unless timed."""
         if self.is_dense and not timed:
             return model.untouched()
+        if self.budget == "tokens":
+            return model.decoding(self.selectors.at(self.setting))
         return model.attached(self.selector_at, timed=timed)
 
     def result(self, model: EvalModel, *, cell: dict[str, Any], **values: Any) -> Result:
@@ -67,7 +74,7 @@ class Choice:
         if not self.is_dense:
             block_q, block_k = method.block_sizes
             about = {"budget": self.budget, "block_q": block_q, "block_k": block_k}
-            about |= {"share": self.asked} if self.budget == "time" else {}
+            about |= {_ASKED[self.budget]: self.asked} if self.budget in _ASKED else {}
             settings = dict(self.selectors.settings) | {"last_rows_dense": self.last_rows_dense}
             settings |= {} if self.setting is None else {"setting": self.setting}
         return Result(

@@ -100,6 +100,13 @@ class Experiment:
             replace(task, **{name: of for name, of in common.items() if of and not getattr(task, name)})
             for task in tasks
         ]
+        for method in methods:
+            if method.kind != "dense" and not any(_fits(method, task) for task in tasks):
+                raise ValueError(
+                    f"methods must be measured by a task, got {method}, which chooses for "
+                    f"{' or '.join(method.budgets)}; decode_tokens of a retrieval task measures decoded tokens, all "
+                    "other tasks measure prompts"
+                )
         # Its gates are methods from here on, so that an experiment is one however they were named, and can be changed.
         for name, values in (("methods", methods), ("gates", ()), ("tasks", tasks)):
             object.__setattr__(self, name, tuple(values))
@@ -170,6 +177,11 @@ class Experiment:
             task.check()
         for method in self.methods:
             method.check_model(config)
+
+
+def _fits(method: Method, task: Task) -> bool:
+    """Whether a task measures what a method chooses for: decoded tokens, or prompts."""
+    return ("tokens" in method.budgets) if task.decode_tokens else set(method.budgets) != {"tokens"}
 
 
 def _placed(name: str, value: Any, folder: Path, depth: int = 0) -> Any:

@@ -16,7 +16,7 @@ from statistics import fmean, median
 import torch
 
 from seerattn.data.windows import digest
-from seerattn.eval.choice import DENSE, Choice
+from seerattn.eval.choice import DENSE, UNITS, Choice
 from seerattn.eval.experiment import Experiment
 from seerattn.eval.tasks import Job
 from seerattn.eval.tasks.perplexity import attention_times
@@ -43,7 +43,8 @@ class Cell:
         job: the task at a context.
         method: the method.
         budget: what is made equal.
-        asked: the density, or the share of the dense attention's time; None of a setting of its own.
+        asked: the density, the share of the dense attention's time, or the tokens that a decoded one may read; None of
+            a setting of its own.
         last_rows_dense: query-block rows at the end that keep every block.
     """
 
@@ -54,7 +55,7 @@ class Cell:
     last_rows_dense: int = 0
 
     def __str__(self) -> str:
-        asked = "" if self.asked is None else f" {self.asked:g}" + (" of the time" if self.budget == "time" else "")
+        asked = "" if self.asked is None else f" {self.asked:g}{UNITS.get(self.budget, '')}"
         rows = f", last {self.last_rows_dense} rows dense" if self.last_rows_dense else ""
         return f"{self.method}{asked}{rows}, {self.job}"
 
@@ -102,8 +103,10 @@ def make_cells(experiment: Experiment, jobs: Sequence[Job]) -> list[Cell]:
             if method.kind == "dense":
                 cells += [Cell(job, method)] if job.has_dense else []
                 continue
-            asked: list[tuple[Budget, float | None]] = [("density", d) for d in experiment.densities]
-            asked += [("time", t) for t in experiment.times] + [("own", None)]
+            asked: list[tuple[Budget, float | None]] = [("tokens", n) for n in job.decode_tokens]
+            if not asked:
+                asked = [("density", d) for d in experiment.densities]
+                asked += [("time", t) for t in experiment.times] + [("own", None)]
             rows = (0,) if job.together else experiment.last_rows_dense
             cells += [
                 Cell(job, method, budget, value, n) for budget, value in asked if budget in method.budgets for n in rows
@@ -213,6 +216,8 @@ class Runner:
         setting of its own is not tuned.
         """
         job, every = cell.job, len(cell.job.sequences)
+        if cell.budget == "tokens":
+            return Choice(cell.method, cell.method.decoders(self._model), cell.asked, cell.asked, "tokens"), None
         selectors = self._selectors_of(cell.method, job.context)
         choice = Choice(cell.method, selectors, None, cell.asked, cell.budget)
         if cell.budget == "own":
@@ -309,6 +314,7 @@ class Runner:
         method, dense = cell.method, cell.method.kind == "dense"
         about = {} if dense else {"budget": cell.budget}
         about |= {"share": cell.asked} if cell.budget == "time" else {}
+        about |= {"tokens": cell.asked} if cell.budget == "tokens" else {}
         blank = DENSE.result(
             self._model,
             what="failure",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -22,6 +22,7 @@ from seerattn.ops.resolve import check_impl
 from seerattn.options import check_options, option
 from seerattn.results.environment import fingerprint
 from seerattn.selection.budgets import HeadBudgets
+from seerattn.selection.decode_selector import DecodeSelector
 from seerattn.selection.policies import Policy, policy_from_dict
 from seerattn.selection.selector import AttentionContext, Selector
 
@@ -68,6 +69,12 @@ class Run:
     def density(self) -> float:
         """Realised density so far over all full-attention layers; 1 for the untouched model."""
         found = [sum(heads) / len(heads) for heads in self.head_density()]
+        return sum(found) / len(found) if found else 1.0
+
+    def decode_density(self) -> float:
+        """Realised density so far of decoded tokens, over all full-attention layers; 1 without decoders."""
+        counted = {} if self._meter is None else self._meter.decode.by_head()
+        found = [float(counted[layer].mean()) if layer in counted else 1.0 for layer in self._heads or {}]
         return sum(found) / len(found) if found else 1.0
 
     def skipped(self) -> float:
@@ -158,10 +165,20 @@ class EvalModel:
         """The model as it is, inside the ``with``: dense, and not counted."""
         yield Run(self.model)
 
+    def decoding(self, decoder: Callable[[int], DecodeSelector | None]) -> AbstractContextManager[Run]:
+        """The model with a decoder for each layer attached, inside the ``with``; prompts run dense."""
+        return self.attached(lambda layer: None, decoder)
+
     @contextmanager
-    def attached(self, selector: Callable[[int], Selector | None], *, timed: bool = False) -> Iterator[Run]:
-        """The model with a selector for each layer attached, inside the ``with``."""
-        attach(self.model, selector, impl=self._impl)
+    def attached(
+        self,
+        selector: Callable[[int], Selector | None],
+        decoder: Callable[[int], DecodeSelector | None] | None = None,
+        *,
+        timed: bool = False,
+    ) -> Iterator[Run]:
+        """The model with a selector for each layer attached, and what chooses for tokens that are decoded."""
+        attach(self.model, selector, decode_policy=decoder, impl=self._impl)
         try:
             with ExitStack() as stack:
                 density = stack.enter_context(record_density(self.model))

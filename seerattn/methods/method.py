@@ -19,16 +19,19 @@ from torch import Tensor
 from seerattn.options import check_options, option, options_of
 from seerattn.results.record import Kind
 from seerattn.selection.block_indices import BlockIndices
+from seerattn.selection.decode_selector import DecodeSelector
 from seerattn.selection.map_form import MapForm
-from seerattn.selection.policies import Policy, TopK
+from seerattn.selection.policies import Policy, TokenBudget, TopK
 from seerattn.selection.selector import Selector
 
 if TYPE_CHECKING:
     from seerattn.hf.eval_model import EvalModel
 
-# "own" is the setting that a method brings along, such as the policy saved with gates.
-Budget = Literal["density", "time", "own"]
+# "own" is the setting that a method brings along, such as the policy saved with gates; "tokens" are those that a token
+# which is decoded may read.
+Budget = Literal["density", "time", "own", "tokens"]
 SelectorAt = Callable[[int], Selector | None]
+DecoderAt = Callable[[int], DecodeSelector | None]
 
 
 @runtime_checkable
@@ -47,7 +50,7 @@ class Selectors:
     """What chooses the blocks, for every value of the setting.
 
     Attributes:
-        at: from a value of the setting to what gives the selector of each layer.
+        at: from a value of the setting to what gives the selector of each layer, or its `DecodeSelector`.
         sparsest: the value that keeps the fewest blocks.
         densest: the value that keeps the most; density does not fall on the way there.
         scale: whether equal steps or equal factors of the setting are about equal steps of density.
@@ -55,7 +58,7 @@ class Selectors:
         settings: what defines the method beside its setting, in plain JSON types; part of what identifies a result.
     """
 
-    at: Callable[[float], SelectorAt]
+    at: Callable[[float], SelectorAt | DecoderAt]
     sparsest: float
     densest: float
     scale: Literal["linear", "log"] = "linear"
@@ -97,7 +100,7 @@ class Method(ABC):
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """What it can be run at: its setting is tuned to a density or a time, or is its own."""
+        """What it can be run at: its setting is tuned to a density or a time, is its own, or bounds decoded tokens."""
         return "density", "time"
 
     @property
@@ -132,6 +135,14 @@ class Method(ABC):
     def selectors(self, model: EvalModel | None = None, *, context: int = 0) -> Selectors:
         """What chooses the blocks on a model, of prompts of a length; most look at neither."""
 
+    def decoders(self, model: EvalModel | None = None) -> Selectors:
+        """What chooses the blocks of decoded tokens, by how many tokens each may read, forced blocks included.
+
+        Raises:
+            ValueError: "tokens" are none of its `budgets`.
+        """
+        raise ValueError(f"method must choose for decoded tokens, got {self}; its budgets are {self.budgets}")
+
     def settings(self) -> dict[str, Any]:
         """The options that define it, in plain JSON types; names, sizes of blocks and files are told elsewhere."""
         apart = ("name", "block", "block_q", "block_k")
@@ -161,6 +172,16 @@ class TopKMethod(Method):
             return lambda layer: selector
 
         return Selectors(at, sparsest=1e-3, densest=1.0, is_density=True, settings=self.settings())
+
+
+def token_budgets(decoder: Callable[[Policy], DecodeSelector], *, sink_blocks: int, settings: Mapping) -> Selectors:
+    """The decoders of every layer under a `TokenBudget`, whose tokens are the setting."""
+
+    def at(tokens: float) -> DecoderAt:
+        chosen = decoder(TokenBudget(tokens=int(tokens), sink_blocks=sink_blocks))
+        return lambda layer: chosen
+
+    return Selectors(at, sparsest=1, densest=float("inf"), settings=settings)
 
 
 def is_method(value: Any) -> bool:

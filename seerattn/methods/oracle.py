@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
-from seerattn.methods.method import TopKMethod
+from seerattn.methods.method import Budget, Selectors, TopKMethod, token_budgets
 from seerattn.ops.attention_map import attention_map
 from seerattn.options import option
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.budgets import HeadBudgets, share_density
+from seerattn.selection.decode_blocks import DecodeBlocks
+from seerattn.selection.decode_policy import choose_blocks
+from seerattn.selection.decode_selector import PolicyDecoder
 from seerattn.selection.map_form import PUBLISHED, MapForm
 from seerattn.selection.policies import Policy
 from seerattn.selection.selector import AttentionContext, PolicySelector
 from seerattn.selection.target_map import group_target
+
+if TYPE_CHECKING:
+    from seerattn.hf.eval_model import EvalModel
 
 Share = Literal["query_head", "kv_group"]
 
@@ -57,6 +64,45 @@ class OracleSelector(PolicySelector):
         )
 
 
+@dataclass(frozen=True)
+class OracleDecoder(PolicyDecoder):
+    """True probabilities of one token, for the heads of a KV group together.
+
+    A block has what it has for the head that needs it most (SeerAttention-R, arXiv 2506.08889, section 2.2).
+
+    Attributes:
+        policy: how many blocks to keep.
+        block_k: key block size in tokens.
+        target: what a head gives to a block: the largest of its probabilities there, or their sum.
+    """
+
+    policy: Policy
+    block_k: int = 64
+    target: MapForm = PUBLISHED
+
+    @property
+    def block_size(self) -> int:
+        """See `PolicyDecoder.block_size`."""
+        return self.block_k
+
+    @torch.no_grad()
+    def select_token(self, q: Tensor, k: Tensor, context: AttentionContext) -> DecodeBlocks:
+        """See `DecodeSelector.select_token`."""
+        tokens, kv_heads = k.shape[2], k.shape[1]
+        logits = (q.unflatten(1, (kv_heads, -1)).squeeze(3).float() @ k.float().mT) * context.scale
+        if context.softcap is not None:
+            logits = context.softcap * torch.tanh(logits / context.softcap)
+        if context.sinks is not None:
+            sinks = context.sinks.float().view(kv_heads, -1, 1).expand(len(q), -1, -1, -1)
+            logits = torch.cat((logits, sinks), -1)
+        blocks = (tokens - 1) // self.block_k
+        shares = logits.softmax(-1)[..., : blocks * self.block_k].unflatten(-1, (blocks, self.block_k))
+        shares = shares.amax(-1) if self.target.keys == "max" else shares.sum(-1)
+        return choose_blocks(
+            shares.amax(2).log(), self.policy, tokens=tokens, block_k=self.block_k, layer=context.layer
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Oracle(TopKMethod):
     """The best blocks of a true map.
@@ -76,6 +122,16 @@ class Oracle(TopKMethod):
     def check(self) -> None:
         super().check()
         MapForm.parse(self.target)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        return (*super().budgets, "tokens")
+
+    def decoders(self, model: EvalModel | None = None) -> Selectors:
+        def decoder(policy: Policy) -> OracleDecoder:
+            return OracleDecoder(policy, self.block_k, self.form)
+
+        return token_budgets(decoder, sink_blocks=self.sink_blocks, settings=self.settings())
 
     @property
     def form(self) -> MapForm:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from seerattn.methods.method import TopKMethod
+from seerattn.methods.method import Budget, Selectors, TopKMethod, token_budgets
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
+from seerattn.selection.decode_blocks import DecodeBlocks
+from seerattn.selection.decode_policy import choose_blocks
+from seerattn.selection.decode_selector import PolicyDecoder
 from seerattn.selection.policies import Policy
 from seerattn.selection.selector import AttentionContext, PolicySelector
+
+if TYPE_CHECKING:
+    from seerattn.hf.eval_model import EvalModel
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,31 @@ class StreamingSelector(PolicySelector):
         )
 
 
+@dataclass(frozen=True)
+class StreamingDecoder(PolicyDecoder):
+    """First and most recent blocks of one token, as `StreamingSelector` has them.
+
+    Attributes:
+        policy: how many blocks to keep.
+        block_k: key block size in tokens.
+    """
+
+    policy: Policy
+    block_k: int = 64
+
+    @property
+    def block_size(self) -> int:
+        """See `PolicyDecoder.block_size`."""
+        return self.block_k
+
+    def select_token(self, q: Tensor, k: Tensor, context: AttentionContext) -> DecodeBlocks:
+        """See `DecodeSelector.select_token`."""
+        tokens = k.shape[2]
+        starts = torch.arange((tokens - 1) // self.block_k, device=q.device) * self.block_k
+        scores = (starts - tokens).float().expand(q.shape[0], k.shape[1], -1)
+        return choose_blocks(scores, self.policy, tokens=tokens, block_k=self.block_k, layer=context.layer)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Streaming(TopKMethod):
     """Sinks and recent blocks."""
@@ -54,6 +86,16 @@ class Streaming(TopKMethod):
     id = "streaming"
     title = "streaming"
     kind = "static"
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        return (*super().budgets, "tokens")
+
+    def decoders(self, model: EvalModel | None = None) -> Selectors:
+        def decoder(policy: Policy) -> StreamingDecoder:
+            return StreamingDecoder(policy, self.block_k)
+
+        return token_budgets(decoder, sink_blocks=self.sink_blocks, settings=self.settings())
 
     def selector(self, policy: Policy) -> StreamingSelector:
         return StreamingSelector(policy, self.block_q, self.block_k)

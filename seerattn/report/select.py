@@ -14,7 +14,9 @@ from seerattn.results.record import Result
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
 
-BUDGETS = ("density", "time")
+BUDGETS = ("density", "time", "tokens")
+# Where the cell of a result says what was asked for that is no density.
+_ASKED = {"time": "share", "tokens": "tokens"}
 # Titles of the kinds in tables.
 KINDS = {
     "dense": "Dense",
@@ -127,12 +129,16 @@ def last_rows_dense(result: Result) -> int:
 
 def budget(result: Result) -> str:
     """What was made equal between methods, among `BUDGETS`; policies of their own stand beside equal densities."""
-    return "time" if result.cell.get("budget") == "time" else "density"
+    found = result.cell.get("budget")
+    return found if found in BUDGETS else "density"
 
 
 def asked(result: Result) -> float | None:
-    """What was asked for: a density, a share of the time of dense attention, or None for a policy with neither."""
-    return result.cell["share"] if budget(result) == "time" else result.density
+    """What was asked for: a density, a share of the time of dense attention, tokens that a decoded one may read.
+
+    None for a policy with none of them.
+    """
+    return result.cell[_ASKED[budget(result)]] if budget(result) in _ASKED else result.density
 
 
 def density_label(density: float | None) -> str:
@@ -142,8 +148,8 @@ def density_label(density: float | None) -> str:
 
 def asked_label(result: Result) -> str:
     """What was asked of one result; "" for the dense model."""
-    of_time = " of the time" if budget(result) == "time" else ""
-    return "" if result.kind == "dense" else density_label(asked(result)) + of_time
+    unit = {"time": " of the time", "tokens": " tokens"}.get(budget(result), "")
+    return "" if result.kind == "dense" else density_label(asked(result)) + unit
 
 
 def realised(rows: Iterable[Result]) -> float | None:

@@ -24,6 +24,7 @@ _PROVENANCE += ("seconds", "timestamp", "part")
 _CELL: dict[str, Any] = (
     dict.fromkeys(("task", "metric", "filter", "note", "dtype", "device", "impl", "work", "launch", "clock"), str)
     | dict.fromkeys(("block_q", "block_k", "rows_alike", "mask_heads", "layers", "layer", "batch", "at_once"), int)
+    | {"tokens": int, "phase": str}
     | {"budget": str, "depth": float, "share": float | str, "target_share": float, "map": bool}
     | {"training": dict[str, Any]}
 )
@@ -50,7 +51,7 @@ _NEEDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # Of a measurement by `seerattn bench`, which says the device in its cell; with blocks, and of a whole model.
 _BENCH, _BENCH_BLOCKS, _BENCH_MODEL = ("impl",), ("block_q", "block_k", "share"), ("layers",)
 _BENCH_SPARSE = ("attention_ms", "selection_ms", "ttft_s", "serve_first_s", "serve_tokens_per_second")
-_BUDGETS = ("density", "time", "own")
+_BUDGETS = ("density", "time", "own", "tokens")
 # Of what others are divided by, or drawn on a logarithmic axis.
 _POSITIVE = ("perplexity", "attention_ms", "selection_ms", "attention_map_ms", "ttft_s", "finetune_layer_ms")
 _POSITIVE += ("finetune_step_ms", "tokens_per_second", "distill_hours", "serve_first_s", "serve_tokens_per_second")
@@ -79,8 +80,8 @@ class Result:
         text: kind of text.
         seed: seed of generated documents, None where nothing is drawn.
         cell: everything else that sets this value apart: layer, head, depth, limits of the data, dtype, "budget" (what
-            was asked for, a density or a share of the time of dense attention) and "share". A "note" there is a
-            sentence for the reader and sets nothing apart.
+            was asked for, a density, a share of the time of dense attention or tokens that each decoded one may read)
+            and "share" or "tokens". A "note" there is a sentence for the reader and sets nothing apart.
         samples: what a reader needs to compare rows sample by sample, such as the summed loss of each document.
         versions: of seerattn, torch, transformers and python.
         device: the accelerator or processor.
@@ -200,6 +201,8 @@ def _check_whole(values: Mapping[str, Any], cell: Mapping[str, Any], samples: Ma
         raise ValueError(f"cell.budget must be one of {', '.join(_BUDGETS)}, got {short(cell['budget'])}")
     if cell.get("budget") == "time" and not fits(cell.get("share"), float):
         raise ValueError(f"cell.share must be a number where the budget is time, got {short(cell.get('share'))}")
+    if cell.get("budget") == "tokens" and not fits(cell.get("tokens"), int):
+        raise ValueError(f"cell.tokens must be a number where they are the budget, got {short(cell.get('tokens'))}")
     value = values["value"]
     if value is not None and value <= 0 and values["what"] in _POSITIVE:
         raise ValueError(f"value of {short(values['what'])} must be above 0, got {value}")

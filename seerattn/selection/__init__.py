@@ -2,6 +2,8 @@
 
 from seerattn.selection.block_indices import BlockIndices as BlockIndices
 from seerattn.selection.budgets import HeadBudgets as HeadBudgets
+from seerattn.selection.decode_blocks import DecodeBlocks as DecodeBlocks
+from seerattn.selection.decode_selector import DecodeSelector as DecodeSelector
 from seerattn.selection.policies import KeepAll as KeepAll
 from seerattn.selection.policies import Policy as Policy
 from seerattn.selection.policies import Threshold as Threshold

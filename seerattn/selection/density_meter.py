@@ -14,11 +14,11 @@ class _Meter:
     """What counting prompts and counting decode steps share.
 
     Args:
-        what: names what was to be counted where nothing was.
+        nothing: what is said where nothing was counted.
     """
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, nothing: str) -> None:
+        self._nothing = nothing
         # Counts stay on the device until they are asked for, so that counting never waits for a GPU.
         self._computed: dict[int, Tensor] = {}
         self._causal: dict[int, int] = {}
@@ -49,14 +49,14 @@ class _Meter:
 
     def _check_counted(self) -> None:
         if not self._computed:
-            raise ValueError(f"the meter must have seen at least one {self._what}, got none")
+            raise ValueError(self._nothing)
 
 
 class DecodeMeter(_Meter):
     """Counts the blocks that layers read for tokens that are decoded; see `DensityMeter`."""
 
     def __init__(self) -> None:
-        super().__init__("token that was decoded by a policy")
+        super().__init__("the meter must have seen at least one token that was decoded by a policy, got none")
 
     def add(self, layer: int, heads: int, counts: Tensor, tokens: int, block_k: int) -> None:
         """Counts one token of each of some sequences of ``tokens`` keys, by the lengths ``[B, Hm]`` of their lists."""
@@ -75,7 +75,7 @@ class DensityMeter(_Meter):
     """
 
     def __init__(self) -> None:
-        super().__init__("prefill of a layer with a selector")
+        super().__init__("the meter must have seen at least one prefill of a layer with a selector, got none")
         self._skipped: dict[int, Tensor] = {}
         self.decode = DecodeMeter()
 

@@ -95,7 +95,9 @@ def all_methods(gates: list[Path]) -> list[Method]:
         options = options_of(of)
         if any(field.default is MISSING for field, *_ in options.values()):
             continue
-        found.append(make_method(id, {name: value for name, value in OPTIONS.items() if name in options}))
+        method = make_method(id, {name: value for name, value in OPTIONS.items() if name in options})
+        if method.budgets != ("tokens",):
+            found.append(method)
     return [*found, *(make_method("gate", {"gates": folder}) for folder in gates)]
 
 

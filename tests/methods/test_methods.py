@@ -82,7 +82,8 @@ def test_methods_are_found_by_their_own_ids_in_the_order_of_their_kinds() -> Non
     # What needs a file was learned or searched; all others are tried below.
     needs = {id for id, of in found.items() if any(f.default is MISSING for f, *_ in options_of(of).values())}
     assert {"gate", "minference", "moa"} <= needs <= {"gate"} | {id for id, of in found.items() if of.searches}
-    assert set(found) - needs == {"dense", *OPTIONS}
+    # Those of decoded tokens alone are tried in test_decoders.py.
+    assert set(found) - needs == {"dense", "quest", *OPTIONS}
 
 
 def test_methods_are_described_by_id_title_kind_and_options() -> None:

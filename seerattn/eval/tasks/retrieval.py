@@ -3,10 +3,14 @@
 Answers are scored by teacher forcing: document, question and answer are one prompt, all of it prefilled through the
 selector under test, and an answer counts if every one of its tokens is the model's first choice after the ones before
 it. That is what greedy decoding of the answer would give if decoding attended to what prefill does, in one pass.
+
+With ``decode_tokens`` it is decoding that is measured: the document is prefilled densely, and question and answer are
+read token by token, each of which attends to so many tokens at most.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from seerattn.data.retrieval import (
     Encoder,
@@ -24,7 +29,7 @@ from seerattn.data.retrieval import (
     variable_tracking_document,
 )
 from seerattn.data.windows import digest
-from seerattn.eval.choice import Choice
+from seerattn.eval.choice import DENSE, Choice
 from seerattn.eval.tasks.perplexity import read_once
 from seerattn.eval.tasks.task import Job, Progress, Setup, Task
 from seerattn.hf.eval_model import EvalModel
@@ -171,6 +176,36 @@ def answers(
     return found
 
 
+@torch.no_grad()  # not inference_mode, in which the keys of a cache would be compared in every step
+def decoded_answer(model: PreTrainedModel, document: RetrievalDocument, cache: DynamicCache) -> Answer:
+    """How a model answers the last question of a document if question and answer are read token by token.
+
+    Args:
+        model: a causal language model.
+        document: with a question at its end.
+        cache: holds what comes before the question, see `read_document`; what is read is added to it.
+    """
+    start, stop = document.answers[-1]
+    correct, log_prob = True, 0.0
+    for place in range(document.questions[-1], stop - 1):
+        token = torch.tensor([document.input_ids[place : place + 1]], device=model.device)
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits[0, -1].float()
+        if place + 1 >= start:
+            label = document.input_ids[place + 1]
+            correct &= int(logits.argmax()) == label
+            log_prob += float(logits.log_softmax(-1)[label])
+    return Answer(correct, log_prob, document.depths[-1])
+
+
+@torch.no_grad()
+def read_document(model: PreTrainedModel, document: RetrievalDocument) -> DynamicCache:
+    """A cache with what comes before the last question of a document, read in one call."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([document.input_ids[: document.questions[-1]]], device=model.device)
+    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
 @dataclass(frozen=True, eq=False)
 class RetrievalJob(Job):
     """Documents with a question at their end, by cell.
@@ -198,15 +233,7 @@ class RetrievalJob(Job):
         rows = []
         for needle, documents in self.needles.items():
             for choice in choices:
-                blank = choice.result(
-                    model,
-                    what="accuracy",
-                    unit="documents",
-                    context=needle.length,
-                    text=self.text,
-                    cell=needle.cell | self.settings,
-                    seed=needle.seed,
-                )
+                blank = self._blank(model, choice, needle)
                 with output.together() as cell:
                     row = cell.find(blank)
                     if row is None:
@@ -215,18 +242,109 @@ class RetrievalJob(Job):
                         advance = progress(label, len(documents)) if progress else None
                         with choice.on(model) as run:
                             given = answers(run.model, documents, batch=batch, advance=advance)
-                        row = replace(
-                            blank,
-                            **statistics.proportion(sum(answer.correct for answer in given), len(given))._asdict(),
-                            n=len(given),
-                            realised_density=run.density(),
-                            samples={name: [getattr(answer, name) for answer in given] for name in Answer._fields},
-                        )
-                        row = cell.append(row, watch.seconds())
-                    likely = statistics.mean(row.sampled("log_prob"))
-                    likely = replace(row, what="answer_log_prob", samples={}, **likely._asdict())
-                    rows += [row, cell.setdefault(likely, row.seconds)]
+                        row = cell.append(_filled(blank, given, run.density()), watch.seconds())
+                    rows += [row, cell.setdefault(_likely(row), row.seconds)]
         return rows
+
+    def _blank(self, model: EvalModel, choice: Choice, needle: Needle) -> Result:
+        """The "accuracy" of a choice in a cell, without a value yet."""
+        return choice.result(
+            model,
+            what="accuracy",
+            unit="documents",
+            context=needle.length,
+            text=self.text,
+            cell=needle.cell | self.settings,
+            seed=needle.seed,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class DecodingJob(RetrievalJob):
+    """The same documents, of which question and answer are decoded.
+
+    All choices and the dense model go on with the same prefill, document by document. So nothing is written before all
+    documents of a cell are done.
+
+    Attributes:
+        decode_tokens: how many tokens a decoded one may read.
+    """
+
+    decode_tokens: tuple[int, ...] = ()
+
+    together = True
+    has_dense = False
+
+    def measure(
+        self,
+        model: EvalModel,
+        choices: Sequence[Choice],
+        output: ResultsFile,
+        *,
+        batch: int = 1,
+        progress: Progress | None = None,
+    ) -> list[Result]:
+        """See `RetrievalJob.measure`; the dense model is measured as well. Documents run one by one."""
+        rows = []
+        for needle, documents in self.needles.items():
+            blanks = {choice: self._blank(model, choice, needle) for choice in (DENSE, *choices)}
+            missing = [choice for choice, blank in blanks.items() if output.find(blank) is None]
+            watch = Stopwatch(model.device)
+            label = f"{len(missing)} ways of decoding, {needle.task} at {needle.length}"
+            advance = progress(label, len(documents)) if progress and missing else None
+            found = self._decoded(model, missing, documents, advance)
+            seconds = watch.seconds()
+            for choice in missing:
+                given, densities = zip(*found[choice])
+                density = None if choice.is_dense else sum(densities) / len(densities)
+                with output.together() as cell:
+                    row = cell.append(_filled(blanks[choice], given, density), seconds)
+                    cell.setdefault(_likely(row), seconds)
+            for blank in blanks.values():
+                row = output.find(blank)
+                rows += [row, output.find(_likely(row))]
+        return rows
+
+    @staticmethod
+    def _decoded(
+        model: EvalModel,
+        choices: Sequence[Choice],
+        documents: Sequence[RetrievalDocument],
+        advance: Callable[[int], None] | None,
+    ) -> dict[Choice, list[tuple[Answer, float]]]:
+        """Answers of each choice, with the density of their steps."""
+        found: dict[Choice, list[tuple[Answer, float]]] = {choice: [] for choice in choices}
+        for document in documents if choices else ():
+            with model.untouched() as run:
+                cache = read_document(run.model, document)
+            for choice in choices:
+                with choice.on(model) as run:
+                    answer = decoded_answer(run.model, document, copy.deepcopy(cache))
+                    found[choice].append((answer, run.decode_density()))
+            if advance is not None:
+                advance(1)
+        return found
+
+    def _blank(self, model: EvalModel, choice: Choice, needle: Needle) -> Result:
+        blank = super()._blank(model, choice, needle)
+        return replace(blank, cell=blank.cell | {"phase": "decode"})
+
+
+def _filled(blank: Result, given: Sequence[Answer], density: float | None) -> Result:
+    """A blank "accuracy" with the answers that were given."""
+    return replace(
+        blank,
+        **statistics.proportion(sum(answer.correct for answer in given), len(given))._asdict(),
+        n=len(given),
+        realised_density=density,
+        samples={name: [getattr(answer, name) for answer in given] for name in Answer._fields},
+    )
+
+
+def _likely(row: Result) -> Result:
+    """The "answer_log_prob" beside an "accuracy"."""
+    likely = statistics.mean(row.sampled("log_prob"))
+    return replace(row, what="answer_log_prob", samples={}, **likely._asdict())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +359,9 @@ class RetrievalTask(Task):
         (0.1, 0.3, 0.5, 0.7, 0.9), help="Shares of the text before a pass key.", low=0, high=1
     )
     seed: int = option(0, help="Draws facts, places and text.")
+    decode_tokens: tuple[int, ...] = option(
+        (), help="Measure decoding: dense documents; questions and answers may read so many tokens each.", low=1
+    )
 
     def needles(self, context: int, limit: int = 0) -> list[Needle]:
         """The cells at a context, with at most ``limit`` documents each if that is not 0."""
@@ -261,7 +382,10 @@ class RetrievalTask(Task):
             made = {needle: needle.documents(tokenizer, documents, tokenizer.bos_token_id) for needle in needles}
             # One of each depth first, as settings are tuned on the first ones.
             inputs = [document.input_ids for together in zip(*made.values()) for document in together]
-            found.append(RetrievalJob(self.id, self.called, context, inputs, settings, needles=made))
+            about = {"task": self.id, "text": self.called, "context": context, "sequences": inputs}
+            about |= {"settings": settings, "needles": made}
+            decodes = self.decode_tokens
+            found.append(DecodingJob(**about, decode_tokens=decodes) if decodes else RetrievalJob(**about))
         return found
 
 

@@ -62,6 +62,8 @@ class Job(ABC):
     together: ClassVar[bool] = False
     # Whether the dense model has a value of its own.
     has_dense: ClassVar[bool] = True
+    # Tokens that each decoded token may read, where decoding is measured; empty where prompts are.
+    decode_tokens: ClassVar[tuple[int, ...]] = ()
     # Whether results are compared with those of the dense model, which are then needed first.
     beside_dense: ClassVar[bool] = False
 
@@ -96,12 +98,14 @@ class Task(ABC):
 
     Class attributes:
         id: what records, recipes and commands call it.
+        decode_tokens: what decoded tokens may read, an option of tasks that can measure decoding.
 
     Raises:
         ValueError: an option that it may not have.
     """
 
     id: ClassVar[str]
+    decode_tokens: ClassVar[tuple[int, ...]] = ()
 
     data: tuple[str, ...] = option((), help="Text: files, folders, datasets; default: the books that come with it.")
     text: str = option("", help="What results call the text; default: the name of the data.")

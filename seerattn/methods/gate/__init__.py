@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from seerattn.data.text import BOOKS
 from seerattn.data.windows import cut_windows, digest, token_documents
+from seerattn.gate_decode import GateDecoder
 from seerattn.gate_selector import GateSelector
 from seerattn.methods.gate.thresholds import Calibrator, threshold_level
-from seerattn.methods.method import Budget, Method, SelectorAt, Selectors
+from seerattn.methods.method import Budget, DecoderAt, Method, SelectorAt, Selectors
 from seerattn.options import option
 from seerattn.selection.budgets import shares_density
-from seerattn.selection.policies import Policy, Threshold, TopK, TopP
+from seerattn.selection.policies import Policy, Threshold, TokenBudget, TopK, TopP
 
 if TYPE_CHECKING:
     from seerattn.gate import AttnGateConfig
@@ -55,7 +56,7 @@ class Gate(Method):
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        return ("own",) if self.policy == "saved" else super().budgets
+        return ("own",) if self.policy == "saved" else (*super().budgets, "tokens")
 
     @property
     def weights(self) -> Path:
@@ -124,6 +125,15 @@ class Gate(Method):
 
         exact = self.policy in ("top_k", "equal_top_k")
         return Selectors(at, sparsest, densest, scale, is_density=exact, settings=settings)
+
+    def decoders(self, model: EvalModel | None = None) -> Selectors:
+        gates = model.gates(self.gates).gates
+
+        def at(tokens: float) -> DecoderAt:
+            policy = TokenBudget(tokens=int(tokens))
+            return lambda layer: GateDecoder(gates[layer], policy) if layer in gates else None
+
+        return Selectors(at, sparsest=1, densest=float("inf"))
 
     def _saved(self, loaded: LoadedGates) -> Selectors:
         if loaded.policy is None:

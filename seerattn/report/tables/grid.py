@@ -12,7 +12,11 @@ from seerattn.report.names import name_of
 from seerattn.report.parts import Cell, Column, Line, Table
 from seerattn.results.record import Result
 
-_BUDGETS = {"density": "", "time": ", by share of the time of dense attention"}
+_BUDGETS = {
+    "density": "",
+    "time": ", by share of the time of dense attention",
+    "tokens": ", decoding after a dense prompt, by tokens that a decoded one may read",
+}
 
 
 class Measured(NamedTuple):
@@ -163,6 +167,7 @@ def by_setting(rows: Sequence[Result]) -> list[tuple[str, list[Result]]]:
     parts = select.group(sparse, lambda r: (select.budget(r), select.last_rows_dense(r))) or {("density", 0): []}
     found = []
     for (of, last), part in sorted(parts.items()):
-        kept = f"last {last} query-block rows dense" if last else "no dense last rows"
-        found.append((f"{rows[0].text}, {rows[0].model}, {kept}{_BUDGETS[of]}", [*dense, *part]))
+        kept = f", last {last} query-block rows dense" if last else ", no dense last rows"
+        kept = "" if of == "tokens" else kept
+        found.append((f"{rows[0].text}, {rows[0].model}{kept}{_BUDGETS[of]}", [*dense, *part]))
     return found

@@ -20,7 +20,7 @@ READ = (
     "query-block rows are dense, the question itself sees everything. Such tables say little of the choice."
 )
 # Cell entries that say where and how, not what was asked.
-_PLACE = ("task", "depth", "block_q", "block_k", "budget", "share", "data", "dtype", "note")
+_PLACE = ("task", "depth", "block_q", "block_k", "budget", "share", "tokens", "data", "dtype", "note")
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
