@@ -147,10 +147,10 @@ def test_only_integration_layers_import_transformers_or_peft() -> None:
 
 def test_only_the_plug_in_imports_vllm() -> None:
     assert not offences([p for p in FILES if room(p) != "vllm"], lambda n: starts(n, "vllm"))
-    # Its modules are looked up before there is an engine, and those that no engine needs without vLLM.
-    at_once = [p for p in importers("vllm") if p.name not in ("cpu.py", "cuda.py")]
-    tops = [node for p in at_once for node in ast.parse((ROOT / p).read_text()).body if isinstance(node, ast.ImportFrom)]
-    assert not [node.module for node in tops if starts(node.module, "vllm")]
+    # All but the two backends can be imported where vLLM is not installed, or is not ready yet.
+    for path in importers("vllm"):
+        top = [node for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.ImportFrom)]
+        assert path.name in ("cpu.py", "cuda.py") or not [node for node in top if starts(node.module, "vllm")]
 
 
 def test_only_report_imports_matplotlib() -> None:
