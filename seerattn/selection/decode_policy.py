@@ -66,9 +66,8 @@ def choose_blocks(
     """
     if isinstance(policy, TopK):
         policy = replace(policy, rule="row_share", length=None)
-    row = F.pad(scores, (0, 1), value=-torch.inf)[:, :, None]
-    geometry = {"q_start": tokens - 1, "q_len": 1, "block_q": 1, "block_k": block_k}
-    mask = policy.keep(row, **geometry, layer=layer, forced_scored=forced_scored)[:, :, 0]
+    row = F.pad(scores, (0, 1), value=-torch.inf)
+    mask = policy.keep_token(row, tokens=tokens, block_k=block_k, layer=layer, forced_scored=forced_scored)
     return DecodeBlocks.from_mask(mask, block_k=block_k, width=_most(policy, mask.shape[-1], block_k))
 
 

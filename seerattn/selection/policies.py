@@ -90,22 +90,6 @@ class Policy(ABC):
             forced_scored: whether the scores of forced blocks mean anything; if not, they are left out of every
                 softmax.
         """
-        geometry = {"block_q": block_q, "block_k": block_k, "q_start": q_start, "q_len": q_len}
-        mask = self.keep(scores, **geometry, layer=layer, forced_scored=forced_scored)
-        return replace(BlockIndices.from_mask(mask, **geometry), skip_threshold=self.skip_threshold)
-
-    def keep(
-        self,
-        scores: Tensor,
-        *,
-        q_start: int,
-        q_len: int,
-        block_q: int,
-        block_k: int,
-        layer: int = 0,
-        forced_scored: bool = True,
-    ) -> Tensor:
-        """The blocks that `select` lists, as a mask: bool ``[B, Hm, Nq, Nk]``; of others than causal ones any value."""
         num_q_blocks, num_k_blocks = scores.shape[2:]
         geometry = (q_start, q_len, num_q_blocks, num_k_blocks, block_q, block_k)
         if num_q_blocks != num_query_blocks(q_start, q_len, block_q):
@@ -117,9 +101,35 @@ class Policy(ABC):
         forced = forced_block_mask(*geometry, self.sink_blocks).to(scores.device)
         if self.last_rows_dense:
             forced[:, -self.last_rows_dense :] = causal[:, -self.last_rows_dense :]
-        hidden = ~causal if forced_scored else ~causal | forced
         rows = _Rows(layer, q_start + q_len, block_q, block_k, causal[:, None], forced[:, None])
-        return self._keep(scores.masked_fill(hidden[:, None], -torch.inf), rows) | rows.forced
+        mask = self._kept(scores, rows, forced_scored)
+        blocks = BlockIndices.from_mask(mask, block_q=block_q, block_k=block_k, q_start=q_start, q_len=q_len)
+        return replace(blocks, skip_threshold=self.skip_threshold)
+
+    def keep_token(
+        self, scores: Tensor, *, tokens: int, block_k: int, layer: int = 0, forced_scored: bool = True
+    ) -> Tensor:
+        """Chooses blocks of the last token of sequences; nothing waits for the device.
+
+        Args:
+            scores: fp32 ``[B, Hm, Nk]``, of all blocks; the last one, the token's own, is kept whatever it has.
+            tokens: keys of a sequence.
+            block_k: key block size in tokens.
+            layer: index of the layer.
+            forced_scored: as of `select`.
+
+        Returns:
+            Bool ``[B, Hm, Nk]``.
+        """
+        place = torch.arange(scores.shape[2], device=scores.device)
+        forced = ((place < self.sink_blocks) | (place == len(place) - 1))[None, None, None]
+        rows = _Rows(layer, tokens, 1, block_k, torch.ones_like(forced), forced)
+        return self._kept(scores[:, :, None], rows, forced_scored)[:, :, 0]
+
+    def _kept(self, scores: Tensor, rows: _Rows, forced_scored: bool) -> Tensor:
+        """Bool ``[B, Hm, Nq, Nk]``; of blocks that are not causal any value."""
+        hidden = ~rows.causal if forced_scored else ~rows.causal | rows.forced
+        return self._keep(scores.masked_fill(hidden, -torch.inf), rows) | rows.forced
 
     @property
     def nominal_density(self) -> float | None:
