@@ -46,6 +46,16 @@ class Spread:
         """All tokens ``[B, T, ..]`` of what a forward gave each process of its own, such as logits; for all to call."""
         return self.parts.gather(x)
 
+    def last(self, x: Tensor) -> Tensor:
+        """What a forward gave of the last token ``[B, ..]``, which the last process has; for all to call.
+
+        Args:
+            x: ``[B, n, ..]``, the last tokens of every process, such as logits with ``logits_to_keep=1``.
+        """
+        found, last = x[:, -1].contiguous(), len(self.parts.sizes) - 1
+        dist.broadcast(found, last if self.group is None else dist.get_global_rank(self.group, last), group=self.group)
+        return found
+
     def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook of the model: its prompt becomes the part of this process.
 

@@ -63,7 +63,9 @@ def work(folder: Path) -> None:
                     with seerattn.policy(model, policy):
                         for length in LENGTHS:
                             logits, densities = run(model, length)
-                            found[family, form, name, length] = spread.gather(logits), densities
+                            whole = spread.gather(logits)
+                            assert torch.equal(spread.last(logits[:, -1:]), whole[:, -1])
+                            found[family, form, name, length] = whole, densities
                 refuse(model)
             assert run(model, 65)[0].shape[1] == 65, "a model is as it was afterwards"
     torch.save(found, folder / f"{dist.get_rank()}.pt")
