@@ -79,6 +79,7 @@ class Table:
         notes: sentences on all of it.
         groups: groups of columns in their order, each with a sentence or "".
         letters: it is a map of layers by heads with a letter in each cell.
+        dense: head of the column of cells that hold for a whole group, where it stands alone.
     """
 
     title: str
@@ -88,6 +89,7 @@ class Table:
     notes: Sequence[str] = ()
     groups: Mapping[str, str] = field(default_factory=dict)
     letters: bool = False
+    dense: str = "1"
 
     @property
     def spans(self) -> dict[int, tuple[str, int]]:
@@ -106,7 +108,7 @@ class Table:
     def by_group(self) -> list[Table]:
         """A table for each group, where there is no room for several side by side.
 
-        Cells that hold for the whole group get a column of their own, which is that of density 1.
+        Cells that hold for the whole group get a column of their own, by default that of density 1.
         """
         return [self._part(*span) for span in self.spans.items()] or [self]
 
@@ -122,7 +124,7 @@ class Table:
             cells = [line.cells[first] if line.whole else None, *cells] if dense else cells
             if any(cells):
                 lines.append(replace(line, cells=[*(line.cells[i] for i in own), *cells], whole=False))
-        columns = [self.columns[i] for i in own] + [Column("1")] * dense
+        columns = [self.columns[i] for i in own] + [Column(self.dense)] * dense
         columns += [replace(self.columns[i], group="") for i in of_group]
         notes = [note for note in (self.groups[name], *self.notes) if note]
         return replace(self, title=f"{self.title}, {name}", columns=columns, lines=lines, notes=notes, groups={})

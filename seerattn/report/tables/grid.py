@@ -94,7 +94,8 @@ def compare(
         shown = [found[line].get(key[whole]) for key in keys]
         body.append(Line(name_of(row), [of and of.cell for of in shown], select.KINDS[row.kind], whole))
     notes = [*notes, *_sizes(lines), *(f"[{number}] {remark}" for number, remark in enumerate(remarks, 1))]
-    return Table(title, "method", columns, body, notes, groups)
+    decoded = any(select.budget(r) == "tokens" for r in results)
+    return Table(title, "method", columns, body, notes, groups, dense="all tokens" if decoded else "1")
 
 
 def _show(rows: Sequence[Result], found: Measured, forms: tuple[str, str], remarks: list[str]) -> _Shown:
