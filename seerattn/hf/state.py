@@ -254,7 +254,7 @@ class LayerState:
     @property
     def decodes(self) -> bool:
         """Whether something chooses the blocks of tokens that are decoded, in the context of the caller."""
-        return self.attachment.decodes and self.attachment.now().decoders.get(self.layer) is not None
+        return self.attachment.now().decoders.get(self.layer) is not None
 
     @property
     def gate(self) -> AttnGate | None:
