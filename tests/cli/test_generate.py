@@ -44,6 +44,26 @@ def expected(folder: Path, text: str, density: float | None) -> tuple[str, float
     return answer, meter.mean() if density is not None else 1.0
 
 
+@pytest.mark.parametrize("prompt", ["--density=0.5", "--dense"])
+def test_tokens_of_an_answer_read_as_many_as_they_may(folder, capsys, prompt: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    policies = {"policy": seerattn.TopK(density=0.5) if "density" in prompt else None}
+    policies["decode_policy"] = seerattn.TokenBudget(tokens=128)
+    model = seerattn.attach(model, folder / "gates-of-model", impl="sparse")
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    with seerattn.policy(model, **policies), seerattn.record_density(model) as meter:
+        found = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    assert meter.decode.mean() == pytest.approx(2 / 5)
+    gates = ("--gates", f"{folder}/gates-of-model", prompt, "--decode-tokens", "128")
+    assert run(folder, *gates, "--prompt", TEXT) == 0
+    out, told = capsys.readouterr()
+    assert out == tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+    assert "s (density 0.400)" in told and ("(dense)" in told) == (prompt == "--dense")
+    assert run(folder, "--dense", "--decode-tokens", "128", "--prompt", TEXT) == 2
+    assert "model must have gates for a policy" in " ".join(capsys.readouterr().err.split())
+
+
 def test_answer_is_that_of_generate_wherever_the_text_comes_from(
     folder, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
