@@ -30,9 +30,10 @@ from seerattn.bench.session import Session, of_gates
 from seerattn.bench.timing import device_time, long_runs, reset_peak
 from seerattn.hf.attention import seer_attention
 from seerattn.hf.call import LayerCall
+from seerattn.hf.capturing import learning
 from seerattn.hf.finetuning import SparseTraining
 from seerattn.hf.mask import make_mask
-from seerattn.hf.state import layer_states, learning
+from seerattn.hf.state import layer_states
 from seerattn.ops.attention_map import attention_map
 from seerattn.ops.resolve import preferred
 from seerattn.options import option

@@ -24,6 +24,7 @@ from seerattn.gate.config import AttnGateConfig
 from seerattn.gate_files import GATES, check_identity, read_config
 from seerattn.hf.attention import IMPLEMENTATIONS
 from seerattn.hf.batching import leave_batching, let_batch
+from seerattn.hf.capturing import Capture, learning
 from seerattn.hf.config import SeerConfig, check_folder
 from seerattn.hf.distillation import GateLosses
 from seerattn.hf.gates import (
@@ -40,7 +41,7 @@ from seerattn.hf.gates import (
 from seerattn.hf.identity import identity, transformers_model
 from seerattn.hf.placement import dense_implementation, set_implementation
 from seerattn.hf.probe import probe
-from seerattn.hf.state import Attachment, Capture, attachment_of, learning
+from seerattn.hf.state import Attachment, attachment_of
 from seerattn.selection.policies import policy_from_dict
 
 

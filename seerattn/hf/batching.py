@@ -31,12 +31,13 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
 
+from seerattn.hf.capturing import CAPTURE
 from seerattn.hf.faults import isolate_faults
 from seerattn.hf.meters import DensityMeter, time_meter
 from seerattn.hf.paged import PAGED
 from seerattn.hf.pages import leave_in_pages
 from seerattn.hf.requests import BATCHING, Batching, Choice, check_running
-from seerattn.hf.state import CAPTURE, Attachment, attachment_of, check_fits, check_gated, check_policy
+from seerattn.hf.state import Attachment, attachment_of, check_fits, check_gated, check_policy
 from seerattn.selection.policies import Policy
 
 logger = logging.getLogger(__name__)

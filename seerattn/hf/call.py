@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seerattn.hf.capturing import CAPTURE, Capture
 from seerattn.hf.gate_cache import Recall
 from seerattn.hf.mask import CallMask, Unservable
 from seerattn.hf.rotary import gate_frequencies
-from seerattn.hf.state import CAPTURE, Capture, Kind, LayerState, Running, Tables, check_filled
+from seerattn.hf.state import Kind, LayerState, Running, Tables, check_filled
 from seerattn.ops.crossover import LayerShape
 from seerattn.selection.selector import AttentionContext, RotaryTables, Selector
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from seerattn.hf.attach import attach, detach
+from seerattn.hf.capturing import Capture, capturing
 from seerattn.hf.mask import CallMask
-from seerattn.hf.state import Attachment, Capture, attachment_of, capturing
+from seerattn.hf.state import Attachment, attachment_of
 from seerattn.selection.selector import AttentionContext
 
 if TYPE_CHECKING:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from seerattn.hf.call import LayerCall, alike, logits_of, state_key
+from seerattn.hf.capturing import CAPTURE
 from seerattn.hf.mask import CallMask, Unservable
 from seerattn.hf.meters import density_meters
-from seerattn.hf.state import CAPTURE, NO_GATE_BLOCK, Running, Tables, check_filled
+from seerattn.hf.state import NO_GATE_BLOCK, Running, Tables, check_filled
 from seerattn.ops.decode_attention import decode_attention
 from seerattn.selection.decode_blocks import DecodeBlocks
 from seerattn.selection.decode_selector import DecodeSelector, tells_all

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.pooling import Pooled
 from seerattn.gate_selector import pooled_inputs
+from seerattn.hf.capturing import Capture
 from seerattn.hf.mask import CallMask, document_numbers
-from seerattn.hf.state import Capture
 from seerattn.ops.attention_map import attention_map
 from seerattn.selection.block_indices import num_query_blocks
 

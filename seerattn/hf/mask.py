@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
+from seerattn.hf.capturing import CAPTURE
 from seerattn.hf.parts import PARTS
-from seerattn.hf.state import CAPTURE, Attachment, AttentionLayer, Kind, Running, Tables
+from seerattn.hf.state import Attachment, AttentionLayer, Kind, Running, Tables
 
 # Query rows of a mask that are compared with causality at once: 64 MiB of booleans at 128k keys.
 _STRIP = 512

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from seerattn.hf.capturing import learning
 from seerattn.hf.chunked_loss import head_losses
 from seerattn.hf.identity import transformers_model
-from seerattn.hf.state import learning
 
 if TYPE_CHECKING:
     from peft import PeftModel

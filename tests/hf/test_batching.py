@@ -16,9 +16,9 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 import seerattn
 from seerattn import KeepAll, TopK
 from seerattn.hf import batching, paged
+from seerattn.hf.capturing import Capture, capturing
 from seerattn.hf.meters import record_time
 from seerattn.hf.paged import PAGED
-from seerattn.hf.state import Capture, capturing
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.selector import AttentionContext, LastRowsDense
 
