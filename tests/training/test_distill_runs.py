@@ -342,7 +342,26 @@ def test_gates_that_cannot_be_saved_at_the_end_are_saved_by_a_resumed_run(
     assert trained.config.use_cache and not trained.training
 
 
-def test_two_processes_match_one_at_the_same_global_batch(folder: Path, tmp_path: Path) -> None:
+# One sub-block a side: between two that score alike, the order of a sum decides which is the maximum and gets the
+# gradient, and from then on runs differ by more than rounding (3e-5 in the loss, seen at the sixth step).
+SMOOTH = AttnGateConfig(block_q=32, block_k=32, query_subblocks=1, key_subblocks=1, init="normal")
+SPREAD = DistillConfig(context=256, steps=6, batch_size=4, logging_steps=2, save_steps=4, lr=3e-3, retrieval_share=0.25)
+DYING = """
+import os, signal, sys
+from seerattn.cli import main
+from seerattn.training.trainer import DistillTrainer
+step = DistillTrainer.training_step
+def step_or_die(self, *args, **kwargs):
+    if os.environ["RANK"] == "1" and self.state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+DistillTrainer.training_step = step_or_die
+main(sys.argv[1:])
+"""
+
+
+def in_two_processes(folder: Path, output: Path, program: list[str]) -> subprocess.CompletedProcess:
+    """The run of `SPREAD` by torchrun."""
     options = {
         "--model": folder / "model",
         "--data": folder / "data.jsonl",
@@ -351,32 +370,56 @@ def test_two_processes_match_one_at_the_same_global_batch(folder: Path, tmp_path
         "--batch-size": 4,
         "--lr": 3e-3,
         "--retrieval-share": 0.25,
-        "--output": tmp_path / "two",
+        "--output": output,
     }
-    # One sub-block a side: between two that score alike, the order of a sum decides which is the maximum and gets the
-    # gradient, and from then on runs differ by more than rounding (3e-5 in the loss, seen at the sixth step).
-    smooth = AttnGateConfig(block_q=32, block_k=32, query_subblocks=1, key_subblocks=1, init="normal")
     arguments = [str(x) for pair in options.items() for x in pair]
     arguments += ["--set", "logging_steps=2", "--set", "save_steps=4"]
     for value in ("block_q=32", "block_k=32", "query_subblocks=1", "key_subblocks=1", "init=normal"):
         arguments += ["--gate", value]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "seerattn"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *program]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, "distill", *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    config = DistillConfig(
-        context=256, steps=6, batch_size=4, logging_steps=2, save_steps=4, lr=3e-3, retrieval_share=0.25
+    return subprocess.run(
+        [*launch, "distill", *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
-    train(folder, tmp_path / "one", config, gate=smooth)
-    for two, one in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
-        assert two["layer_loss"] == pytest.approx(one["layer_loss"], abs=1e-6)
-        assert two["recall@0.2"] == pytest.approx(one["recall@0.2"], abs=1e-4)
-        assert (two["step"], two["lr"], two["tokens"]) == (one["step"], one["lr"], one["tokens"])
-    gates = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """The run of `SPREAD` in one process."""
+    train(folder, folder / "alone", SPREAD, gate=SMOOTH)
+    return folder / "alone"
+
+
+def assert_alike(output: Path, expected: Path) -> None:
+    """The same records and gates, up to the order of sums."""
+    for found, one in zip(records(output), records(expected), strict=True):
+        assert found["loss"] == pytest.approx(one["loss"], abs=1e-6)
+        assert found["layer_loss"] == pytest.approx(one["layer_loss"], abs=1e-6)
+        assert found["recall@0.2"] == pytest.approx(one["recall@0.2"], abs=1e-4)
+        assert (found["step"], found["lr"], found["tokens"]) == (one["step"], one["lr"], one["tokens"])
+    gates = [load_file(path / "adapter_model.safetensors") for path in (expected, output)]
     for name, weight in gates[0].items():
         # Adam divides by the square root of tiny second moments, which magnifies the order of summation.
         torch.testing.assert_close(gates[1][name], weight, rtol=0, atol=1e-4)
+
+
+def test_two_processes_match_one_at_the_same_global_batch(folder: Path, alone: Path, tmp_path: Path) -> None:
+    done = in_two_processes(folder, tmp_path / "two", ["-m", "seerattn"])
+    assert done.returncode == 0, done.stderr
+    assert_alike(tmp_path / "two", alone)
+
+
+def test_a_process_that_dies_ends_all_and_one_process_goes_on_from_their_checkpoint(
+    folder: Path, alone: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    done = in_two_processes(folder, tmp_path / "two", [str(script)])
+    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
+    assert [path.name for path in (tmp_path / "two" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not (tmp_path / "two" / "adapter_model.safetensors").exists()
+    train(folder, tmp_path / "two", SPREAD, gate=SMOOTH, resume=True)
+    assert_alike(tmp_path / "two", alone)
 
 
 def test_resumed_run_rejects_another_config_and_another_text(folder: Path, tmp_path: Path) -> None:
