@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from seerattn.cli.options import from_options
 from seerattn.cli.terminal import say
 from seerattn.hf.eval_model import Loading
 from seerattn.hf.meters import record_density
-from seerattn.hf.state import attachment_of, policy
 from seerattn.options import check_options, option
-from seerattn.selection.policies import TokenBudget
 from seerattn.serve.model import Answering
 from seerattn.texts import read_decompressed, visible
 
@@ -33,16 +30,12 @@ class Asked:
         file: or the file that holds it; without either it is read from stdin.
         max_new_tokens: of the answer at most.
         chat: whether the text is what a user says in a chat.
-        decode_tokens: that each token of the answer may read; 0 leaves it to the gates, which mostly name no policy.
     """
 
     prompt: str = option("", help="The text; default: what comes from --file or stdin.")
     file: Path | None = option(None, help="File of the text, also compressed.")
     max_new_tokens: int = option(256, help="Tokens of the answer at most.", low=1)
     chat: bool = option(False, help="Ask in a chat, by the chat template of the model.")
-    decode_tokens: int = option(
-        0, help="Each token of the answer reads so many at most; default: what the gates say, or else all.", low=0
-    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -78,7 +71,7 @@ def generate(answering: Answering, asked: Asked, loading: Loading) -> None:
     tokens = loaded.tokens_of_chat([{"role": "user", "content": text}]) if asked.chat else loaded.tokens_of(text)
     loaded.check_room(len(tokens), asked.max_new_tokens)
     ids, clock = torch.tensor([tokens], device=loading.place), _Clock()
-    with _decoding(loaded.model, asked.decode_tokens), record_density(loaded.model) as meter:
+    with record_density(loaded.model) as meter:
         found = loaded.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -94,19 +87,6 @@ def generate(answering: Answering, asked: Asked, loading: Loading) -> None:
     decoded = f" (density {meter.decode.mean():.3f})" if meter.decode.layers else ""
     read = f"{len(tokens)} tokens read in {clock.reading:.2f} s ({density})"
     say(f"{read}, {len(new)} written in {clock.writing:.2f} s{decoded}")
-
-
-def _decoding(model: Any, tokens: int) -> AbstractContextManager[None]:
-    """In what tokens of the answer read so many at most; the policy of the prompt stays.
-
-    Raises:
-        ValueError: a number for a model without gates.
-    """
-    if not tokens:
-        return nullcontext()
-    attachment = attachment_of(model)
-    prompts = None if attachment is None else attachment.policies.get(attachment.active)
-    return policy(model, prompts, decode_policy=TokenBudget(tokens=tokens))
 
 
 class _Clock(BaseStreamer):

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -84,7 +85,7 @@ def choose_for(manager: ContinuousBatchingManager, request_id: str, policy: Poli
     Args:
         manager: of a model with gates.
         request_id: under which it will be added.
-        policy: chooses the blocks of its prompt; None runs dense.
+        policy: chooses the blocks of its prompt; None runs dense. Answers are decoded as those of the model are.
         meter: counts them.
 
     Raises:
@@ -94,7 +95,8 @@ def choose_for(manager: ContinuousBatchingManager, request_id: str, policy: Poli
     check_policy(policy)
     check_gated(manager.model, policy)
     check_fits(policy, batching.attachment)
-    running = batching.attachment.now().with_policy(policy)
+    now = batching.attachment.now()
+    running = replace(now.with_policy(policy), decoders=now.decoders)
     check_running(running)
     batching.choices[request_id] = Choice(running, meter)
 

@@ -9,7 +9,7 @@ Rows of a padded batch are chosen for and attended to one by one, where their ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -20,10 +20,11 @@ from seerattn.hf.call import LayerCall, alike, logits_of, state_key
 from seerattn.hf.capturing import CAPTURE
 from seerattn.hf.mask import CallMask, Unservable
 from seerattn.hf.meters import density_meters
-from seerattn.hf.state import NO_GATE_BLOCK, Running, Tables, check_filled
+from seerattn.hf.state import NO_GATE_BLOCK, LayerState, Running, Tables, check_filled
 from seerattn.ops.decode_attention import decode_attention
 from seerattn.selection.decode_blocks import DecodeBlocks
 from seerattn.selection.decode_selector import DecodeSelector, tells_all
+from seerattn.selection.density_meter import DensityMeter
 from seerattn.selection.selector import AttentionContext, RotaryTables
 
 _IMPLS = ("triton", "reference")
@@ -122,7 +123,8 @@ def decode(
         if decoder is None or not step.rows:
             return None
         if auto and all(tells_all(decoder, row.tokens) for row in step.rows):
-            _count_all(seer, step, query.device)
+            for row in step.rows:
+                count_all(density_meters(state.attachment), step.running, state, row.tokens, query.device)
             return None
         chosen = _choose(seer, decoder, step, query, key, kwargs)
     except Unservable as reason:
@@ -263,13 +265,9 @@ def _attend(
     step: Step, query: Tensor, key: Tensor, value: Tensor, chosen: list[DecodeBlocks], logits: dict[str, Any]
 ) -> Tensor:
     """Attention ``[B, 1, H, D]`` over the lists of all rows; zeros for a row of padding."""
-    impl = step.running.op_impl
-    options = logits | {"impl": impl if impl in _IMPLS else "auto"}
     out = None
     for row, blocks in zip(step.rows, chosen):
-        q, k, v = row.of(query)[:, :, 0], row.keys_of(key), row.keys_of(value)
-        lengths = torch.full((q.shape[0],), row.tokens, dtype=torch.int32, device=q.device)
-        found = decode_attention(q, k, v, lengths=lengths, blocks=blocks, **options)[:, None]
+        found = attend_to(row.of(query), row.keys_of(key), row.keys_of(value), blocks, step.running, logits)
         if row.row is None:
             return found
         if out is None:
@@ -278,12 +276,19 @@ def _attend(
     return out
 
 
-def _count_all(seer: LayerCall, step: Step, device: torch.device) -> None:
-    """Counts every block of a step that "auto" runs dense because all would be read."""
-    state = seer.state
-    gate = step.running.gates.get(state.layer)
+def attend_to(
+    q: Tensor, k: Tensor, v: Tensor, blocks: DecodeBlocks, running: Running, logits: dict[str, Any]
+) -> Tensor:
+    """Attention ``[B, 1, H, D]`` of the last tokens ``[B, H, 1, D]`` of sequences of one length over their lists."""
+    impl = running.op_impl if running.op_impl in _IMPLS else "auto"
+    lengths = torch.full((q.shape[0],), k.shape[2], dtype=torch.int32, device=q.device)
+    return decode_attention(q[:, :, 0], k, v, lengths=lengths, blocks=blocks, impl=impl, **logits)[:, None]
+
+
+def count_all(meters: Iterable[DensityMeter], running: Running, state: LayerState, tokens: int, device: Any) -> None:
+    """Counts every block of a token that "auto" decodes dense because all would be read."""
+    gate = running.gates.get(state.layer)
     size = NO_GATE_BLOCK if gate is None else gate.config.block_k
-    for meter in density_meters(state.attachment):
-        for row in step.rows:
-            full = torch.full((1, state.found.num_kv_heads), -(-row.tokens // size), device=device)
-            meter.decode.add(state.layer, state.heads, full, row.tokens, size)
+    full = torch.full((1, state.found.num_kv_heads), -(-tokens // size), device=device)
+    for meter in meters:
+        meter.decode.add(state.layer, state.heads, full, tokens, size)

@@ -20,12 +20,14 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from seerattn.hf.call import LayerCall, logits_of
+from seerattn.hf.decode import attend_to, count_all
 from seerattn.hf.meters import attend_counted, count_dense
 from seerattn.hf.pages import EDITS_KEYWORDS, Pages, Row, is_left_in_pages
 from seerattn.hf.requests import BATCHING, Batching, Request
 from seerattn.hf.state import LayerState, check_filled
 from seerattn.ops.crossover import LayerShape, prefer_dense
 from seerattn.selection.block_indices import BlockIndices
+from seerattn.selection.decode_selector import tells_all
 from seerattn.selection.selector import AttentionContext, Memory, Selector
 
 logger = logging.getLogger(__name__)
@@ -169,6 +171,10 @@ def _attend(
     if seer is not None and request.prompt > 1 and (window is None or window >= request.prompt):
         told = min(tokens, max(0, request.prompt - row.start))
     out = []
+    if seer is not None and tokens == 1 and window is None and (row.start >= request.prompt or request.prompt == 1):
+        decoded = _decode(batching, number, row, request, seer, q, k, v, kwargs)
+        if decoded is not None:
+            return [decoded]
     if told:
         short = row._replace(end=row.begin + told, k_end=row.k_end - (tokens - told))
         at = short.k_end - row.k_begin
@@ -237,14 +243,50 @@ def _select(
 ) -> BlockIndices:
     """Lists of a part of a prompt; what the selector keeps for its next part goes with the last one."""
     tokens, past = k.shape[2], k.shape[2] - q.shape[2]
-    if tokens == request.prompt and not past:
+    decodes = layer in request.running.decoders
+    if tokens == request.prompt and not past and not decodes:
         return selector.select(q, k, context)
-    known, kept = request.kept.pop(layer, (0, None))
-    memory = Memory(past, kept) if kept is not None and known == past else Memory()
+    memory = _recall(request, layer, past)
     blocks = selector.select(q, k, replace(context, memory=memory))
-    if tokens < request.prompt:
+    if tokens < request.prompt or decodes:
         request.kept[layer] = (tokens, memory.kept)
     return blocks
+
+
+def _recall(request: Request, layer: int, past: int) -> Memory:
+    """What a selector kept of the first ``past`` tokens; nothing where they came otherwise."""
+    known, kept = request.kept.pop(layer, (0, None))
+    return Memory(past, kept) if kept is not None and known == past else Memory()
+
+
+def _decode(
+    batching: Batching,
+    number: int,
+    row: Row,
+    request: Request,
+    seer: LayerCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """Attention ``[1, 1, H, D]`` of a decoded token over the blocks that are chosen for it; None where it is dense."""
+    state, running, tokens = seer.state, request.running, k.shape[2]
+    decoder = running.decoders.get(state.layer)
+    if decoder is None:
+        return None
+    if running.impl == "auto" and tells_all(decoder, tokens):
+        count_all(request.meters, running, state, tokens, q.device)
+        return None
+    logits = logits_of(q, kwargs)
+    call = seer.on(q.device).part(0, row.begin, row.end)
+    context = call.context(row=None, q_len=1, k_len=tokens, mask=batching.mask(number, row), **logits)
+    memory = _recall(request, state.layer, tokens - 1)
+    blocks = decoder.select_token(q, k, replace(context, memory=memory))
+    request.kept[state.layer] = (tokens, memory.kept)
+    for meter in request.meters:
+        meter.decode.add(state.layer, state.heads, blocks.counts, tokens, blocks.block_k)
+    return attend_to(q, k, v, blocks, running, logits)
 
 
 def _dense_is_faster(state: LayerState, request: Request, q: Tensor) -> bool:

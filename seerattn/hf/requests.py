@@ -33,7 +33,7 @@ class Request:
         running: what its prompt runs, from its first chunk to its last.
         shares: whether others may read its pages, and it theirs.
         meters: count the blocks of its prompt.
-        kept: what the selector of a layer keeps for the next chunk, and of how many tokens.
+        kept: what the selector of a layer keeps for the next chunk or decoded token, and of how many tokens.
     """
 
     prompt: int
@@ -46,6 +46,11 @@ class Request:
     def chooses(self) -> bool:
         """Whether something chooses blocks of its prompt; else it runs as in the unpatched model."""
         return any(selector is not None for selector in self.running.selectors.values())
+
+    @property
+    def decodes(self) -> bool:
+        """Whether something chooses the blocks of its decoded tokens."""
+        return any(decoder is not None for decoder in self.running.decoders.values())
 
 
 class Choice(NamedTuple):
@@ -136,7 +141,9 @@ class Batching:
 
     def _is_decoded(self, state: Any) -> bool:
         known = self.requests.get(state.request_id)
-        return known is not None and known.chooses and state.position_offset > known.prompt
+        if known is None or known.decodes:
+            return False
+        return known.chooses and state.position_offset > known.prompt
 
     def _begin(self, cu_q: Tensor) -> None:
         """Forgets the forward before."""

@@ -13,7 +13,7 @@ from seerattn.hf.eval_model import Loading, choose_dtype
 from seerattn.hf.loading import read_config, read_model, read_tokenizer
 from seerattn.hf.state import attachment_of
 from seerattn.options import check_options, option
-from seerattn.selection.policies import Policy, TopK
+from seerattn.selection.policies import Policy, TokenBudget, TopK
 
 Rule = Literal["same_k", "row_share"]
 
@@ -26,7 +26,8 @@ class Answering:
         model: base model.
         gates: its gates; "" only where it runs dense.
         density: of the prompt's attention; None takes the policy that was saved with the gates.
-        dense: whether it runs without its gates.
+        dense: whether prompts are read without its gates.
+        decode_tokens: that each token of an answer may read; 0 leaves it to the gates, which mostly name no policy.
     """
 
     model: str = option(help="Base model: a folder or the name of one on the Hub.")
@@ -35,6 +36,9 @@ class Answering:
         None, help="Share of attention that a prompt takes; default: the policy of the gates.", above=0, high=1
     )
     dense: bool = option(False, help="Attend to everything, as the model does without gates.")
+    decode_tokens: int = option(
+        0, help="Each token of an answer reads so many at most; default: what the gates say, or else all.", low=0
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -42,6 +46,8 @@ class Answering:
             raise ValueError(f"density must be left out with dense, which is density 1, got {self.density:g}")
         if not self.gates and not self.dense:
             raise ValueError("gates must be given, got none; or pass dense")
+        if self.decode_tokens and not self.gates:
+            raise ValueError(f"gates must be given to choose what decode_tokens bounds, got {self.decode_tokens} alone")
 
     def load(self, loading: Loading, *, rule: Rule = "same_k") -> AnsweringModel:
         """Loads the model and its gates.
@@ -60,10 +66,11 @@ class Answering:
         model = read_model(self.model, dtype=dtype, device=place, config=config, trust_remote_code=trust).eval()
         if self.gates:
             policy = None if self.density is None else TopK(density=self.density, rule=rule)
-            model = attach(model, self.gates, policy, impl=loading.impl)
+            decode_policy = TokenBudget(tokens=self.decode_tokens) if self.decode_tokens else None
+            model = attach(model, self.gates, policy, decode_policy=decode_policy, impl=loading.impl)
             attachment = attachment_of(model)
             if self.dense:
-                attachment.set_policy(None)
+                attachment.set_policy(None, decode_policy)
             elif attachment.policies[attachment.active] is None:
                 raise ValueError(f"density must be given for gates without a policy, got {self.gates} without")
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)

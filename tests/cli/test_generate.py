@@ -61,7 +61,9 @@ def test_tokens_of_an_answer_read_as_many_as_they_may(folder, capsys, prompt: st
     assert out == tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
     assert "s (density 0.400)" in told and ("(dense)" in told) == (prompt == "--dense")
     assert run(folder, "--dense", "--decode-tokens", "128", "--prompt", TEXT) == 2
-    assert "model must have gates for a policy" in " ".join(capsys.readouterr().err.split())
+    assert "gates must be given to choose what decode_tokens bounds, got 128 alone" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_answer_is_that_of_generate_wherever_the_text_comes_from(

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 import seerattn
-from seerattn import KeepAll, TopK
+from seerattn import KeepAll, TokenBudget, TopK
 from seerattn.hf import batching, paged
 from seerattn.hf.capturing import Capture, capturing
 from seerattn.hf.meters import record_time
@@ -104,6 +104,19 @@ def test_policy_that_needs_the_length_is_told_that_of_the_whole_prompt() -> None
     gated, asked = model(policy=SAME_K), prompts()
     expected = [alone(gated, prompt) for prompt in asked]
     assert batch(gated, asked, max_batch_tokens=70) == expected
+
+
+@pytest.mark.parametrize(("name", "budget"), [("llama", 400), ("llama", 70), ("qwen3", 150)])
+def test_answers_read_the_blocks_that_generate_reads(name: str, budget: int) -> None:
+    gated, asked = model(name), prompts()
+    dense = [alone(gated, prompt, 40) for prompt in asked]
+    with seerattn.policy(gated, SPARSE, decode_policy=TokenBudget(tokens=3 * BLOCK)):
+        with seerattn.record_density(gated) as single:
+            expected = [alone(gated, prompt, 40) for prompt in asked]
+        with seerattn.record_density(gated) as together:
+            found = batch(gated, asked, new=40, max_batch_tokens=budget)
+    assert found == expected != dense
+    assert together.decode.mean() == single.decode.mean() < 0.9 and together.mean() == single.mean()
 
 
 def test_requests_that_make_room_for_others_go_on_as_if_they_had_not() -> None:
@@ -209,6 +222,23 @@ def test_requests_with_policies_of_their_own_share_no_pages_and_are_counted_apar
     assert [found[f"{number}"] for number in range(len(policies))] == expected
     assert [meter.mean() if meter.layers else None for meter in meters] == densities
     assert len({tuple(answer) for answer in expected}) > 2
+
+
+def test_request_with_a_policy_of_its_own_is_decoded_as_the_model_decodes() -> None:
+    gated, prompt, few = model(), tokens(200).tolist(), TokenBudget(tokens=3 * BLOCK)
+    with seerattn.policy(gated, KeepAll(), decode_policy=few):
+        expected = alone(gated, prompt, 40)
+    with seerattn.policy(gated, KeepAll()):
+        assert alone(gated, prompt, 40) != expected
+    seerattn.set_policy(gated, SPARSE, decode_policy=few)
+    manager = gated.init_continuous_batching(greedy(40), config())
+    batching.choose_for(manager, "own", KeepAll(), seerattn.DensityMeter())
+    manager.add_request(prompt, request_id="own", max_new_tokens=40)
+    manager.start()
+    try:
+        assert manager.get_result("own", timeout=60).generated_tokens == expected
+    finally:
+        manager.stop()
 
 
 def test_policy_that_changes_while_a_manager_lives_holds_for_the_requests_after_it() -> None:
