@@ -8,14 +8,19 @@ import sys
 from pathlib import Path
 
 
-def in_two_processes(script: str, folder: Path) -> None:
-    """Runs ``script FOLDER`` twice side by side; what goes wrong in a process is shown."""
+def launch_two(*arguments: str) -> subprocess.CompletedProcess:
+    """Runs what `torchrun` takes twice side by side, on CPUs."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, script, str(folder)],
+    return subprocess.run(
+        [*launch, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def in_two_processes(script: str, folder: Path) -> None:
+    """Runs ``script FOLDER`` so; what goes wrong in a process is shown."""
+    done = launch_two(script, str(folder))
     assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "[rank" in line)[-2000:]

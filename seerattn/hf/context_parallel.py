@@ -123,12 +123,18 @@ def _own_heads(running: Running, layers: Mapping[int, AttentionLayer], rank: int
         if layer.part is not None:
             raise ValueError("model must be in one piece to spread its prompts, got the heads of one process alone")
         _check_heads(layer.num_heads, layer.num_kv_heads, ranks)
-        gates[index] = _gate_of(gate, Heads.of_rank(layer.num_heads, layer.num_kv_heads, rank, ranks))
+        gates[index] = _gate_of(gate, _own_layer(layer, rank, ranks).part)
     for index, selector in running.selectors.items():
         if not isinstance(selector, GateSelector):
             raise ValueError(f"gates must choose the blocks of a prompt that is spread, got {type(selector).__name__}")
         selectors[index] = replace(selector, gate=gates[index])
     return replace(running, gates=gates, selectors=selectors, decoders={})
+
+
+def _own_layer(layer: AttentionLayer, rank: int, ranks: int) -> AttentionLayer:
+    """A layer as this process has it."""
+    heads = Heads.of_rank(layer.num_heads, layer.num_kv_heads, rank, ranks)
+    return replace(layer, num_heads=len(heads.query), num_kv_heads=len(heads.kv), part=heads)
 
 
 def _check_heads(heads: int, kv_heads: int, ranks: int) -> None:
@@ -191,8 +197,5 @@ def _whole(parts: Parts, seer: LayerCall, mask: Any) -> LayerCall:
             kept[key] = (*(parts.gather(x) for x in tables), tables)
         tables = kept[key][:2]
         positions = torch.arange(parts.tokens, device=tables[0].device)[None]
-    layer = seer.state.found
-    heads = Heads.of_rank(layer.num_heads, layer.num_kv_heads, parts.rank, len(parts.sizes))
-    own = replace(layer, num_heads=len(heads.query), num_kv_heads=len(heads.kv), part=heads)
-    state = LayerState(own, seer.state.attachment)
+    state = LayerState(_own_layer(seer.state.found, parts.rank, len(parts.sizes)), seer.state.attachment)
     return replace(seer, state=state, position_embeddings=tables, position_ids=positions, recall=None)

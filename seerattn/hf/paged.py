@@ -228,14 +228,21 @@ def _sparse(
     if running.impl == "auto" and _dense_is_faster(state, request, q):
         count_dense(request.meters, running, state, [(q.shape[2], row.k_end - row.k_begin)], q.device)
         return None
-    call = seer.on(q.device).part(0, row.begin, row.end)
     logits = logits_of(q, kwargs)
-    context = call.context(row=None, q_len=q.shape[2], k_len=k.shape[2], mask=batching.mask(number, row), **logits)
+    context = _context(batching, number, row, seer, q, k, logits)
     blocks = _select(selector, request, state.layer, q, k, context)
     for meter in request.meters:
         meter.add(state.layer, state.heads, blocks)
     counting = {"layer": state.layer, "meters": request.meters}
     return attend_counted(q, k, v, blocks, impl=running.op_impl, **counting, **logits)
+
+
+def _context(
+    batching: Batching, number: int, row: Row, seer: LayerCall, q: Tensor, k: Tensor, logits: dict[str, Any]
+) -> AttentionContext:
+    """What a selector may know of a row."""
+    call = seer.on(q.device).part(0, row.begin, row.end)
+    return call.context(row=None, q_len=q.shape[2], k_len=k.shape[2], mask=batching.mask(number, row), **logits)
 
 
 def _select(
@@ -278,9 +285,10 @@ def _decode(
     if running.impl == "auto" and tells_all(decoder, tokens):
         count_all(request.meters, running, state, tokens, q.device)
         return None
+    if state.layer in running.gates:
+        check_filled(running.gates[state.layer], state.layer)
     logits = logits_of(q, kwargs)
-    call = seer.on(q.device).part(0, row.begin, row.end)
-    context = call.context(row=None, q_len=1, k_len=tokens, mask=batching.mask(number, row), **logits)
+    context = _context(batching, number, row, seer, q, k, logits)
     memory = _recall(request, state.layer, tokens - 1)
     blocks = decoder.select_token(q, k, replace(context, memory=memory))
     request.kept[state.layer] = (tokens, memory.kept)

@@ -22,6 +22,7 @@ from gate_forms import plain
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_corpus import run_card, tiny_tokenizer, write_documents, write_model
+from two_processes import launch_two
 
 import seerattn
 from seerattn.data.corpus import Corpus
@@ -376,11 +377,7 @@ def in_two_processes(folder: Path, output: Path, program: list[str]) -> subproce
     arguments += ["--set", "logging_steps=2", "--set", "save_steps=4"]
     for value in ("block_q=32", "block_k=32", "query_subblocks=1", "key_subblocks=1", "init=normal"):
         arguments += ["--gate", value]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *program]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [*launch, "distill", *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
+    return launch_two(*program, "distill", *arguments)
 
 
 @pytest.fixture(scope="module")
