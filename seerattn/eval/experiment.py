@@ -60,7 +60,7 @@ class Experiment:
     gates: tuple[str, ...] = option((), help="A folder of gates, or NAME=FOLDER; may be repeated.", repeat=True)
     tasks: tuple[Any, ...] = option(
         ("perplexity",),
-        help="perplexity, recall, passkey, key_value, multi_key, variable_tracking, or any task of "
+        help="perplexity, recall, passkey, key_value, multi_key, variable_tracking, continuation, or any task of "
         "lm-evaluation-harness; with options, such as passkey,n=5.",
         repeat=True,
     )
@@ -104,8 +104,8 @@ class Experiment:
             if method.kind != "dense" and not any(_fits(method, task) for task in tasks):
                 raise ValueError(
                     f"methods must be measured by a task, got {method}, which chooses for "
-                    f"{' or '.join(method.budgets)}; decode_tokens of a retrieval task measures decoded tokens, all "
-                    "other tasks measure prompts"
+                    f"{' or '.join(method.budgets)}; continuation, and a retrieval task with decode_tokens, measure "
+                    "decoded tokens, all other tasks prompts"
                 )
         # Its gates are methods from here on, so that an experiment is one however they were named, and can be changed.
         for name, values in (("methods", methods), ("gates", ()), ("tasks", tasks)):

@@ -31,6 +31,7 @@ _CELL: dict[str, Any] = (
 _SAMPLES: dict[str, Any] = (
     dict.fromkeys(("losses", "tokens", "scores", "log_prob"), list[float | None])
     | dict.fromkeys(("p", "dense", "score"), list[float | None])
+    | dict.fromkeys(("agreed", "common", "lengths", "dense_losses", "answer_density"), list[float | None])
     | {"index": list[float], "attention": list[float], "skipped": list[float], "head_density": list[list[float]]}
     | {"documents": list[int], "error": list[str]}
 )
@@ -54,6 +55,7 @@ _BENCH_SPARSE = ("attention_ms", "selection_ms", "ttft_s", "serve_first_s", "ser
 _BUDGETS = ("density", "time", "own", "tokens")
 # Of what others are divided by, or drawn on a logarithmic axis.
 _POSITIVE = ("perplexity", "attention_ms", "selection_ms", "attention_map_ms", "ttft_s", "finetune_layer_ms")
+_POSITIVE += ("continuation_perplexity",)
 _POSITIVE += ("finetune_step_ms", "tokens_per_second", "distill_hours", "serve_first_s", "serve_tokens_per_second")
 
 

@@ -65,6 +65,18 @@ def mean(values: Sequence[float]) -> Estimate:
     return Estimate(float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None)
 
 
+def share(counts: Sequence[float], totals: Sequence[float]) -> Estimate:
+    """A share of tokens, with its standard error over documents: the ratio estimator of `perplexity`.
+
+    Args:
+        counts: tokens of each document that count.
+        totals: all tokens of each document.
+    """
+    count, total = np.asarray(counts, float), np.asarray(totals, float)
+    value = float(count.sum() / total.sum())
+    return Estimate(value, _stderr(count - value * total, total.sum()))
+
+
 def proportion(successes: int, n: int) -> Estimate:
     """Share of successes with its binomial standard error, taken at ``(successes + 1) / (n + 2)``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from seerattn.eval.tasks.continuation import Continuation
 from seerattn.eval.tasks.harness import HarnessTask
 from seerattn.eval.tasks.map_recall import MapRecall
 from seerattn.eval.tasks.perplexity import Perplexity
@@ -13,7 +14,7 @@ from seerattn.eval.tasks.task import Job, Task
 from seerattn.options import read_options
 
 TASKS: dict[str, type[Task]] = {
-    of.id: of for of in (Perplexity, PassKey, KeyValue, MultiKey, VariableTracking, MapRecall)
+    of.id: of for of in (Perplexity, PassKey, KeyValue, MultiKey, VariableTracking, MapRecall, Continuation)
 }
 
 

@@ -8,8 +8,8 @@ from types import ModuleType
 from seerattn.report.parts import Section, Table
 from seerattn.report.select import is_finetuned
 
-from seerattn.report.tables import cost, failures, finetuned, gap, heads, patterns, perplexity  # isort: skip
-from seerattn.report.tables import recall, retrieval, runs, speed, summary, tasks, time  # isort: skip
+from seerattn.report.tables import continuation, cost, failures, finetuned, gap, heads, patterns  # isort: skip
+from seerattn.report.tables import perplexity, recall, retrieval, runs, speed, summary, tasks, time  # isort: skip
 from seerattn.results.maps import BlockMaps
 from seerattn.results.record import Result
 
@@ -23,7 +23,8 @@ def sections(results: Sequence[Result], maps: BlockMaps | None = None) -> list[S
     """
     # Models that were trained further are compared in tables of their own.
     others = [r for r in results if not is_finetuned(r)]
-    found = [_section(of, of.tables(others)) for of in (summary, cost, perplexity, gap, retrieval, recall, time, heads)]
+    measured = (summary, cost, perplexity, gap, retrieval, continuation, recall, time, heads)
+    found = [_section(of, of.tables(others)) for of in measured]
     found += [_section(patterns, patterns.tables(maps)), _section(tasks, tasks.tables(others))]
     found.append(_section(finetuned, finetuned.tables(results)))
     # There is nothing to tell of curves but their figure.
