@@ -167,6 +167,8 @@ UNITS = {
     "peak_memory_gib": "GiB at the peak",
     "tokens_per_second": "tokens/s",
     "distill_hours": "hours",
+    "step_s": "s a step",
+    "link_gb_per_second": "GB/s",
 }
 
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rich.table import Table
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _GATES = "Gates"  # the panel of --help
+R = TypeVar("R", bound=TrainingRun)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +76,7 @@ def train(kind: type[TrainingRun], config: RunConfig, setup: Setup) -> None:
     Raises:
         ValueError: what is asked for does not fit together; nothing was written.
     """
-    layers = _layers(setup.layers)
-    check_output(setup.output, resume=setup.resume)
-    device = _local_device(setup.device)
-    model, tokenizer = _load(setup, device)
-    start = {"gates": setup.gates, "gate": setup.gate, "layers": layers}
-    run = kind.plan(model, tokenizer, setup.data, config, **start, device=device)
+    run = plan(kind, config, setup)
     if is_main():
         show_plan(run.describe())
     if setup.dry_run:
@@ -88,6 +84,16 @@ def train(kind: type[TrainingRun], config: RunConfig, setup: Setup) -> None:
     run.run(setup.output, resume=setup.resume)
     if is_main():
         say(f"what was trained is in {setup.output}")
+
+
+def plan(kind: type[R], config: RunConfig, setup: Setup) -> R:
+    """A run that is ready, see `TrainingRun.plan`; arguments and errors are those of `train`."""
+    layers = _layers(setup.layers)
+    check_output(setup.output, resume=setup.resume)
+    device = _local_device(setup.device)
+    model, tokenizer = _load(setup, device)
+    start = {"gates": setup.gates, "gate": setup.gate, "layers": layers}
+    return kind.plan(model, tokenizer, setup.data, config, **start, device=device)
 
 
 def _layers(text: str | None) -> list[int] | None:

@@ -110,13 +110,7 @@ class TrainingRun(ABC):
                 self._load(output)
             else:
                 check_replaced(output)
-                trainer = self._trainer(
-                    args=arguments,
-                    train_dataset=self.samples,
-                    data_collator=collate,
-                    config=self.config,
-                    log=output / LOG_NAME,
-                )
+                trainer = self.trainer(output, arguments)
                 trainer.train_from_last()
                 state = self._state(trainer)
                 if arguments.should_save:
@@ -125,6 +119,16 @@ class TrainingRun(ABC):
             if arguments.should_save:
                 delete_checkpoints(output / CHECKPOINTS_NAME)
         return self.model.eval()
+
+    def trainer(self, output: Path, arguments: TrainingArguments) -> RecordedTrainer:
+        """What trains on the samples of the run, with its records in ``output``."""
+        return self._trainer(
+            args=arguments,
+            train_dataset=self.samples,
+            data_collator=collate,
+            config=self.config,
+            log=output / LOG_NAME,
+        )
 
     @property
     def gates(self) -> list[AttnGate]:

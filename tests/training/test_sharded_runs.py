@@ -1,7 +1,6 @@
 """Runs under accelerate's FSDP2: the first process alone reads weights, and two processes train as one.
 
-Accelerate shards on accelerators only. What is emulated is its answer to one question, the kind of device, on which it
-starts gloo on CPUs; all that follows is its own.
+What accelerate would do with GPUs it does here with CPUs, see `two_processes.ON_CPUS`.
 """
 
 from __future__ import annotations
@@ -19,21 +18,13 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from tiny_corpus import tiny_tokenizer, write_documents, write_model
 from tiny_models import tiny_model
+from two_processes import FSDP, ON_CPUS
 
 from seerattn.cli import main
 from seerattn.gate import AttnGateConfig
 from seerattn.training.finetune import FinetuneConfig, FinetuneRun
 from seerattn.training.objective import stand_in
 
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,AttnGate",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}
 OPTIONS = {
     "--context": 256,
     "--steps": 4,
@@ -45,29 +36,6 @@ SETTINGS = ("logging_steps=2", "save_steps=2")
 GATE = ("block_q=32", "block_k=32", "query_subblocks=1", "key_subblocks=1", "init=normal")
 ONLY_FINETUNE = {"--sparsity": 0.5, "--context-factor": 2}
 ONLY_FINETUNE_SETTINGS = ("target_share=0.5", "target_every=2", "gate_lr=1e-3")
-ON_CPUS = """
-import sys
-import torch
-import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import DistributedType
-from transformers import PreTrainedModel
-from seerattn.cli import main
-from seerattn.training.finetune import FinetuneRun
-from seerattn.training.finetune_trainer import FinetuneTrainer
-
-def gloo_as_if_on_gpus(self, *_, **__):
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return "gloo", DistributedType.MULTI_GPU
-
-def read_weights(kind, *args, read=PreTrainedModel.from_pretrained.__func__, **kwargs):
-    assert dist.get_rank() == 0, "a process read weights that it must be sent"
-    return read(kind, *args, **kwargs)
-
-PartialState._prepare_backend = gloo_as_if_on_gpus
-PreTrainedModel.from_pretrained = classmethod(read_weights)
-"""
 RUN = (
     ON_CPUS
     + """
@@ -137,6 +105,7 @@ from accelerate import init_empty_weights
 from transformers.models.llama import modeling_llama
 sys.path.insert(0, {tests!r})
 from tiny_models import tiny_model
+from two_processes import FSDP, ON_CPUS
 from seerattn.hf.probe import probe
 
 def facts(layers):
