@@ -109,7 +109,7 @@ class _Requests(ModelRuns):
         self.bench, self.form = bench, form
         self._loop = asyncio.new_event_loop()
         self._engine: Engine | None = None
-        self._warm: set[float] = set()
+        self._warm: set[tuple[int, bool]] = set()  # tokens of a prompt, and whether it ran dense
 
     def dense(self, tokens: int, n: int, name: str) -> list[Result | None]:
         """Requests of density 1, with one SDPA backend."""
@@ -142,10 +142,10 @@ class _Requests(ModelRuns):
 
     def _run(self, tokens: int, n: int, density: float) -> dict[str, dict[str, Any]]:
         self._check(density)
-        if density not in self._warm:
-            # Two chunks compile and load everything there is.
-            self._round(min(tokens, 2 * self.bench.batch_tokens), 1, density, seed=0)
-            self._warm.add(density)
+        if (tokens, density == 1) not in self._warm:
+            # Kernels that choose blocks are compiled by the length of rows, up to a power of two.
+            self._round(tokens, 1, density, seed=0)
+            self._warm.add((tokens, density == 1))
         rounds: list[Round] = []
         # Many requests repeat one another.
         enough = 2 if n == 1 else 1

@@ -216,7 +216,7 @@ def write_bits(
     tl.store(wide(at) + column, packed, mask=wide(live) & (column < stride))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "width"])
 def expand_kernel(words, counts, indices, stride, width, CHUNK: tl.constexpr):
     """Lists of one row from its bits."""
     row = tl.program_id(0).to(tl.int64)

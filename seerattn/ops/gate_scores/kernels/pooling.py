@@ -207,7 +207,7 @@ def store_features(pooled, rows, real, D: tl.constexpr, HALF: tl.constexpr, KIND
         tl.store(rows + place * D + D // 2 + channel, high, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "length", "windows"])
 def pool_kernel(
     x, stride_b, stride_h, stride_n, start, cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
     salience, out, heads, length, windows,

@@ -93,7 +93,12 @@ def _score_tile(
     return m, total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "items", "q_rows", "k_rows", "plane_rows", "width", "word_stride", "q_start", "q_end", "first_window",
+        "num_q_blocks", "dense_from",
+    ]
+)  # fmt: skip
 def score_and_choose_kernel(
     gate_q, q_plane, q_scales, keys, k_scales, scratch, log_totals, settings, indices, counts, words,
     items, heads, group, q_rows, k_rows, plane_rows, stride, width, word_stride,

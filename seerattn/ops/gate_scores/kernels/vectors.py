@@ -237,7 +237,13 @@ def halve_kernel(weights, out, scales, COUNT: tl.constexpr, CHUNK: tl.constexpr)
         tl.store(out + at + begin, w.to(tl.float16), mask=here)
 
 
-@triton.jit
+# What follows from lengths has no kernels of its own where it is 1 or a multiple of 16: parts of prompts that come
+# together are cut anywhere, and each kernel takes seconds to compile.
+@triton.jit(
+    do_not_specialize=[
+        "q_tiles", "q_rows", "q_first_window", "k_tiles", "k_rows", "k_items", "items", "q_start", "q_len", "k_begin",
+    ]
+)  # fmt: skip
 def vectors_kernel(
     q, q_stride_b, q_stride_h, q_stride_n, k, k_stride_b, k_stride_h, k_stride_n,
     cos, stride_cos_b, stride_cos_n, sin, stride_sin_b, stride_sin_n,
