@@ -8,19 +8,43 @@ the model's cache, by the code of every other block and at its first position.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from seerattn.gate.attn_gate import AttnGate
+from seerattn.gate.pooling import Pooled
 from seerattn.gate_memory import GateMemory
-from seerattn.gate_selector import pooled_keys, pooled_queries
+from seerattn.gate_selector import call_frequencies, pool, pooled_keys
 from seerattn.selection.decode_blocks import DecodeBlocks
 from seerattn.selection.decode_policy import choose_blocks, group_scores
 from seerattn.selection.decode_selector import PolicyDecoder
 from seerattn.selection.policies import Policy
 from seerattn.selection.selector import AttentionContext
+
+
+def single_queries(gate: AttnGate, q: Tensor, context: AttentionContext, start: int, impl: str = "reference") -> Pooled:
+    """Queries after RoPE ``[B, H, n, D]`` from position ``start`` on, un-rotated, as windows of one token."""
+    tokens = pool(q, context, start=start, size=1, kinds=("avg",), impl=impl)
+    return replace(tokens, inv_freq=call_frequencies(gate, context))
+
+
+def token_scores(gate: AttnGate, queries: Pooled, gate_k: Tensor, positions: Tensor, *, unscored: int) -> Tensor:
+    """What decoding chooses the blocks of single tokens by, and what a gate learns that is trained for it.
+
+    Args:
+        gate: its weights are whole.
+        queries: of the tokens, ``[B, H, R, D]``, see `single_queries`.
+        gate_k: gate keys ``[B, h, W, DG]`` from the first one on.
+        positions: int64 ``[R]``, where the tokens stand, on the device of the queries.
+        unscored: first blocks that take part in no softmax.
+
+    Returns:
+        fp32 ``[B, HKV, R, N]``, see `group_scores`; -inf for blocks that are not finished before a token.
+    """
+    scores = gate.token_scores(gate.token_queries(queries, positions), gate_k, positions)
+    return group_scores(scores, gate.num_kv_heads, unscored=unscored)
 
 
 @dataclass(frozen=True)
@@ -63,11 +87,12 @@ class GateDecoder(PolicyDecoder):
         if not blocks:
             return q.new_zeros(q.shape[0], k.shape[1], 0, dtype=torch.float32)
         gate_k = self._gate_keys(k, context, blocks)
-        gate_q = self.gate.gate_queries(pooled_queries(self.gate, q, context, tokens - 1, "reference"))
-        scores = self.gate.scores(gate_q, gate_k, q_start=tokens - 1, q_len=1)[:, :, 0]
+        # Made on the device: a copy from the host would wait for it.
+        position = torch.arange(tokens - 1, tokens, device=q.device)
+        query = single_queries(self.gate, q, context, tokens - 1)
         # What a gate never learned must not take part in a softmax.
         unscored = self.policy.sink_blocks if config.exclude_forced else 0
-        return group_scores(scores, k.shape[1], unscored=unscored)
+        return token_scores(self.gate, query, gate_k, position, unscored=unscored)[:, :, 0]
 
     def _gate_keys(self, k: Tensor, context: AttentionContext, blocks: int) -> Tensor:
         """Gate keys ``[B, h, W, DG]`` of the first ``blocks`` blocks; those that nobody kept are made, and kept."""

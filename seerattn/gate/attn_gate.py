@@ -151,13 +151,17 @@ class AttnGate(nn.Module):
             # A copy that waited would leave the device idle until all that follows it is launched.
             windows = self._windows(rows, q.length).to(pooled.device, non_blocking=True)
             pooled, positions = pooled[:, :, windows], positions[windows]
-        if c.share == "kv_group":
+        return self._place(self._projected(pooled), positions, q.inv_freq)
+
+    def _projected(self, pooled: Tensor) -> Tensor:
+        """Gate queries ``[B, Hm, Wq, DG]`` before they rotate, of pooled ones ``[B, H, Wq, kinds * D]``."""
+        if self.config.share == "kv_group":
             batch, _, windows, width = pooled.shape
             pooled = pooled.view(batch, self.num_kv_heads, self.group, windows, width)
             pooled = pooled.transpose(2, 3).reshape(batch, self.num_kv_heads, windows, self.group * width)
         if self.q_weight is not None:
             pooled = pooled @ self.q_weight
-        return self._place(self.q_norm(pooled), positions, q.inv_freq)
+        return self.q_norm(pooled)
 
     def gate_keys(self, k: Tensor | Pooled, start: int = 0) -> Tensor:
         """Projects keys to ``[B, h, Wk, DG]``; arguments are those of `gate_queries`, with ``HKV`` heads.
@@ -238,17 +242,12 @@ class AttnGate(nn.Module):
         """Scores of the query sub-blocks of ascending ``numbers [Wq]``, on the host; the last token is at ``last``."""
         c = self.config
         q_size, k_size = c.q_size, c.k_size
-        batch, heads, windows, _ = gate_q.shape
         device, first_window = gate_q.device, int(numbers[0])
-        grouped = gate_q.reshape(batch, gate_k.shape[1], -1, self.gate_dim)
-        # [B, Hm, Wq, Wk]
-        s = (grouped * self.gate_dim**-0.5 @ gate_k.transpose(-1, -2)).view(batch, heads, windows, -1)
+        s = self._products(gate_q, gate_k)
         q_window = numbers.to(device, non_blocking=True)
         k_window = torch.arange(s.shape[-1], device=device)
         if self.distance_bias is not None:
-            distance = q_window[:, None] // c.query_subblocks * c.block_q - k_window // c.key_subblocks * c.block_k
-            distance = (distance // c.block_k).clamp(0, c.distance_bias - 1)
-            s = s + self.distance_bias[:, distance]
+            s = s + self._bias(q_window // c.query_subblocks, k_window)
         q_last = ((q_window + 1) * q_size - 1).clamp(max=last)
         # Only windows from the first query on can lie ahead of a query.
         ahead = first_window * q_size // k_size + 1
@@ -262,6 +261,73 @@ class AttnGate(nn.Module):
         else:
             s = self._over_queries(self._over_keys(self._normalized(s)), first_window)
         return s.masked_fill(s < HIDDEN / 2, -torch.inf)
+
+    def token_queries(self, tokens: Pooled, positions: Tensor) -> Tensor:
+        """Projects single queries, each as a query block of which it alone is there, to ``[B, Hm, R, DG]``.
+
+        Whatever the pooling, a window of one token is that token. It rotates at the first position of its sub-block.
+
+        Args:
+            tokens: single queries before RoPE, windows of one token, ``[B, H, R, D]``.
+            positions: int64 ``[R]``, where they stand, on the device of the queries.
+        """
+        c = self.config
+        # Learned pooling runs all the same, so that its gradient is zero, not missing.
+        pooled = pool_blocks(tokens.features, size=1, start=0, kinds=c.q_pooling, salience=self.q_salience)
+        starts = positions.div(c.q_size, rounding_mode="floor") * c.q_size
+        return self._place(self._projected(pooled), starts, tokens.inv_freq)
+
+    def token_scores(self, gate_q: Tensor, gate_k: Tensor, positions: Tensor) -> Tensor:
+        """Scores of single tokens over the blocks that are finished before them.
+
+        Args:
+            gate_q: ``[B, Hm, R, DG]``, see `token_queries`.
+            gate_k: ``[B, h, W, DG]``, gate keys from the first one on.
+            positions: int64 ``[R]``, where the tokens stand, on the device of the queries.
+
+        Returns:
+            fp32 ``[B, Hm, R, N]`` for the ``N`` blocks that the gate keys are of, -inf for those that a token's own
+            block or a later one is. Logits, see `scores`.
+        """
+        batch, heads, count, _ = gate_q.shape
+        budget = STRIP_ELEMENTS_CPU if gate_q.device.type == "cpu" else STRIP_ELEMENTS_DEVICE
+        strip = max(1, budget // max(1, batch * heads * gate_k.shape[2]))
+        if count <= strip:
+            return self._token_scores(gate_q, gate_k, positions)
+        found = []
+        for part, at in zip(gate_q.split(strip, 2), positions.split(strip)):
+            args = (part, gate_k, at)
+            if torch.is_grad_enabled():
+                found.append(checkpoint(self._token_scores, *args, use_reentrant=False))
+            else:
+                found.append(self._token_scores(*args))
+        return torch.cat(found, 2)
+
+    def _token_scores(self, gate_q: Tensor, gate_k: Tensor, positions: Tensor) -> Tensor:
+        c = self.config
+        s = self._products(gate_q, gate_k)
+        window = torch.arange(s.shape[-1], device=s.device)
+        if self.distance_bias is not None:
+            s = s + self._bias(positions.div(c.block_q, rounding_mode="floor"), window)
+        finished = positions.div(c.block_k, rounding_mode="floor")
+        s = s.masked_fill(window >= finished[:, None] * c.key_subblocks, HIDDEN)
+        s = self._over_keys(self._normalized(s))
+        return s.masked_fill(s < HIDDEN / 2, -torch.inf)
+
+    def _products(self, gate_q: Tensor, gate_k: Tensor) -> Tensor:
+        """Products ``[B, Hm, Wq, Wk]`` of gate queries and gate keys."""
+        batch, heads, windows, _ = gate_q.shape
+        # Told in full: there may be no query at all.
+        shared = gate_k.shape[1]
+        grouped = gate_q.reshape(batch, shared, heads // shared * windows, self.gate_dim)
+        products = grouped * self.gate_dim**-0.5 @ gate_k.transpose(-1, -2)
+        return products.view(batch, heads, windows, gate_k.shape[2])
+
+    def _bias(self, q_block: Tensor, k_window: Tensor) -> Tensor:
+        """Bias by distance ``[Hm, Wq, Wk]`` of query blocks ``[Wq]`` and key sub-blocks ``[Wk]``."""
+        c = self.config
+        distance = q_block[:, None] * c.block_q - k_window // c.key_subblocks * c.block_k
+        return self.distance_bias[:, (distance // c.block_k).clamp(0, c.distance_bias - 1)]
 
     def _normalized(self, s: Tensor) -> Tensor:
         return s.log_softmax(-1) if self.config.normalize_subblocks else s

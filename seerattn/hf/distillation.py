@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,14 +15,20 @@ from torch.distributed.fsdp import FSDPModule
 
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.pooling import Pooled
-from seerattn.gate_selector import pooled_inputs
+from seerattn.gate_decode import single_queries
+from seerattn.gate_selector import pooled_inputs, pooled_keys
 from seerattn.hf.capturing import Capture
 from seerattn.hf.mask import CallMask, document_numbers
 from seerattn.ops.attention_map import attention_map
 from seerattn.selection.block_indices import num_query_blocks
+from seerattn.selection.map_form import MapForm
 
 if TYPE_CHECKING:
     from seerattn.hf.call import LayerCall, Prefill
+
+Phase = Literal["prefill", "decode", "both"]
+# Rows of single tokens that a step learns from, of every sequence.
+DECODE_ROWS = 256
 
 
 class GateLoss(Protocol):
@@ -47,6 +53,8 @@ class GateLoss(Protocol):
             target: fp32 ``[B, H, Nq, Nk]``, rows sum to 1.
             segment_ids: int ``[B, S]``, documents of packed rows, or None.
             rows: where ``target [B, H, R, Nk]`` does not hold all query blocks, ``rows``: int64 ``[R]``, ascending.
+                Where it holds what single tokens give to blocks, ``tokens``: their positions, int64 ``[R]``, ascending;
+                ``q`` is then un-rotated alone, in windows of one token.
 
         Returns:
             A scalar loss and scalars to log, each the mean over the sequences of what it is for one alone: a step is
@@ -71,6 +79,9 @@ class GateLosses(Capture):
             the model's own dense attention.
         seed: draws those query blocks, together with ``step`` and the layer.
         step: number of the optimizer step.
+        phase: what is learned: to choose for the query blocks of a prompt ("prefill"), for single tokens that are
+            decoded ("decode"; the output is that of the model's own dense attention), or both, whose losses are added.
+        decode_rows: single tokens of a sequence whose rows are learned, drawn anew for every step and layer.
     """
 
     def __init__(
@@ -81,11 +92,15 @@ class GateLosses(Capture):
         target_share: float = 1.0,
         seed: int = 0,
         step: int = 0,
+        phase: Phase = "prefill",
+        decode_rows: int = DECODE_ROWS,
     ) -> None:
         self.loss_fn = loss_fn
         self.segment_ids = segment_ids
         self.target_share, self.seed, self.step = target_share, seed, step
-        self._rows: dict[int, list[tuple[int, Tensor, dict[str, Tensor]]]] = {}
+        self.phase, self.decode_rows = phase, decode_rows
+        # By phase and layer.
+        self._rows: dict[str, dict[int, list[tuple[int, Tensor, dict[str, Tensor]]]]] = {"prefill": {}, "decode": {}}
 
     def attend(self, call: Prefill) -> Tensor | None:
         """See `Capture.attend`; layers without a gate are the model's own."""
@@ -105,6 +120,10 @@ class GateLosses(Capture):
         Left-padded batches may be given where the whole target is learned.
         """
         check_whole(query, mask)
+        if self.phase != "prefill":
+            self.learn_tokens(query, key, mask, call, logits, self.documents(query, mask, call))
+        if self.phase == "decode":
+            return None
         if self.target_share < 1:
             check_unpadded(mask)
             self.learn_rows(query, key, call, logits, self.documents(query, mask, call))
@@ -122,7 +141,7 @@ class GateLosses(Capture):
             lengths=None if lengths is None else torch.tensor(lengths, device=query.device),
             segment_ids=segment_ids,
         )
-        for b, n in [(None, k_len)] if lengths is None else enumerate(lengths):
+        for b, n in _sequences(mask):
             context = call.context(row=b, q_len=n, k_len=n, **logits)
             rows = slice(None) if b is None else slice(b, b + 1)
             real = (x[rows, :, k_len - n : k_len] for x in (query, key))
@@ -130,6 +149,39 @@ class GateLosses(Capture):
             segments = None if segment_ids is None else segment_ids[rows, k_len - n :]
             self.add(layer, gate, *pooled_inputs(gate, *real, context), target[rows, :, :num_q, :num_k], segments)
         return out
+
+    def learn_tokens(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: CallMask,
+        call: LayerCall,
+        logits: dict[str, Any],
+        segment_ids: Tensor | None,
+    ) -> None:
+        """Adds the loss of one layer on rows of single tokens, q and k after RoPE.
+
+        The target is what a token gives to each block before its own. A map of one row is that row whatever the power
+        of its form, so what counts of the gate's target is how it takes keys. Padded sequences learn as they do alone.
+        """
+        gate, layer = call.state.gate, call.state.layer
+        config, k_len = gate.config, mask.k_len
+        form = MapForm(config.target_keys, math.inf)
+        for b, n in _sequences(mask):
+            rows = slice(None) if b is None else slice(b, b + 1)
+            q, k = (x[rows, :, k_len - n :] for x in (query, key))
+            segments = None if segment_ids is None else segment_ids[rows, k_len - n :]
+            tokens = self.tokens(layer, n)
+            wanted = {"form": form, "query_blocks": tokens, "block_q": 1, "block_k": config.block_k}
+            target = attention_map(q, k, **wanted, **logits, segment_ids=segments).map
+            context = call.context(row=b, q_len=n, k_len=n, **logits)
+            pooled = single_queries(gate, q, context, 0, "auto"), pooled_keys(gate, k, context, 0)
+            self.add(layer, gate, *pooled, target, segments, tokens=tokens)
+
+    def tokens(self, layer: int, length: int) -> Tensor:
+        """Positions ``[R]`` of the tokens of this step whose rows a layer learns from, ascending."""
+        drawn = random.Random(f"tokens {self.seed} {self.step} {layer}")
+        return torch.tensor(sorted(drawn.sample(range(length), min(self.decode_rows, length))))
 
     def rows(self, layer: int, num_q_blocks: int) -> Tensor:
         """The query blocks ``[R]`` of this step whose targets a layer learns from, ascending."""
@@ -184,33 +236,44 @@ class GateLosses(Capture):
                 gradients = torch.autograd.grad(loss, parameters)
                 value = _FinishedLoss.apply(loss.detach(), gradients, *parameters)
         metrics = {name: torch.as_tensor(v).detach() for name, v in metrics.items()}
-        self._rows.setdefault(layer, []).append(
+        self._rows["decode" if "tokens" in rows else "prefill"].setdefault(layer, []).append(
             (q.features.shape[0] * q.length, value, {"loss": loss.detach(), **metrics})
         )
 
     def total(self) -> Tensor:
-        """Mean over layers of each layer's token-weighted loss.
+        """Mean over layers of each layer's token-weighted loss, of both phases the sum of theirs.
 
         Raises:
             ValueError: no layer added a loss.
         """
-        if not self._rows:
+        layers = dict.fromkeys(layer for found in self._rows.values() for layer in found)
+        if not layers:
             raise ValueError("the forward must reach at least one layer with a gate, got none; attach gates first")
         with torch.enable_grad():
-            layers = [_average(rows, [value for _, value, _ in rows]) for rows in self._rows.values()]
-            return torch.stack([loss.to(layers[0].device) for loss in layers]).mean()
+            losses = [sum(map(_loss_of, filter(None, (x.get(i) for x in self._rows.values())))) for i in layers]
+            return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     def metrics(self) -> dict[int, dict[str, Tensor]]:
         """What `GateLoss` returned, averaged over the step, by layer; "loss" is always among it.
 
-        Padded rows that are too short for a metric have no part in it.
+        Padded rows that are too short for a metric have no part in it. Of both phases "loss" is the sum of theirs, and
+        "decode_loss" tells the one.
         """
         found: dict[int, dict[str, Tensor]] = {}
-        for layer, rows in sorted(self._rows.items()):
-            names = dict.fromkeys(name for *_, metrics in rows for name in metrics)
-            having = {name: [row for row in rows if name in row[2]] for name in names}
-            found[layer] = {name: _average(some, [row[2][name] for row in some]) for name, some in having.items()}
-        return found
+        for phase, layers in self._rows.items():
+            for layer, rows in layers.items():
+                names = dict.fromkeys(name for *_, metrics in rows for name in metrics)
+                having = {name: [row for row in rows if name in row[2]] for name in names}
+                means = {name: _average(some, [row[2][name] for row in some]) for name, some in having.items()}
+                if layer in found:
+                    means |= {f"{phase}_loss": means["loss"], "loss": found[layer]["loss"] + means["loss"]}
+                found[layer] = found.get(layer, {}) | means
+        return dict(sorted(found.items()))
+
+
+def _sequences(mask: CallMask) -> list[tuple[int | None, int]]:
+    """Rows of a batch with their numbers of tokens, all together, as None, where none is padded."""
+    return [(None, mask.k_len)] if mask.lengths is None else list(enumerate(mask.lengths))
 
 
 def check_whole(query: Tensor, mask: CallMask) -> None:
@@ -243,6 +306,10 @@ def gathered(gate: AttnGate) -> Iterator[None]:
 
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _loss_of(rows: list[tuple[int, Tensor, dict]]) -> Tensor:
+    return _average(rows, [value for _, value, _ in rows])
 
 
 def _average(rows: list[tuple[int, Tensor, dict]], values: list[Tensor]) -> Tensor:

@@ -126,6 +126,24 @@ class Policy(ABC):
         rows = _Rows(layer, tokens, 1, block_k, torch.ones_like(forced), forced)
         return self._kept(scores[:, :, None], rows, forced_scored)[:, :, 0]
 
+    def keep_tokens(self, scores: Tensor, positions: Tensor, *, block_k: int, forced_scored: bool = True) -> Tensor:
+        """What `keep_token` chooses for single tokens of one sequence, each as if it were the last one.
+
+        Args:
+            scores: fp32 ``[B, Hm, R, Nk]``, of all blocks of the sequence.
+            positions: int64 ``[R]``, where the tokens stand, on the device of the scores.
+            block_k: key block size in tokens.
+            forced_scored: as of `select`.
+
+        Returns:
+            Bool ``[B, Hm, R, Nk]``, False behind the block of a token.
+        """
+        place = torch.arange(scores.shape[3], device=scores.device)
+        own = positions.div(block_k, rounding_mode="floor")[:, None]
+        causal, forced = place <= own, (place < self.sink_blocks) | (place == own)
+        rows = _Rows(0, scores.shape[3] * block_k, 1, block_k, causal[None, None], (causal & forced)[None, None])
+        return self._kept(scores, rows, forced_scored) & rows.causal
+
     def _kept(self, scores: Tensor, rows: _Rows, forced_scored: bool) -> Tensor:
         """Bool ``[B, Hm, Nq, Nk]``; of blocks that are not causal any value."""
         hidden = ~rows.causal if forced_scored else ~rows.causal | rows.forced

@@ -25,9 +25,10 @@ def model_card(facts: dict[str, Any], parameters: int, records: list[dict[str, A
     config, last = facts["config"], records[-1]
     name = model_name(facts["model"]) or facts["base_model"]["architecture"]
     rows = [f"| {config['loss']} loss | {records[0]['loss']:.4f} | {last['loss']:.4f} | |"]
-    for key in sorted(key for key in last if key.startswith("recall@")):
+    for key in sorted(key for key in last if key.startswith(("recall@", "decode_recall@"))):
         before, after, best = (f"{x:.4f}" for x in (records[0][key], last[key], last[f"oracle_{key}"]))
-        rows.append(f"| target recall at density {key.partition('@')[2]} | {before} | {after} | {best} |")
+        of = " of single tokens" if key.startswith("decode") else ""
+        rows.append(f"| target recall{of} at density {key.partition('@')[2]} | {before} | {after} | {best} |")
     layers = "all full-attention layers" if facts["layers"] is None else f"layers {facts['layers']}"
     layers += "" if facts["gates"] is None else f", starting from the gates in {facts['gates'][0]}"
     documents = _documents(facts)

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from seerattn.data.corpus import Corpus
 from seerattn.gate import AttnGateConfig
 from seerattn.hf.config import check_gate_folder
+from seerattn.hf.distillation import DECODE_ROWS, Phase
 from seerattn.options import option
 from seerattn.saving import staged
 from seerattn.training.config import TRAINING, RunConfig
@@ -38,6 +39,10 @@ class DistillConfig(RunConfig):
         lr: peak learning rate of AdamW; None is that of `fitting_lr`, 5e-3 for narrow heads.
         batch_size: see `RunConfig`; gates learn more of many small steps than of few large ones.
         target_share: see `RunConfig`; a quarter of the query blocks teaches as much as all of them.
+        phase: what gates learn to choose blocks for: the query blocks of prompts, single tokens that are decoded, or
+            both, whose losses are added.
+        decode_rows: single tokens of a sample that gates learn from in the phases "decode" and "both", others every
+            step.
         drop_rows: share of the first query-block rows of every document that the loss leaves out; officially 0.25.
         density: of the `TopK` policy that is saved with the gates and applied when they are loaded. Training does not
             depend on it, and `set_policy` changes it at any time.
@@ -49,6 +54,12 @@ class DistillConfig(RunConfig):
     batch_size: int = option(2, help="Samples of a step, over all processes.", low=1, panel=TRAINING)
     target_share: float = option(
         0.25, help="Share of the query blocks to learn from, others every step.", above=0, high=1, flag=False
+    )
+    phase: Phase = option(
+        "prefill", help="What gates learn to choose for: prompts, decoded tokens, or both.", panel=TRAINING
+    )
+    decode_rows: int = option(
+        DECODE_ROWS, help="Single tokens of a sample to learn from, others every step.", low=1, flag=False
     )
     drop_rows: float = option(
         0.0, help="Share of early query rows to leave out; officially 0.25.", low=0, below=1, flag=False
@@ -78,7 +89,10 @@ class DistillRun(TrainingRun):
             self.model.config.use_cache = use_cache  # the Trainer turns it off
 
     def _details(self) -> dict[str, str]:
-        return {"rows": f"the first {self.config.drop_rows:.0%} of every document left out"}
+        tokens = f"{self.config.decode_rows} single tokens of every sample, others every step"
+        phases = {"prefill": "prompts", "decode": f"decoding; {tokens}", "both": f"prompts and decoding; {tokens}"}
+        left_out = f"the first {self.config.drop_rows:.0%} of every document left out"
+        return {"phase": phases[self.config.phase], "rows": left_out}
 
     def _rates(self) -> str:
         return f"{self.config.lr:.3g}"
@@ -86,7 +100,9 @@ class DistillRun(TrainingRun):
     def _memory(self) -> dict[str, dict[str, int]]:
         config = self.config
         sizes = {"micro_batch_size": config.micro_batch_size, "context": config.context}
-        return {"memory": estimate_memory(self.model, self.gates, **sizes, target_share=config.target_share)}
+        rows = 0 if config.phase == "prefill" else config.decode_rows
+        share = {"target_share": config.target_share, "decode_rows": rows}
+        return {"memory": estimate_memory(self.model, self.gates, **sizes, **share)}
 
     def _trainer(self, **options: Any) -> DistillTrainer:
         from seerattn.training.trainer import DistillTrainer

@@ -18,7 +18,13 @@ _MAPS = 8
 
 
 def estimate_memory(
-    model: nn.Module, gates: list[AttnGate], *, micro_batch_size: int, context: int, target_share: float = 1.0
+    model: nn.Module,
+    gates: list[AttnGate],
+    *,
+    micro_batch_size: int,
+    context: int,
+    target_share: float = 1.0,
+    decode_rows: int = 0,
 ) -> dict[str, int]:
     """Bytes that one process needs on its device, by what they are for.
 
@@ -31,6 +37,7 @@ def estimate_memory(
         micro_batch_size: samples that run at once.
         context: tokens of a sample.
         target_share: share of the query blocks that gates learn from.
+        decode_rows: single tokens of a sample that gates learn from.
     """
     base = [p for p in model.parameters() if not p.requires_grad]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -47,7 +54,8 @@ def estimate_memory(
         "gates, gradients, AdamW": 4 * trained * _FP32,
         "activations of a layer": activations,
         "gate inputs and graph of a layer": _gate_bytes(gate, tokens, share=target_share),
-        "target and score maps of a layer": _map_bytes(gate, micro_batch_size, context, share=target_share),
+        "target and score maps of a layer": _map_bytes(gate, micro_batch_size, context, share=target_share)
+        + _token_bytes(gate, micro_batch_size, context, rows=min(decode_rows, context)),
     }
 
 
@@ -144,3 +152,9 @@ def _gate_bytes(gate: AttnGate, tokens: int, *, share: float) -> int:
 def _map_bytes(gate: AttnGate, micro_batch_size: int, context: int, *, share: float) -> int:
     blocks = math.ceil(share * math.ceil(context / gate.config.block_q)) * math.ceil(context / gate.config.block_k)
     return _MAPS * micro_batch_size * gate.num_heads * blocks * _FP32
+
+
+def _token_bytes(gate: AttnGate, micro_batch_size: int, context: int, *, rows: int) -> int:
+    """Targets of single tokens, and their scores of sub-blocks, which a gate keeps a few copies of."""
+    pieces = _MAPS + 3 * gate.config.key_subblocks
+    return pieces * micro_batch_size * gate.num_heads * rows * math.ceil(context / gate.config.block_k) * _FP32

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seerattn.gate import AttnGateConfig
+from seerattn.hf.distillation import DECODE_ROWS
 from seerattn.locking import LOCK_NAME, check_unlocked, locked
 from seerattn.outputs import check_folder
 from seerattn.saving import is_staging, sweep, write_whole
@@ -21,8 +22,9 @@ CHECKPOINTS_NAME = "checkpoints"
 GATES_NAME = "gates"
 # What may differ between a run and its continuation: nothing that changes a weight or a record.
 _FREE_TO_CHANGE = ("save_steps", "keep_checkpoints", "micro_batch_size", "report_to", "gradient_checkpointing")
-# Facts that runs of earlier versions do not have.
+# Facts that runs of earlier versions do not have, and what options were that they did not know.
 _ADDED = ("weights",)
+_EARLIER = {"phase": "prefill", "decode_rows": DECODE_ROWS}
 
 
 def check_output(output: Path, *, resume: bool) -> None:
@@ -83,6 +85,7 @@ def check_same_run(facts: dict[str, Any], output: Path) -> None:
         if isinstance(told.get("gate"), dict):
             # Runs of earlier versions do not tell every field; one that does not tell its target learned the published.
             told["gate"] = AttnGateConfig.from_dict(told["gate"]).to_dict()
+    then = {name: value for name, value in _EARLIER.items() if name in now} | then
     names = [name for name in now | then if name not in ("config", "data", *_FREE_TO_CHANGE)]
     changed = [n for n in names if now.get(n) != then.get(n) and (n in then or n not in _ADDED)]
     if changed:

@@ -171,7 +171,13 @@ class DistillTrainer(RecordedTrainer):
     """
 
     config: DistillConfig
-    shown = ("loss", f"recall@{RECALL_DENSITIES[0]}", f"oracle_recall@{RECALL_DENSITIES[0]}")
+    shown = (
+        "loss",
+        *(
+            f"{what}@{RECALL_DENSITIES[0]}"
+            for what in ("recall", "oracle_recall", "decode_recall", "oracle_decode_recall")
+        ),
+    )
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -195,7 +201,8 @@ class DistillTrainer(RecordedTrainer):
             drop_rows=config.drop_rows,
             measure=self.records(step + 1),
         )
-        losses = GateLosses(layer_loss, target_share=config.target_share, seed=config.seed, step=step)
+        drawn = {"seed": config.seed, "step": step, "decode_rows": config.decode_rows}
+        losses = GateLosses(layer_loss, target_share=config.target_share, phase=config.phase, **drawn)
         # Logits of a whole sample of 64k tokens would take 17 GB.
         outputs = model(**inputs, gate_losses=losses, logits_to_keep=1, use_cache=False)
         self.metrics.append(losses.metrics())
