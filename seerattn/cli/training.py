@@ -81,7 +81,15 @@ def train(kind: type[TrainingRun], config: RunConfig, setup: Setup) -> None:
         show_plan(run.describe())
     if setup.dry_run:
         return
-    run.run(setup.output, resume=setup.resume)
+    try:
+        run.run(setup.output, resume=setup.resume)
+    except ValueError as error:
+        from seerattn.training.trainer import Stopped
+
+        # Of what all processes found together one tells.
+        if isinstance(error, Stopped) and not is_main():
+            raise SystemExit(2) from error
+        raise
     if is_main():
         say(f"what was trained is in {setup.output}")
 

@@ -58,6 +58,11 @@ def last_whole(folder: Path) -> Path | None:
     return None
 
 
+def was_sharded(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of a model that FSDP had sharded; accelerate then saves its weights by another name."""
+    return any(checkpoint.glob("pytorch_model_fsdp*"))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a folder, whole or not, in order of their steps."""
     return sorted((path for path in folder.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()), key=step_of)

@@ -22,6 +22,7 @@ from seerattn.training.checkpoints import delete_checkpoints
 from seerattn.training.config import RunConfig
 from seerattn.training.output import CHECKPOINTS_NAME, LOG_NAME, begun, check_output, check_replaced
 from seerattn.training.processes import is_main, processes
+from seerattn.training.watch import watching
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -367,7 +368,7 @@ def _working(output: Path, facts: dict[str, Any], arguments: TrainingArguments, 
     everyone = arguments.distributed_state
     # Every process has found the output as it must be before the first one writes to it.
     everyone.wait_for_everyone()
-    with begun(output, facts, resume=resume, main=arguments.should_save):
+    with begun(output, facts, resume=resume, main=arguments.should_save), watching():
         everyone.wait_for_everyone()
         yield
 

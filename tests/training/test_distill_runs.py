@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -359,6 +360,20 @@ def step_or_die(self, *args, **kwargs):
 DistillTrainer.training_step = step_or_die
 main(sys.argv[1:])
 """
+BREAKING = """
+import os, sys
+import torch
+from seerattn.cli import main
+from seerattn.training.trainer import DistillTrainer
+step = DistillTrainer.training_step
+def step_or_break(self, model, *args, **kwargs):
+    if os.environ["RANK"] == "1" and self.state.global_step == 5:
+        layer = next(m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer")
+        layer.register_forward_hook(lambda module, args, out: out * torch.nan)
+    return step(self, model, *args, **kwargs)
+DistillTrainer.training_step = step_or_break
+main(sys.argv[1:])
+"""
 
 
 def in_two_processes(folder: Path, output: Path, program: list[str]) -> subprocess.CompletedProcess:
@@ -413,8 +428,22 @@ def test_a_process_that_dies_ends_all_and_one_process_goes_on_from_their_checkpo
     script.write_text(DYING)
     done = in_two_processes(folder, tmp_path / "two", [str(script)])
     assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
+    assert done.stderr.count("process 1 of 2 (counted from 0) died") == 1
     assert [path.name for path in (tmp_path / "two" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-4"]
     assert not (tmp_path / "two" / "adapter_model.safetensors").exists()
+    train(folder, tmp_path / "two", SPREAD, gate=SMOOTH, resume=True)
+    assert_alike(tmp_path / "two", alone)
+
+
+def test_what_is_not_finite_in_one_process_ends_all_with_one_sentence(
+    folder: Path, alone: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "breaking.py"
+    script.write_text(BREAKING)
+    done = in_two_processes(folder, tmp_path / "two", [str(script)])
+    assert done.returncode != 0 and " died" not in done.stderr
+    assert done.stderr.count("seerattn: losses and gradients must be finite, got others at step 6, first seen in ") == 1
+    assert re.search(r"first seen in \S*layers\.1\.self_attn\.seer_gate\.", done.stderr)
     train(folder, tmp_path / "two", SPREAD, gate=SMOOTH, resume=True)
     assert_alike(tmp_path / "two", alone)
 

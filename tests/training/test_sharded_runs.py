@@ -162,8 +162,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def two_processes(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+# Stops after a checkpoint.
+STOP = (
+    ON_CPUS
+    + """
+def step(self, model, *args, run=FinetuneTrainer.training_step, **kwargs):
+    if self.state.global_step == 3:
+        raise ValueError("enough for today")
+    return run(self, model, *args, **kwargs)
+
+FinetuneTrainer.training_step = step
+main(sys.argv[1:])
+"""
+)
+
+
+def two_processes(code: str, *arguments: str, count: int = 2, **variables: str) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--no-python"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | FSDP | variables
     command = [*launch, sys.executable, "-c", code, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -207,6 +222,29 @@ def test_two_processes_with_the_weights_of_one_match_one_process(
         for name, weight in one.items():
             # Adam divides by the square root of tiny second moments, which magnifies the order of summation.
             torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-4)
+
+
+def test_a_sharded_run_goes_on_with_more_processes_and_not_as_one_that_is_whole(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    stopped = command("finetune", folder, tmp_path / "stopped")
+    done = two_processes(STOP, *stopped, ACCELERATE_TORCH_DEVICE="cpu")
+    assert "enough for today" in done.stderr
+    with pytest.raises(SystemExit) as refused:
+        main([*stopped, "--resume"])
+    assert refused.value.code == 2 and "a run that was begun with FSDP must go on so" in capsys.readouterr().err
+    go_on = [*stopped, "--resume", "float32"]
+    done = two_processes(RUN, *go_on, count=4, ACCELERATE_TORCH_DEVICE="cpu")
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(SystemExit):
+        main(command("finetune", folder, tmp_path / "one"))
+    for four, one in zip(records(tmp_path / "stopped"), records(tmp_path / "one"), strict=True):
+        assert four["loss"] == pytest.approx(one["loss"], abs=2e-6)
+    for file in (f"{part}/{name}.safetensors" for part, name in (("model", "model"), ("gates", "adapter_model"))):
+        one, four = load_file(tmp_path / "one" / file), load_file(tmp_path / "stopped" / file)
+        for name, weight in one.items():
+            # See above.
+            torch.testing.assert_close(four[name], weight, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
