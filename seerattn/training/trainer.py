@@ -20,8 +20,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from seerattn.hf.distillation import GateLosses
 from seerattn.results.appending import Appended
 from seerattn.saving import staged, write_whole
-from seerattn.training.checkpoints import checkpoints, last_whole, step_of, write_manifest
+from seerattn.training.checkpoints import checkpoints, last_whole, step_of, was_sharded, write_manifest
 from seerattn.training.layer_loss import RECALL_DENSITIES, LayerLoss
+from seerattn.training.processes import is_sharded
 
 if TYPE_CHECKING:
     from seerattn.training.config import RunConfig
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 # Losses fall from the first step on. That is of few samples, of which others may well have half as much again.
 RISEN = 2.0
+
+
+class Stopped(ValueError):
+    """Why a run ended on all of its processes."""
 
 
 class RecordedTrainer(Trainer):
@@ -99,16 +104,21 @@ class RecordedTrainer(Trainer):
         """Trains from the newest whole checkpoint on, or from the beginning.
 
         Raises:
-            ValueError: weights are not finite in the end; the last checkpoint is whole.
+            ValueError: weights are not finite in the end, or it was sharded otherwise; the last checkpoint is whole.
         """
         # Each process must begin with the same one, and to read all of them is enough for the first.
         last = _of_first(last_whole(Path(self.args.output_dir)) if self.args.should_save else None)
+        if last is not None and was_sharded(last) != is_sharded():
+            raise ValueError(
+                f"a run that was begun {'with' if was_sharded(last) else 'without'} FSDP must go on so, got the other; "
+                "launch it as before, the number of processes may be another, or begin anew in another folder"
+            )
         self.train(resume_from_checkpoint=None if last is None else str(last))
         self._check_weights()
 
     def stop(self, what: str, where: str, step: int) -> NoReturn:
-        """Ends the run for numbers that are not finite."""
-        raise ValueError(
+        """Ends the run for numbers that are not finite, on all processes."""
+        raise Stopped(
             f"{what} at step {step}, {where}; the run stopped and its last checkpoint is as it was; resuming repeats "
             "the step on the same text, which helps after a fault of the machine alone, otherwise begin anew in "
             f"another folder with {self.remedy} or with other text"
@@ -215,19 +225,19 @@ class DistillTrainer(RecordedTrainer):
         Raises:
             ValueError: a loss or a gradient is not finite on some process.
         """
-        norm = super()._clip_grad_norm(model)
-        # The norm is over all processes, and so is known to each.
+        named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        # Of gradients over all processes, and so known to each. Clipping by one that is not finite leaves none finite.
+        norm = torch.nn.utils.get_total_norm([gradient for _, gradient in named])
         if not bool(torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)):
             losses = [
                 (f"the gate's loss of layer {layer}", values["loss"])
                 for metrics in self.metrics[-self.args.gradient_accumulation_steps :]
                 for layer, values in metrics.items()
             ]
-            named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
             where = first_not_finite(losses) or first_not_finite(named) or "their norm, which overflows"
             step = self.state.global_step + 1
             self.stop("losses and gradients must be finite, got others", f"first seen in {where}", step)
-        return norm
+        return super()._clip_grad_norm(model)
 
     def summarize(self, micro_batches: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Losses over all micro-batches since the last record, recalls over those of the last step."""
