@@ -16,6 +16,7 @@ from seerattn.cli.options import from_options
 from seerattn.cli.terminal import say
 from seerattn.hf.eval_model import Loading
 from seerattn.hf.meters import record_density
+from seerattn.hf.placement import execution_device
 from seerattn.options import check_options, option
 from seerattn.serve.model import Answering
 from seerattn.texts import read_decompressed, visible
@@ -30,12 +31,14 @@ class Asked:
         file: or the file that holds it; without either it is read from stdin.
         max_new_tokens: of the answer at most.
         chat: whether the text is what a user says in a chat.
+        spread: whether the layers are dealt out to all GPUs, where one has no room for the model.
     """
 
     prompt: str = option("", help="The text; default: what comes from --file or stdin.")
     file: Path | None = option(None, help="File of the text, also compressed.")
     max_new_tokens: int = option(256, help="Tokens of the answer at most.", low=1)
     chat: bool = option(False, help="Ask in a chat, by the chat template of the model.")
+    spread: bool = option(False, help="Deal the layers out to all GPUs, one after the other, then to the host.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -67,10 +70,10 @@ def generate(answering: Answering, asked: Asked, loading: Loading) -> None:
     by the most likely token.
     """
     text = asked.text()
-    loaded = answering.load(loading)
+    loaded = answering.load(loading, spread=asked.spread)
     tokens = loaded.tokens_of_chat([{"role": "user", "content": text}]) if asked.chat else loaded.tokens_of(text)
     loaded.check_room(len(tokens), asked.max_new_tokens)
-    ids, clock = torch.tensor([tokens], device=loading.place), _Clock()
+    ids, clock = torch.tensor([tokens], device=execution_device(loaded.model)), _Clock()
     with record_density(loaded.model) as meter:
         found = loaded.model.generate(
             input_ids=ids,

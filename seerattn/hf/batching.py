@@ -37,6 +37,7 @@ from seerattn.hf.faults import isolate_faults
 from seerattn.hf.meters import DensityMeter, time_meter
 from seerattn.hf.paged import PAGED
 from seerattn.hf.pages import leave_in_pages
+from seerattn.hf.placement import execution_device
 from seerattn.hf.requests import BATCHING, Batching, Choice, check_running
 from seerattn.hf.state import Attachment, attachment_of, check_fits, check_gated, check_policy
 from seerattn.selection.policies import Policy
@@ -177,6 +178,12 @@ def _check_model(base: nn.Module, attachment: Attachment) -> None:
     if base.config.get_text_config() is not base.config:
         raise ValueError(
             f"continuous batching with gates must have a model of text alone, got {type(base).__name__}; use generate"
+        )
+    places = {str(execution_device(layer.module)) for layer in attachment.layers.values()}
+    if len(places) > 1:
+        raise ValueError(
+            "continuous batching must have all layers on one device, where its pages are, got "
+            f"{', '.join(sorted(places))}; use generate, or vLLM with tensor parallelism"
         )
     for layer in attachment.layers.values():
         if layer.not_cached is not None:

@@ -49,6 +49,7 @@ def read_model(
     config: PreTrainedConfig | None = None,
     trust_remote_code: bool = False,
     kind: type[PreTrainedModel] | None = None,
+    spread: bool = False,
 ) -> PreTrainedModel:
     """A causal language model with all of its weights.
 
@@ -59,6 +60,8 @@ def read_model(
         config: its configuration, if that is known already.
         trust_remote_code: see `read_config`.
         kind: class of the model, where it is not for the config to say.
+        spread: let accelerate deal the layers out to all accelerators that there are, and what they have no room for to
+            the memory of the host; ``device`` is not asked.
 
     Raises:
         ValueError: there is no such model, it cannot be read, or its weights are not those that its config asks for.
@@ -76,6 +79,7 @@ def read_model(
             model.tie_weights()
             return model
         options: dict[str, Any] = {} if kind is not None else {"trust_remote_code": trust_remote_code}
+        options |= {"device_map": "auto"} if spread else {}
         model, report = (kind or AutoModelForCausalLM).from_pretrained(
             name,
             config=config,
@@ -86,6 +90,8 @@ def read_model(
             **options,
         )
     _check_weights(name, model, report)
+    if spread:
+        return model
     with _reading(f"a model that device {device} has room for, got {name}", name):
         return model.to(device)
 

@@ -49,12 +49,13 @@ class Answering:
         if self.decode_tokens and not self.gates:
             raise ValueError(f"gates must be given to choose what decode_tokens bounds, got {self.decode_tokens} alone")
 
-    def load(self, loading: Loading, *, rule: Rule = "same_k") -> AnsweringModel:
+    def load(self, loading: Loading, *, rule: Rule = "same_k", spread: bool = False) -> AnsweringModel:
         """Loads the model and its gates.
 
         Args:
             loading: where and how.
             rule: of `TopK`, where a density is given.
+            spread: see `read_model`.
 
         Raises:
             ValueError: no such model, or gates that are not its own or have no policy.
@@ -63,7 +64,8 @@ class Answering:
         config = read_config(self.model, trust_remote_code=trust)
         tokenizer = read_tokenizer(self.model, trust_remote_code=trust)
         dtype = getattr(torch, choose_dtype(loading.dtype, place))
-        model = read_model(self.model, dtype=dtype, device=place, config=config, trust_remote_code=trust).eval()
+        options = {"config": config, "trust_remote_code": trust, "spread": spread}
+        model = read_model(self.model, dtype=dtype, device=place, **options).eval()
         if self.gates:
             policy = None if self.density is None else TopK(density=self.density, rule=rule)
             decode_policy = TokenBudget(tokens=self.decode_tokens) if self.decode_tokens else None

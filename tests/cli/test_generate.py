@@ -80,6 +80,30 @@ def test_answer_is_that_of_generate_wherever_the_text_comes_from(
         assert out == f"{answer}\n" and f"density {density:.3f}" in told and "300 tokens read in" in told
 
 
+def test_a_model_whose_layers_are_dealt_out_says_the_same(
+    folder, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one device here. The second one, on which accelerate would put a layer, is the disk."""
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"), "cpu")
+    places |= dict.fromkeys(("model.layers.1", "lm_head"), "disk")
+    read = AutoModelForCausalLM.from_pretrained
+    seen = []
+
+    def deal_out(name: str, **options):
+        assert options.pop("device_map") == "auto"
+        seen.append(read(name, device_map=places, offload_folder=tmp_path / "disk", **options))
+        return seen[-1]
+
+    answer, density = expected(folder, TEXT, 0.5)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", deal_out)
+    gates = ("--gates", f"{folder}/gates-of-model", "--density", "0.5")
+    assert run(folder, *gates, "--spread", "--prompt", TEXT) == 0
+    ((model, _),) = seen
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta and not model.model.layers[0].mlp.up_proj.weight.is_meta
+    out, told = capsys.readouterr()
+    assert out == f"{answer}\n" and f"density {density:.3f}" in told
+
+
 @pytest.mark.parametrize("gates", [(), ("--gates", "@gates-of-model")], ids=["without gates", "with gates"])
 def test_dense_is_the_model_itself(folder, capsys, gates) -> None:
     answer, _ = expected(folder, TEXT, None)

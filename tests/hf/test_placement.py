@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import PeftModel
 from tiny_models import SIZES, tiny_model, tokens
 from torch import Tensor, nn
@@ -185,6 +186,24 @@ def test_vision_tower_keeps_its_own_attention() -> None:
     seerattn.detach(gated)
     again = {key: m.config._attn_implementation for key, m in model.named_modules() if isinstance(m, PreTrainedModel)}
     assert again == names
+
+
+@torch.no_grad()
+def test_layers_on_several_devices_write_as_in_one_and_share_no_batch(gates: Path, tmp_path: Path) -> None:
+    decode = seerattn.TokenBudget(tokens=64)
+    found = []
+    for place in ("whole", "in part"):
+        model = seerattn.attach(OFFLOADED[place](tiny_model("llama"), tmp_path), gates, impl="reference")
+        seerattn.set_policy(model, SPARSE, decode_policy=decode, impl="reference")
+        with seerattn.record_density(model) as meter:
+            written = model.generate(input_ids=IDS, max_new_tokens=5, do_sample=False)
+        found.append((written, meter.mean(), meter.decode.mean()))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+    model = tiny_model("llama")
+    gated = seerattn.attach(model, gates, SPARSE)
+    add_hook_to_module(model.model.layers[1].self_attn, AlignDevicesHook(execution_device="meta"))
+    with pytest.raises(ValueError, match="all layers on one device, where its pages are, got cpu, meta; use generate"):
+        gated.generate_batch([IDS[0].tolist()])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a sharded model needs two GPUs")
