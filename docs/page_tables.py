@@ -347,6 +347,7 @@ TABLES = {
     "methods-perplexity": Drawn(COMPARED, report("Perplexity: .*no dense last rows")),
     "methods-gap": Drawn(COMPARED, report(GAP, kind="Learned")),
     "decode-retrieval": Drawn(["reference-decode"], report("Retrieval")),
+    "decode-continuation": Drawn(["reference-continuation"], report("Long outputs")),
     "methods-retrieval": Drawn(COMPARED, report("Retrieval", "Pass keys")),
     "methods-recall": Drawn(["compare-recall"], report("Recall")),
     "policies": Drawn(["compare-gates"], report("Perplexity: ", GAP)),
