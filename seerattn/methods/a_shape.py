@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,21 +53,24 @@ class ShapeSelector:
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
         """See `Selector.select`."""
-        batch, q_len, k_len = q.shape[0], q.shape[2], k.shape[2]
-        start = k_len - q_len
-        rows = start // self.block_q + torch.arange(num_query_blocks(start, q_len, self.block_q), device=q.device)
-        first_query = (rows * self.block_q).clamp(min=start)[:, None]
-        last_query = ((rows + 1) * self.block_q).clamp(max=k_len)[:, None] - 1
-        first_key = torch.arange(-(-k_len // self.block_k), device=q.device) * self.block_k
-        nearest = first_query - (first_key + self.block_k - 1)
-        mask = (first_key < self.n_init) | (nearest < self.n_local) | (last_query >= k_len - self.n_last)
-        return BlockIndices.from_mask(
-            mask.expand(batch, k.shape[1], -1, -1),
-            block_q=self.block_q,
-            block_k=self.block_k,
-            q_start=start,
-            q_len=q_len,
-        )
+        return _lists(self, q.shape[0], k.shape[1], k.shape[2] - q.shape[2], q.shape[2], q.device)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _lists(
+    selector: ShapeSelector, batch: int, heads: int, start: int, q_len: int, device: torch.device
+) -> BlockIndices:
+    """Lists of all layers and inputs of these lengths; made once, since nothing in them depends on what tokens hold."""
+    block_q, block_k, end = selector.block_q, selector.block_k, start + q_len
+    rows = start // block_q + torch.arange(num_query_blocks(start, q_len, block_q), device=device)
+    first_query = (rows * block_q).clamp(min=start)[:, None]
+    last_query = ((rows + 1) * block_q).clamp(max=end)[:, None] - 1
+    first_key = torch.arange(-(-end // block_k), device=device) * block_k
+    nearest = first_query - (first_key + block_k - 1)
+    mask = (first_key < selector.n_init) | (nearest < selector.n_local) | (last_query >= end - selector.n_last)
+    mask = mask.expand(batch, heads, -1, -1)
+    return BlockIndices.from_mask(mask, block_q=block_q, block_k=block_k, q_start=start, q_len=q_len)
 
 
 @dataclass(frozen=True, kw_only=True)

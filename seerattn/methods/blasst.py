@@ -60,8 +60,8 @@ class BlasstSelector:
         q_len, k_len, sizes = q.shape[2], k.shape[2], (self.block_q, self.block_k)
         start = k_len - q_len
         geometry = (start, q_len, num_query_blocks(start, q_len, self.block_q), -(-k_len // self.block_k), *sizes)
-        causal = causal_block_mask(*geometry)[0].to(q.device)
-        forced = forced_block_mask(*geometry, sink_blocks=1)[0].to(q.device)
+        causal = causal_block_mask(*geometry, device=q.device)[0]
+        forced = forced_block_mask(*geometry, sink_blocks=1, device=q.device)[0]
         reach = largest_excess(q, k, context, block_q=self.block_q, block_k=self.block_k)
         mask = (reach >= math.log(self.threshold)) | forced
         return BlockIndices.from_mask(

@@ -99,7 +99,7 @@ class FlexPrefillSelector:
         mask = keep_vertical[:, :, None] | keep_slash[:, :, back]
 
         mean_q = pool_blocks(q, size=block, start=start, kinds=("avg",))
-        causal = causal_block_mask(start, q_len, rows, columns, block, block)[0].to(q.device)
+        causal = causal_block_mask(start, q_len, rows, columns, block, block, device=q.device)[0]
         pooled = _by_group(mean_q, mean_k).mul(context.scale).masked_fill(~causal, -torch.inf).softmax(-1)
         ranked, order = pooled.flatten(2).sort(dim=-1, descending=True, stable=True)
         best_pooled = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, self._within(ranked, rows))

@@ -60,8 +60,8 @@ class PrismSelector:
         block, q_len, k_len = self.block, q.shape[2], k.shape[2]
         start = k_len - q_len
         geometry = (start, q_len, num_query_blocks(start, q_len, block), -(-k_len // block), block, block)
-        causal = causal_block_mask(*geometry)[0].to(q.device)
-        mask = forced_block_mask(*geometry, sink_blocks=self.sink_blocks)[0].to(q.device)
+        causal = causal_block_mask(*geometry, device=q.device)[0]
+        mask = forced_block_mask(*geometry, sink_blocks=self.sink_blocks, device=q.device)[0]
         for scores in band_scores(q, k, block=block, rotary=context.rotary):
             share, order = (
                 scores.masked_fill(~causal, -torch.inf).softmax(-1).sort(dim=-1, descending=True, stable=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from seerattn.methods.method import Budget, Selectors, TopKMethod, token_budgets
-from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
+from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 from seerattn.selection.decode_blocks import DecodeBlocks
 from seerattn.selection.decode_policy import choose_blocks
 from seerattn.selection.decode_selector import PolicyDecoder
-from seerattn.selection.policies import Policy
+from seerattn.selection.policies import Policy, is_number
 from seerattn.selection.selector import AttentionContext, PolicySelector
 
 if TYPE_CHECKING:
@@ -40,18 +41,25 @@ class StreamingSelector(PolicySelector):
 
     def select(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndices:
         """See `Selector.select`."""
-        batch, q_len, k_len = q.shape[0], q.shape[2], k.shape[2]
-        start = k_len - q_len
-        rows = num_query_blocks(start, q_len, self.block_q)
-        columns = -(-k_len // self.block_k)
-        ends = (start // self.block_q + 1 + torch.arange(rows, device=q.device)) * self.block_q
-        starts = torch.arange(columns, device=q.device) * self.block_k
-        distance = (ends[:, None] - starts).float()
-        causal = causal_block_mask(start, q_len, rows, columns, self.block_q, self.block_k)[0].to(q.device)
-        scores = (-distance).masked_fill(~causal, -torch.inf).expand(batch, k.shape[1], rows, columns)
-        return self.policy.select(
-            scores, q_start=start, q_len=q_len, block_q=self.block_q, block_k=self.block_k, layer=context.layer
-        )
+        q_len, start = q.shape[2], k.shape[2] - q.shape[2]
+        # Settings of heads differ between layers.
+        layer = 0 if self.policy.setting is None or is_number(self.policy.setting[1]) else context.layer
+        return _lists(self, layer, q.shape[0], k.shape[1], start, q_len, q.device)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _lists(
+    selector: StreamingSelector, layer: int, batch: int, heads: int, start: int, q_len: int, device: torch.device
+) -> BlockIndices:
+    """Lists of all layers and inputs of these lengths; made once, since nothing in them depends on what tokens hold."""
+    block_q, block_k = selector.block_q, selector.block_k
+    rows, columns = num_query_blocks(start, q_len, block_q), -(-(start + q_len) // block_k)
+    ends = (start // block_q + 1 + torch.arange(rows, device=device)) * block_q
+    distance = (ends[:, None] - torch.arange(columns, device=device) * block_k).float()
+    scores = (-distance).expand(batch, heads, rows, columns)
+    sizes = {"block_q": block_q, "block_k": block_k}
+    return selector.policy.select(scores, q_start=start, q_len=q_len, layer=layer, **sizes)
 
 
 @dataclass(frozen=True)

@@ -71,27 +71,28 @@ class BlockIndices:
         if mask.ndim != 4:
             raise ValueError(f"mask must be [B, Hm, Nq, Nk], got shape {list(mask.shape)}")
         batch, _, num_q_blocks, num_k_blocks = mask.shape
-        q_start = _per_row(q_start, batch, mask.device)
         if q_len is None:
             q_len = (q_start // block_q + num_q_blocks) * block_q - q_start
-        q_len = _per_row(q_len, batch, mask.device)
-        allowed = causal_block_mask(q_start, q_len, num_q_blocks, num_k_blocks, block_q, block_k)[:, None]
-        required = _diagonal_block_mask(q_start, q_len, num_q_blocks, num_k_blocks, block_q, block_k)[:, None]
+        geometry = (q_start, q_len, num_q_blocks, num_k_blocks, block_q, block_k)
+        allowed = causal_block_mask(*geometry, device=mask.device)[:, None]
+        required = forced_block_mask(*geometry, sink_blocks=0, device=mask.device)[:, None]
         missing = (required & ~mask).flatten(2).any(-1)
-        if bool(missing.any()):
+        mask = mask & allowed
+        counts = mask.sum(-1, dtype=torch.int32)
+        # One wait for the device; a GPU that many processes share comes back to each of them only in its turn.
+        is_missing, width = torch.stack((missing.any().int(), counts.max())).tolist() if counts.numel() else (0, 0)
+        if is_missing:
             row, head = (int(x) for x in missing.nonzero()[0])
             raise ValueError(
                 f"mask must keep the diagonal block of every query row, got none for batch row {row}, head {head}; "
                 "force the diagonal in the policy"
             )
-        mask = mask & allowed
-        counts = mask.sum(-1, dtype=torch.int32)
-        width = max(int(counts.max()) if counts.numel() else 0, 1)
         columns = torch.arange(num_k_blocks, device=mask.device, dtype=torch.int32)
         padded = torch.where(mask, columns, num_k_blocks)
-        indices = padded.sort(-1).values[..., :width]
+        indices = padded.sort(-1).values[..., : max(width, 1)]
         indices = torch.where(indices == num_k_blocks, PAD, indices).to(torch.int32).contiguous()
-        return cls(indices, counts, block_q, block_k, q_start, q_len)
+        host = torch.device("cpu")
+        return cls(indices, counts, block_q, block_k, _per_row(q_start, batch, host), _per_row(q_len, batch, host))
 
     @classmethod
     def dense(
@@ -240,14 +241,22 @@ def num_query_blocks(q_start: int, q_len: int, block_q: int) -> int:
 
 
 def causal_block_mask(
-    q_start: int | Tensor, q_len: int | Tensor, num_q_blocks: int, num_k_blocks: int, block_q: int, block_k: int
+    q_start: int | Tensor,
+    q_len: int | Tensor,
+    num_q_blocks: int,
+    num_k_blocks: int,
+    block_q: int,
+    block_k: int,
+    *,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Bool ``[B, Nq, Nk]``: blocks that hold at least one (query, key) pair with key <= query."""
-    batch = next((x.numel() for x in (q_start, q_len) if isinstance(x, Tensor)), 1)
-    device = next((x.device for x in (q_start, q_len) if isinstance(x, Tensor)), torch.device("cpu"))
-    q_start, q_len = _per_row(q_start, batch, device), _per_row(q_len, batch, device)
+    """Bool ``[B, Nq, Nk]``: blocks that hold at least one (query, key) pair with key <= query.
+
+    It is made on ``device``, by default that of ``q_start`` or ``q_len``, of ints the CPU.
+    """
+    q_start, q_len = _rows_of(q_start, q_len, device)
     _, last = _query_block_edges(q_start, q_len, num_q_blocks, block_q)
-    keys = torch.arange(num_k_blocks, device=device) * block_k
+    keys = torch.arange(num_k_blocks, device=q_start.device) * block_k
     return keys <= last[..., None]
 
 
@@ -259,13 +268,17 @@ def forced_block_mask(
     block_q: int,
     block_k: int,
     sink_blocks: int = 1,
+    *,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Bool ``[B, Nq, Nk]``: blocks that selection keeps whatever their score: the diagonal and the first ones."""
-    batch = next((x.numel() for x in (q_start, q_len) if isinstance(x, Tensor)), 1)
-    device = next((x.device for x in (q_start, q_len) if isinstance(x, Tensor)), torch.device("cpu"))
-    geometry = (_per_row(q_start, batch, device), _per_row(q_len, batch, device), num_q_blocks, num_k_blocks)
+    """Bool ``[B, Nq, Nk]``: blocks that selection keeps whatever their score: the diagonal and the first ones.
+
+    ``device`` is as of `causal_block_mask`.
+    """
+    geometry = (*_rows_of(q_start, q_len, device), num_q_blocks, num_k_blocks)
     forced = _diagonal_block_mask(*geometry, block_q, block_k)
-    forced[..., :sink_blocks] |= causal_block_mask(*geometry, block_q, block_k)[..., :sink_blocks]
+    if sink_blocks:
+        forced[..., :sink_blocks] |= causal_block_mask(*geometry, block_q, block_k)[..., :sink_blocks]
     return forced
 
 
@@ -285,6 +298,13 @@ def _query_block_edges(q_start: Tensor, q_len: Tensor, num_q_blocks: int, block_
     end = (q_start + q_len)[:, None]
     last = torch.minimum((block + 1) * block_q, end) - 1
     return first, torch.where(first < end, last, -1)
+
+
+def _rows_of(q_start: int | Tensor, q_len: int | Tensor, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """Both as int32 ``[B]``."""
+    batch = next((x.numel() for x in (q_start, q_len) if isinstance(x, Tensor)), 1)
+    device = device or next((x.device for x in (q_start, q_len) if isinstance(x, Tensor)), torch.device("cpu"))
+    return _per_row(q_start, batch, device), _per_row(q_len, batch, device)
 
 
 def _per_row(value: int | Tensor, batch: int, device: torch.device) -> Tensor:

@@ -97,8 +97,8 @@ class Policy(ABC):
                 f"scores must have a row for each of the {num_query_blocks(q_start, q_len, block_q)} query blocks, "
                 f"got {num_q_blocks}"
             )
-        causal = causal_block_mask(*geometry).to(scores.device)
-        forced = forced_block_mask(*geometry, self.sink_blocks).to(scores.device)
+        causal = causal_block_mask(*geometry, device=scores.device)
+        forced = forced_block_mask(*geometry, self.sink_blocks, device=scores.device)
         if self.last_rows_dense:
             forced[:, -self.last_rows_dense :] = causal[:, -self.last_rows_dense :]
         rows = _Rows(layer, q_start + q_len, block_q, block_k, causal[:, None], forced[:, None])

@@ -3,8 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from seerattn.methods.a_shape import ShapeSelector
 from seerattn.methods.oracle import OracleSelector
 from seerattn.methods.streaming import StreamingSelector
+from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.selection import AttentionContext, KeepAll, Threshold, TokenBudget, TopK
 from seerattn.selection.map_form import PUBLISHED, MapForm
 
@@ -120,3 +122,24 @@ def test_baselines_and_gate_policies_realise_the_same_density(density: float) ->
 
 def test_oracle_with_all_blocks_is_dense() -> None:
     assert OracleSelector(KeepAll()).select(*qk(130, 200), CONTEXT).density().min() == 1
+
+
+@pytest.mark.parametrize("shape", [ShapeSelector(n_local=70, n_last=9), StreamingSelector(TokenBudget(tokens=128))])
+def test_lists_that_were_made_in_inference_mode_serve_training(shape) -> None:
+    q, k = qk(200, 200)
+    with torch.inference_mode():
+        shape.select(q, k, CONTEXT)
+    q.requires_grad_()
+    out = block_sparse_attention(q, k, k, shape.select(q, k, CONTEXT), scale=0.25, impl="triton")
+    out.sum().backward()
+    assert q.grad.isfinite().all() and q.grad.abs().sum() > 0
+
+
+def test_streaming_lists_of_layers_follow_their_own_settings() -> None:
+    selector = StreamingSelector(TopK(density=((0.2, 0.5), (0.7, 0.3))))
+    q, k = qk(640, 640)
+    for layer, densities in enumerate(selector.policy.density):
+        found = selector.select(q, k, replace(CONTEXT, layer=layer))
+        for head, density in enumerate(densities):
+            alone = StreamingSelector(TopK(density=density)).select(q, k[:, :1], CONTEXT)
+            assert torch.equal(found.to_mask()[:, head], alone.to_mask()[:, 0])

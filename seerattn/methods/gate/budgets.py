@@ -116,7 +116,7 @@ class BudgetCalibrator:
             scores = gate(*pooled_inputs(gate, q, k, context))
             gain = gain.unflatten(1, (scores.shape[1], -1)).mean(2)
         geometry = (0, tokens, *scores.shape[2:], self._block_q, self._block_k)
-        forced = forced_block_mask(*geometry, self._sink_blocks)[0].to(scores.device)
+        forced = forced_block_mask(*geometry, self._sink_blocks, device=scores.device)[0]
         # A row's order is the same in every prefix that has it: what is not causal comes last.
         order = scores.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)
         missed = (1 - gain.gather(-1, order).cumsum(-1)).clamp_min(0).square()

@@ -65,8 +65,8 @@ class Calibrator:
         config = gate.config
         scores = gate(*pooled_inputs(gate, q, k, context))
         geometry = (0, q.shape[2], *scores.shape[2:], config.block_q, config.block_k)
-        causal = causal_block_mask(*geometry)[0].to(scores.device)
-        forced = forced_block_mask(*geometry, self._sink_blocks)[0].to(scores.device)
+        causal = causal_block_mask(*geometry, device=scores.device)[0]
+        forced = forced_block_mask(*geometry, self._sink_blocks, device=scores.device)[0]
         if self._on == "softmax":
             hidden = ~causal | forced if config.exclude_forced else ~causal
             scores = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)

@@ -152,8 +152,8 @@ class Estimate:
         q_len, k_len = q.shape[2], k.shape[2]
         start = k_len - q_len
         geometry = (start, q_len, num_query_blocks(start, q_len, block_q), -(-k_len // block_k), block_q, block_k)
-        causal = causal_block_mask(*geometry)[0].to(q.device)
-        diagonal = forced_block_mask(*geometry, sink_blocks=0)[0].to(q.device)
+        causal = causal_block_mask(*geometry, device=q.device)[0]
+        diagonal = forced_block_mask(*geometry, sink_blocks=0, device=q.device)[0]
         return cls(vertical, slash, pooled, causal, diagonal, (*q.shape[:3], k_len), block_q, block_k)
 
     def lines(self, rules: Sequence[HeadRule], factor: float = 1.0) -> tuple[Tensor, Tensor]:

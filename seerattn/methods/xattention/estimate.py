@@ -57,7 +57,7 @@ class XAttentionSelector:
         """
         scores = antidiagonal_scores(q, k, stride=self.stride, block=self.block, scale=context.scale)
         q_len, start = q.shape[2], k.shape[2] - q.shape[2]
-        forced = forced_block_mask(start, q_len, *scores.shape[2:], self.block, self.block).to(q.device)
+        forced = forced_block_mask(start, q_len, *scores.shape[2:], self.block, self.block, device=q.device)
         threshold = self._at_layer(context.layer, scores)
         order = scores.masked_fill(forced, torch.inf).sort(dim=-1, descending=True, stable=True).indices
         mass = scores.gather(-1, order)
