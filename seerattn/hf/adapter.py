@@ -6,6 +6,7 @@ PEFT is. Gates are no tuner layers: PEFT neither finds other adapters inside of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -238,7 +239,9 @@ class SeerModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor], **others: Any
     ) -> dict[str, Tensor]:
-        return {key: x for key, x in state_dict.items() if f".{GATES}.{adapter_name}." in key}
+        # A name that is within a gate already went to the place where PEFT takes it off.
+        own = re.compile(rf"\.{GATES}\.(\w+\.)?{re.escape(adapter_name)}\.")
+        return in_peft_names({key: x for key, x in state_dict.items() if own.search(key)}, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -326,6 +329,19 @@ class _GateConfigs(dict):
 def _all_linear(base: PreTrainedModel) -> set[str]:
     head = base.get_output_embeddings()
     return {name for name, part in base.named_modules() if isinstance(part, nn.Linear) and part is not head}
+
+
+def in_peft_names(state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """A state in which the name of the adapter comes last but one, as PEFT takes it off there alone.
+
+    Norms of gates are modules of their own, so that it would stay in the names of their weights.
+    """
+    found = {}
+    for key, x in state_dict.items():
+        module, own, parameter = key.partition(f".{GATES}.{adapter_name}.")
+        part, dot, last = parameter.rpartition(".")
+        found[f"{module}.{GATES}.{part}.{adapter_name}.{last}" if own and dot else key] = x
+    return found
 
 
 def _to_own_names(tuner: SeerModel, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from seerattn.gate_files import GATES, read_weights
-from seerattn.hf.adapter import take_off
+from seerattn.hf.adapter import in_peft_names, take_off
 from seerattn.hf.config import SeerConfig, check_folder, gate_folder
 from seerattn.hf.identity import transformers_model
 
@@ -63,8 +63,12 @@ class GatedModel(PeftModel):
             )
         others, self.base_model._others = self.base_model._others, None
         try:
+            state = kwargs.pop("state_dict", None)
+            state = self.state_dict() if state is None else state
+            for name in kwargs.get("selected_adapters") or self.peft_config:
+                state = in_peft_names(state, name)
             # PEFT would look the base model up on the Hub, to save embeddings of another size with the adapter.
-            super().save_pretrained(*args, **{"save_embedding_layers": False} | kwargs)
+            super().save_pretrained(*args, state_dict=state, **{"save_embedding_layers": False} | kwargs)
         finally:
             self.base_model._others = others
 

@@ -1,10 +1,11 @@
-"""Reading the published prefill gates of the official implementation (microsoft/SeerAttention).
+"""Reading the published gates of the official implementation (microsoft/SeerAttention).
 
 A folder holds ``config.json``, the base model's configuration with fields ``seerattn_*``, and
 ``attn_gate_weights.pth`` with ``model.layers.N.self_attn.attn_gate.mask_linear_{q,k}.weight``. The layouts are those
 of `AttnGate`: per head ``[heads, poolings * head_dim, gate_dim]``, poolings concatenated in the order of the name.
 There is no Q linear if Q has one pooling, the gate is as wide as a head, and ``force_double`` is off; K then has a
-matrix per query head, otherwise one per KV head.
+matrix per query head, otherwise one per KV head. Gates of the decode phase have tensors of other names, see
+`seerattn.hf.official_decode`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from transformers import PreTrainedModel
 from seerattn.gate.config import AttnGateConfig
 from seerattn.hf.attach import attach
 from seerattn.hf.config import folder_of
+from seerattn.hf.official_decode import KEY as DECODE_KEY
+from seerattn.hf.official_decode import DecodeLayout, is_decode
 from seerattn.hf.state import layer_states
 from seerattn.selection.policies import Policy, Threshold, TopK
 
@@ -44,6 +47,8 @@ class OfficialGates:
         num_heads: query heads.
         num_kv_heads: key/value heads.
         head_dim: width of a head.
+        decode_policy: the selection for decoded tokens that the config of decode gates names, or None.
+        first_layer: the first layer that gets its gate.
     """
 
     config: AttnGateConfig
@@ -53,21 +58,27 @@ class OfficialGates:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    decode_policy: Policy | None = None
+    first_layer: int = 0
 
 
 def read_official_gates(
     name: str | Path, *, subfolder: str | None = None, revision: str | None = None
 ) -> OfficialGates:
-    """Reads published prefill gates; see `load_official_gates`.
+    """Reads published gates; see `load_official_gates`.
 
     Raises:
-        ValueError: a file is missing or broken, or a tensor is missing, unknown or of another shape.
+        ValueError: a file is missing or broken, a tensor is missing, unknown or of another shape, or a form that gates
+            here cannot have.
     """
     folder = folder_of(name, (CONFIG, WEIGHTS), subfolder, revision=revision)
     values = _read_config(folder / CONFIG)
     heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
     kv_heads = values.get("num_key_value_heads") or heads
     head_dim = values.get("head_dim") or values["hidden_size"] // heads
+    tensors = _read_weights(folder / WEIGHTS)
+    if is_decode(tensors):
+        return _decode_gates(values, tensors, layers, {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim})
     gate_dim = values.get("seerattn_gate_hidden_size", 128)
     block = values.get("seerattn_gate_block_size", 64)
     q_pooling, k_pooling = _poolings(values.get("seerattn_gate_type", "Qavg_Kmaxminavg"))
@@ -78,7 +89,6 @@ def read_official_gates(
     shapes = {"k": (kv_heads if q_linear else heads, len(k_pooling) * head_dim, gate_dim)}
     if q_linear:
         shapes["q"] = (heads, len(q_pooling) * head_dim, gate_dim)
-    tensors = _read_weights(folder / WEIGHTS)
     _check_tensors(tensors, {_KEY.format(i, side): shape for i in range(layers) for side, shape in shapes.items()})
     return OfficialGates(
         config=config,
@@ -91,22 +101,44 @@ def read_official_gates(
     )
 
 
+def _decode_gates(
+    values: dict[str, Any], tensors: dict[str, Tensor], layers: int, sizes: dict[str, int]
+) -> OfficialGates:
+    layout = DecodeLayout.read(values, tensors, **sizes)
+    names = [{part: DECODE_KEY.format(i, part) for part in layout.shapes} for i in range(layers)]
+    _check_tensors(tensors, {key: layout.shapes[part] for layer in names for part, key in layer.items()})
+    return OfficialGates(
+        config=layout.config,
+        base_model=values.get("base_model"),
+        # The published ones run prompts dense.
+        policy=None,
+        weights=[layout.parameters({part: tensors[key] for part, key in layer.items()}) for layer in names],
+        num_heads=layout.num_heads,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        decode_policy=layout.policy,
+        first_layer=layout.first_layer,
+    )
+
+
 def load_official_gates(
     name: str | Path,
     model: PreTrainedModel | None = None,
     *,
     policy: Policy | None = None,
+    decode_policy: Policy | None = None,
     impl: str = "auto",
     subfolder: str | None = None,
     revision: str | None = None,
 ) -> OfficialGates | PeftModel:
-    """Reads published prefill gates and attaches them.
+    """Reads published gates and attaches them.
 
     Args:
         name: a folder with ``config.json`` and ``attn_gate_weights.pth``, or the name of a repository on the Hub with
             both, such as "SeerAttention/SeerAttention-Llama-3.1-8B-AttnGates".
         model: the base model; without one the gates are only read.
-        policy: replaces the selection that the gates' config names.
+        policy: replaces the selection that the gates' config names; decode gates leave prompts dense.
+        decode_policy: replaces the selection for decoded tokens that the config of decode gates names.
         impl: as in `attach`.
         subfolder: of the folder or repository.
         revision: branch, tag or commit of the repository.
@@ -121,11 +153,14 @@ def load_official_gates(
     gates = read_official_gates(name, subfolder=subfolder, revision=revision)
     if model is None:
         return gates
-    gated = attach(model, gates.config, policy or gates.policy, impl=impl)
+    decode_policy = decode_policy or gates.decode_policy
+    wanted = list(range(gates.first_layer, len(gates.weights)))
+    layers = wanted if gates.first_layer else None
+    gated = attach(model, gates.config, policy or gates.policy, decode_policy=decode_policy, impl=impl, layers=layers)
     states = [state for state in layer_states(gated) if state.gate is not None]
     sizes = {(s.gate.num_heads, s.gate.num_kv_heads, s.gate.head_dim) for s in states}
     expected = (gates.num_heads, gates.num_kv_heads, gates.head_dim)
-    if sizes != {expected} or [s.layer for s in states] != list(range(len(gates.weights))):
+    if sizes != {expected} or [s.layer for s in states] != wanted:
         detached = gated.unload()
         raise ValueError(
             f"gates must belong to the model, got {len(gates.weights)} gates for heads, KV heads and head dim "
@@ -134,7 +169,9 @@ def load_official_gates(
     for state in states:
         weights = dict(gates.weights[state.layer])
         # The official gate puts YaRN's attention factor on its tables, ours does not rotate with a scale.
-        weights["k_weight"] = weights["k_weight"] * _attention_factor(state.rotation) ** 2
+        if gates.config.rope:
+            last = "k_norm.weight" if gates.config.qk_norm else "k_weight"
+            weights[last] = weights[last] * _attention_factor(state.rotation) ** 2
         state.gate.load_state_dict(weights)
         state.gate.requires_grad_(False)
     return gated.eval()
