@@ -163,7 +163,7 @@ def timed(kind: type[TrainingRun], clock: Clock) -> type[TrainingRun]:
         def run(self, output: Path, *, resume: bool = False) -> Any:
             way = "FSDP2" if is_sharded() else "DDP" if processes() > 1 else "one process"
             plans = self._memory()
-            clock.planned = next(parts for name, parts in plans.items() if way in name or len(plans) == 1)
+            clock.planned = next(parts for name, parts in plans.items() if way in name)
             trainer = self.trainer(output, self._arguments(output))
             trainer.add_callback(clock)
             trainer.train()

@@ -87,6 +87,7 @@ TINY = Size("Llama of width 64", 2, 2, hidden=64, intermediate=64, vocab=97, sha
 # By the names that commands give them. A GPU of 80 GB trains all weights of the two of Llama 3.2 by itself.
 SIZES = {
     "llama-3.1-8b": Size(),
+    "llama-3.1-70b": Size("Llama-3.1-70B shape", 80, 80, 8192, 28672, shape=Shape(64, 8, 128)),
     "llama-3.2-3b": Size("Llama-3.2-3B shape", 28, 28, 3072, 8192, tied=True, shape=Shape(24, 8, 128)),
     "llama-3.2-1b": Size("Llama-3.2-1B shape", 16, 16, 2048, 8192, tied=True, shape=Shape(32, 8, 64)),
     "tiny": TINY,

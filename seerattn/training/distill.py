@@ -17,8 +17,9 @@ from seerattn.hf.distillation import DECODE_ROWS, Phase
 from seerattn.options import option
 from seerattn.saving import staged
 from seerattn.training.config import TRAINING, RunConfig
-from seerattn.training.memory import estimate_memory
+from seerattn.training.memory import estimate_memory, ways
 from seerattn.training.output import check_output, records
+from seerattn.training.processes import processes
 from seerattn.training.run import TrainingRun
 
 if TYPE_CHECKING:
@@ -102,7 +103,11 @@ class DistillRun(TrainingRun):
         sizes = {"micro_batch_size": config.micro_batch_size, "context": config.context}
         rows = 0 if config.phase == "prefill" else config.decode_rows
         share = {"target_share": config.target_share, "decode_rows": rows}
-        return {"memory": estimate_memory(self.model, self.gates, **sizes, **share)}
+        kv_heads = min(gate.num_kv_heads for gate in self.gates)
+        return {
+            f"memory, {way}": estimate_memory(self.model, self.gates, **sizes, **share, way=way)
+            for way in ways(processes(), kv_heads)
+        }
 
     def _trainer(self, **options: Any) -> DistillTrainer:
         from seerattn.training.trainer import DistillTrainer

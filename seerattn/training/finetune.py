@@ -24,7 +24,7 @@ from seerattn.options import option
 from seerattn.saving import staged
 from seerattn.training.card import MODEL_NAME
 from seerattn.training.config import TRAINING, RunConfig
-from seerattn.training.memory import estimate_finetuning
+from seerattn.training.memory import estimate_finetuning, ways
 from seerattn.training.objective import Objective
 from seerattn.training.output import GATES_NAME, check_output, records
 from seerattn.training.processes import is_sharded, processes
@@ -169,11 +169,6 @@ class FinetuneRun(TrainingRun):
         return f"{config.lr:g}" if config.dense else f"{config.lr:g}, gates {config.gate_lr:.3g}"
 
     def _memory(self) -> dict[str, dict[str, int]]:
-        # One process plans for eight as well, with FSDP2 because a model that does not fit needs it.
-        many = 8 if processes() == 1 else processes()
-        ways = {f"memory, DDP on {many} processes": (many, False), f"memory, FSDP2 on {many} processes": (many, True)}
-        if processes() == 1:
-            ways = {"memory, one process": (1, False)} | ways
         sizes = {
             "micro_batch_size": self.config.micro_batch_size,
             "context": self.config.context,
@@ -182,9 +177,11 @@ class FinetuneRun(TrainingRun):
             "target_share": self.config.target_share,
             "masked": self._masked,
         }
+        config = self.model.config.get_text_config()
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return {
-            name: estimate_finetuning(self.model, self.gates, **sizes, processes=count, sharded=sharded)
-            for name, (count, sharded) in ways.items()
+            f"memory, {way}": estimate_finetuning(self.model, self.gates, **sizes, way=way)
+            for way in ways(processes(), kv_heads)
         }
 
     @property

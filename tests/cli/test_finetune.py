@@ -157,7 +157,7 @@ def test_plan_counts_a_mask_where_packed_documents_meet_dense_attention(
     prepared = FinetuneRun.plan(tiny_model("llama"), tiny_tokenizer(), [folder / "data.jsonl"], config, layers=layers)
     assert prepared.config.context == 256 or any(len(segments) > 1 for segments in prepared.samples.plan)
     told = [value for name, value in prepared.describe().items() if name.startswith("memory")]
-    assert len(told) == 3 and all(("mask of packed documents" in value) == masked for value in told)
+    assert len(told) == 4 and all(("mask of packed documents" in value) == masked for value in told)
 
 
 PLANS = {

@@ -11,12 +11,14 @@ import torch
 from peft import PeftModel
 from tiny_models import tiny_model, tokens
 from torch import nn
+from torch.distributed.tensor import DTensor
 from two_processes import in_two_processes
 
 import seerattn
 from seerattn import AttnGateConfig, Policy, Threshold, TopK
 from seerattn.hf.state import attachment_of
 from seerattn.selection.budgets import HeadBudgets
+from seerattn.training.memory import own_bytes
 
 PROMPT, LAYERS = 331, 2
 SMALL = {"block_q": 32, "block_k": 32, "query_subblocks": 4, "key_subblocks": 4}
@@ -81,6 +83,8 @@ def work(folder: Path) -> None:
         gated = seerattn.attach(model, folder / f"{family}-gates" / "default")
         with pytest.raises(ValueError, match="gates must be saved from a model in one piece, got the part of one"):
             gated.save_pretrained(folder / "saved")
+        here = (p.to_local() if isinstance(p, DTensor) else p for p in gated.parameters())
+        found["bytes"] = torch.tensor(sum(p.numel() * p.element_size() for p in here))
         torch.save(found, folder / f"{family}-{torch.distributed.get_rank()}.pt")
 
 
@@ -110,6 +114,9 @@ def test_two_processes_give_what_one_gives(folder: Path, family: str) -> None:
     model = tiny_model(family, dtype=torch.float64, vocab_size=98)
     alone = runs(model, folder / f"{family}-gates")
     parts = [torch.load(folder / f"{family}-{rank}.pt") for rank in range(2)]
+    planned = own_bytes(seerattn.attach(model, folder / f"{family}-gates" / "default"), 2)
+    seerattn.detach(model)
+    assert [int(part["bytes"]) for part in parts] == [planned, planned], "a plan tells what a process really holds"
     for name, expected in alone.items():
         if name.endswith("density"):
             # The first half of the heads is in the first process.

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from accelerate import init_empty_weights
 from tiny_models import tiny_model, tokens
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from written_tables import table, text_of
 
 import seerattn
+from seerattn.bench.model import SIZES, random_model
 from seerattn.gate import AttnGate, AttnGateConfig
-from seerattn.training.memory import estimate_finetuning, estimate_memory
+from seerattn.training.memory import Way, estimate_finetuning, estimate_memory, own_bytes, ways
 
 
 def test_estimate_matches_counted_bytes_and_scales_with_the_context() -> None:
@@ -44,7 +49,7 @@ def test_estimate_of_finetuning_matches_counted_bytes_and_what_shards_and_checkp
     assert (whole["weights"], whole["gradients"], whole["AdamW"]) == (held, held, 2 * held)
     assert whole["inputs of all layers"] == 2 * 512 * 64 * 4
     assert whole["working copies of weights"] == held // 2
-    sharded = estimate_finetuning(model, gates, **options, processes=4, sharded=True)
+    sharded = estimate_finetuning(model, gates, **options, way=Way(4, sharded=True))
     assert sharded["weights"] == held // 4 and sharded["inputs of all layers"] == whole["inputs of all layers"]
     kept = estimate_finetuning(model, gates, **options | {"checkpointing": False})
     assert kept["activations of all layers"] == 2 * whole["activations of a layer"]
@@ -58,9 +63,9 @@ def test_ddp_holds_a_second_copy_of_the_gradients_and_fsdp_none() -> None:
     options: dict[str, Any] = {"micro_batch_size": 1, "context": 256, "checkpointing": True, "autocast": False}
     options |= {"target_share": 1.0, "masked": False}
     alone = estimate_finetuning(model, [], **options)
-    together = estimate_finetuning(model, [], **options, processes=4)
+    together = estimate_finetuning(model, [], **options, way=Way(4))
     assert together == alone | {"buckets of gradients": 4 * sum(p.numel() for p in model.parameters())}
-    sharded = estimate_finetuning(model, [], **options, processes=4, sharded=True)
+    sharded = estimate_finetuning(model, [], **options, way=Way(4, sharded=True))
     assert sharded["gradients"] == alone["gradients"] // 4 and "buckets of gradients" not in sharded
 
 
@@ -90,11 +95,71 @@ LLAMA_3 = {
 }
 
 
+def counted(model: nn.Module, ranks: int) -> int:
+    """Bytes that a process of tensor parallelism holds of a Llama without its embeddings, module by module."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            # Each is cut by its rows or its columns.
+            total += module.out_features * module.in_features * module.weight.element_size() // ranks
+        elif isinstance(module, LlamaRMSNorm):
+            total += module.weight.numel() * module.weight.element_size()
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planned_weights_of_a_large_model_are_those_of_its_modules(dtype: torch.dtype) -> None:
+    size = SIZES["llama-3.1-70b"]
+    model = random_model(replace(size, shape=replace(size.shape, dtype=dtype)), torch.device("meta"))
+    bytes_each, embeddings = torch.empty(0, dtype=dtype).element_size(), size.vocab * size.hidden
+    # The published number of parameters of Llama-3.1-70B.
+    assert own_bytes(model, 1) == 70_553_706_496 * bytes_each == counted(model, 1) + embeddings * bytes_each
+    # Newer versions of transformers cut the embeddings as well.
+    cut = 8 if any("embed_tokens" in name for name in getattr(model, "tp_plan", None) or ()) else 1
+    dealt_out = counted(model, 8) + embeddings * bytes_each // cut
+    assert own_bytes(model, 8) == dealt_out
+    options: dict[str, Any] = {"micro_batch_size": 1, "context": 32768, "checkpointing": True, "autocast": False}
+    options |= {"target_share": 0.1, "masked": False}
+    whole, tensor = (
+        counted(model, 1) + embeddings * bytes_each,
+        counted(model, 2) + embeddings * bytes_each // min(cut, 2),
+    )
+    wanted = {
+        Way(): whole,
+        Way(8): whole,
+        Way(8, sharded=True): whole // 8,
+        Way(8, tensor=8): dealt_out,
+        Way(8, sharded=True, tensor=2): tensor // 4,
+    }
+    assert list(wanted) == ways(1, kv_heads=8)
+    for way, weights in wanted.items():
+        parts = estimate_finetuning(model, [], **options, way=way)
+        assert [parts[name] for name in ("weights", "gradients", "AdamW")] == pytest.approx(
+            [weights, weights, 2 * weights]
+        )
+
+
+def test_distillation_of_a_sharded_model_holds_its_share_and_two_layers() -> None:
+    base = tiny_model("llama", dtype=torch.bfloat16).requires_grad_(False)
+    held = 2 * sum(p.numel() for p in base.parameters())
+    model = seerattn.attach(base, AttnGateConfig())
+    gates = [module for module in model.modules() if isinstance(module, AttnGate)]
+    options: dict[str, Any] = {"micro_batch_size": 1, "context": 256}
+    alone, sharded = (estimate_memory(model, gates, **options, way=way) for way in (Way(), Way(4, sharded=True)))
+    assert sharded["base model"] == held // 4 and sharded["working copies of weights"] == 2 * held // 2
+    assert sharded["gates, gradients, AdamW"] == alone["gates, gradients, AdamW"] // 4
+    same = ("activations of a layer", "gate inputs and graph of a layer", "target and score maps of a layer")
+    assert all(sharded[name] == alone[name] for name in same)
+
+
 def test_documented_estimates_are_those_of_the_plan() -> None:
     text = text_of("docs/finetuning.md")
     header, *rows = table("docs/finetuning.md", "| estimate, GiB")
-    assert header[1:] == ["1 process", "8, DDP", "8, FSDP2", "16, FSDP2", "32, FSDP2"]
-    ways = [(1, False), (8, False), (8, True), (16, True), (32, True)]
+    assert header[1:] == [
+        *("1 process", "8, DDP", "8, FSDP2", "16, FSDP2", "32, FSDP2"),
+        *("8, TP", "8, FSDP2 x TP, 4 x 2"),
+    ]
+    columns = [Way(), Way(8), Way(8, True), Way(16, True), Way(32, True), Way(8, tensor=8), Way(8, True, tensor=2)]
     found = {row[0]: [int(cell) for cell in row[1:]] for row in rows}
     options: dict[str, Any] = {"micro_batch_size": 1, "context": 32768, "checkpointing": True, "target_share": 0.1}
     gib = 2**30
@@ -106,7 +171,7 @@ def test_documented_estimates_are_those_of_the_plan() -> None:
             model = seerattn.attach(base, AttnGateConfig())
             gates = [module for module in model.modules() if isinstance(module, AttnGate)]
             options |= {"autocast": dtype == torch.float32, "masked": False}
-            parts = [estimate_finetuning(model, gates, **options, processes=n, sharded=s) for n, s in ways]
+            parts = [estimate_finetuning(model, gates, **options, way=way) for way in columns]
             row = next(cells for told, cells in found.items() if told.startswith(f"{size}, {name}"))
             assert row == [round(sum(part.values()) / gib) for part in parts]
             if dtype == torch.float32:
