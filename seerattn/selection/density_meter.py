@@ -62,6 +62,12 @@ class DecodeMeter(_Meter):
         """Counts one token of each of some sequences of ``tokens`` keys, by the lengths ``[B, Hm]`` of their lists."""
         self._add(layer, heads, counts.sum(0), len(counts) * -(-tokens // block_k))
 
+    def add_whole(self, blocks: int) -> None:
+        """Counts tokens that read all of so many blocks, in every layer that was counted."""
+        for layer in self.layers:
+            self._computed[layer] = self._computed[layer] + blocks
+            self._causal[layer] += blocks
+
 
 class DensityMeter(_Meter):
     """Counts the blocks that layers compute; see `seerattn.record_density`.

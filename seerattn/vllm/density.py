@@ -1,9 +1,13 @@
-"""Which share of the blocks of each prompt was computed, as `seerattn.record_density` counts it."""
+"""Which share of the blocks each request computed of its prompt and of its answer, as `seerattn.record_density` does.
+
+The density of a prompt is told when it was read, that of an answer when vLLM is done with the request.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from seerattn.selection.block_indices import BlockIndices
@@ -18,7 +22,7 @@ PLACES = 1024
 
 @dataclass(eq=False)
 class Counted:
-    """What was counted of one prompt, of the heads of this process.
+    """What was counted of one request, of the heads of this process.
 
     Attributes:
         name: of the request in vLLM.
@@ -26,10 +30,11 @@ class Counted:
         cached: leading ones that were found in pages of other requests.
         is_dense: whether it was read densely as it is too short to gain; its density is 1.
         layers: that count.
-        log: whether its density is told once it was read.
+        log: whether its densities are told.
         begin: of the part that was begun last, in tokens.
         end: of that part.
         meter: counts its blocks.
+        decoded: tokens that were decoded and counted.
     """
 
     name: str
@@ -41,7 +46,13 @@ class Counted:
     begin: int
     end: int
     meter: DensityMeter = field(default_factory=DensityMeter)
+    decoded: int = 0
     _ended: int = 0
+    # The tokens that were decoded last, how many of them had been counted before, and blocks that tokens had which
+    # read all of them without being asked.
+    _last: tuple[int, int] = (0, 0)
+    _seen: int = 0
+    _whole: int = 0
 
     @property
     def density(self) -> float:
@@ -51,6 +62,45 @@ class Counted:
             ValueError: nothing of it was read yet.
         """
         return 1.0 if self.is_dense else self.meter.mean()
+
+    @property
+    def decode_density(self) -> float:
+        """Of its tokens that were decoded by a policy so far; waits for the device.
+
+        Raises:
+            ValueError: there is none.
+        """
+        decode, whole = self.meter.decode, self._whole
+        if not decode.layers and whole:
+            return 1.0
+        decode.add_whole(whole)
+        self._whole = 0
+        return decode.mean()
+
+    def decode(self, start: int, end: int, whole: int, block_k: int) -> int:
+        """Tokens at the positions ``start .. end`` are decoded by a policy, the first ``whole`` of which read all.
+
+        Returns:
+            How many of them were counted before, as happens where a request had made room for others.
+        """
+        # Layers with a table of pages of their own tell it again.
+        if self._last != (start, end):
+            counted = self.decode_begin + self.decoded
+            self._last, self._seen = (start, end), min(max(counted - start, 0), end - start)
+            self._whole += sum(place // block_k + 1 for place in range(start + self._seen, start + whole))
+            self.decoded += end - start - self._seen
+        return self._seen
+
+    @property
+    def decode_begin(self) -> int:
+        """Position of the first token that is decoded; a prompt of one token is."""
+        return self.prompt if self.prompt > 1 else 0
+
+    def end_request(self) -> None:
+        """vLLM is done with the request: tells of its answer."""
+        if self.log and self.decoded:
+            text = "request %s: %d decoded tokens, density %.4f"
+            logger.info(text, self.name, self.decoded, self.decode_density)
 
     def add(self, layer: int, heads: int, blocks: BlockIndices) -> None:
         """Counts the part that was begun in one layer with so many query heads."""
@@ -84,6 +134,29 @@ def begin_part(name: str, prompt: int, begin: int, end: int, *, is_dense: bool, 
             _PROMPTS.popitem(last=False)
     found.begin, found.end = begin, end
     return found
+
+
+def of_request(name: str, prompt: int, *, layers: int, log: bool) -> Counted:
+    """What counts the answer of a request, whose prompt was begun before.
+
+    Args:
+        name: of the request.
+        prompt: its tokens.
+        layers: see `Counted`.
+        log: see `Counted`.
+    """
+    found = _PROMPTS.get(name)
+    if found is not None and found.prompt == prompt:
+        return found
+    # A prompt of one token is decoded; or so many others came since that it was forgotten.
+    return begin_part(name, prompt, prompt, prompt, is_dense=True, layers=layers, log=log)
+
+
+def end_requests(names: Iterable[str]) -> None:
+    """vLLM is done with these requests."""
+    for name in names:
+        if name in _PROMPTS:
+            _PROMPTS[name].end_request()
 
 
 def prompts() -> list[Counted]:

@@ -29,12 +29,14 @@ class LayerGate:
         gate: of the heads of this process.
         policy: of all heads.
         budgets: of all heads, or None.
+        decode_policy: what a decoded token chooses by, or None where it reads all.
     """
 
     layer: int
     gate: AttnGate
     policy: Policy
     budgets: HeadBudgets | None
+    decode_policy: Policy | None = None
 
     @property
     def form(self) -> AttnGateConfig:
@@ -134,6 +136,7 @@ def load_gate(
     frequencies: Tensor | None,
     pairing: Pairing | None,
     device: torch.device,
+    decode_policy: Policy | None = None,
 ) -> LayerGate:
     """Builds the gate of one layer and fills it with the weights of the heads of this process.
 
@@ -146,6 +149,7 @@ def load_gate(
         frequencies: fp32 ``[D / 2]``, at which the layer rotates, zeros for channels that it leaves as they are.
         pairing: which channels it rotates together, or None where it does not rotate.
         device: where the layer runs.
+        decode_policy: that tokens are decoded by, or None.
 
     Raises:
         ValueError: the gate is of another width than the heads, or the settings of the policy are not those of its
@@ -170,7 +174,7 @@ def load_gate(
     gate.load_state_dict(weights)
     gate = gate.float().to(device).requires_grad_(False).eval()
     _check_setting(policy, layer, heads.num_heads if form.share == "query_head" else heads.num_kv_heads)
-    return LayerGate(layer, gate, policy, folder.budgets)
+    return LayerGate(layer, gate, policy, folder.budgets, decode_policy)
 
 
 def _check_setting(policy: Policy, layer: int, heads: int) -> None:

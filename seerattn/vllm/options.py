@@ -11,7 +11,8 @@ from typing import Any, Literal
 from seerattn.gate_files import GateFolder
 from seerattn.options import check_options, option, read_options
 from seerattn.selection.budgets import shares_density
-from seerattn.selection.policies import Policy, TopK, policy_from_dict
+from seerattn.selection.decode_policy import check_decode_policy
+from seerattn.selection.policies import KeepAll, Policy, TokenBudget, TopK, policy_from_dict
 from seerattn.texts import short
 
 # Under vLLM's own, whose handlers show it.
@@ -28,18 +29,27 @@ class Options:
         gates: a folder of saved gates.
         density: share of the causal blocks to compute, in place of that of the policy.
         impl: "auto" reads prompts densely that are too short to gain; "sparse" all of them sparsely.
-        log: whether the density of every prompt is told.
+        decode_tokens: keys that a decoded token reads at most, in place of the folder's policy for them.
+        log: whether the densities of every request are told.
         policy: in place of that of the folder.
+        decode_policy: the same of decoded tokens; None decodes densely, "saved" is that of the folder.
     """
 
     gates: str = option(help="A folder of saved gates.")
     density: float | None = option(None, help="Share of the causal blocks to compute.", above=0, high=1)
     impl: Literal["auto", "sparse"] = option("auto", help="Whether short prompts are read densely.")
-    log: bool = option(False, help="Tell the density of every prompt.")
+    decode_tokens: int | None = option(None, help="Keys that a decoded token reads at most.", low=1)
+    log: bool = option(False, help="Tell the densities of every request.")
     policy: Policy | None = None
+    decode_policy: Policy | Literal["saved"] | None = "saved"
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.decode_tokens is not None and self.decode_policy != "saved":
+            raise ValueError(
+                f"decode_tokens must not come with a decode_policy, got {self.decode_tokens} and "
+                f"{self.decode_policy}; name one of them"
+            )
 
 
 def read(additional_config: Any) -> Options | None:
@@ -53,10 +63,11 @@ def read(additional_config: Any) -> Options | None:
         return None
     if not isinstance(values, Mapping):
         raise ValueError(f"{NAME} in additional_config must be options by name, got {short(values)}")
-    policy = values.get("policy")
-    own = {name: value for name, value in values.items() if name != "policy"}
-    where = f"{NAME} in additional_config"
-    return read_options(Options, own, where=where, policy=None if policy is None else policy_from_dict(policy))
+    own = {name: value for name, value in values.items() if name not in ("policy", "decode_policy")}
+    policies = {name: value for name, value in values.items() if name not in own}
+    # A policy that is named as null is dense decoding; the one of the folder is meant where none is named.
+    policies = {name: None if value is None else policy_from_dict(value) for name, value in policies.items()}
+    return read_options(Options, own, where=f"{NAME} in additional_config", **policies)
 
 
 def current_options() -> Options | None:
@@ -80,6 +91,9 @@ def chosen_policy(options: Options, folder: GateFolder, *, shares_pages: bool) -
         ValueError: there is none, or one that a prompt in chunks cannot have.
     """
     policy = options.policy or folder.policy
+    if policy is None and options.density is None and decode_policy(options, folder) is not None:
+        # A dense prompt and a sparse answer.
+        policy = KeepAll()
     if options.density is not None:
         if policy is not None and not isinstance(policy, TopK):
             raise ValueError(
@@ -102,8 +116,6 @@ def chosen_policy(options: Options, folder: GateFolder, *, shares_pages: bool) -
             )
         _tell_of_the_rule()
         policy = replace(policy, rule="row_share")
-    if folder.decode_policy is not None:
-        _tell_of_decoding()
     if folder.budgets is not None and shares_density(policy):
         folder.budgets.check(policy.density)
     return policy
@@ -118,6 +130,14 @@ def _tell_of_the_rule() -> None:
     )
 
 
-@functools.cache
-def _tell_of_decoding() -> None:
-    logger.warning("vLLM decodes densely: the decode_policy that the folder of gates names is left out")
+def decode_policy(options: Options, folder: GateFolder) -> Policy | None:
+    """The policy that tokens are decoded by; None is vLLM's own dense decoding.
+
+    Raises:
+        ValueError: one that means nothing for a single token.
+    """
+    policy = folder.decode_policy if options.decode_policy == "saved" else options.decode_policy
+    if options.decode_tokens is not None:
+        policy = TokenBudget(tokens=options.decode_tokens)
+    check_decode_policy(policy)
+    return policy

@@ -8,10 +8,12 @@ Which of them hold is kept once for all layers that share a table of pages, sinc
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seerattn.gate.attn_gate import AttnGate
@@ -77,6 +79,27 @@ class Written:
         resumes = start > 0 and found[(start - 1) // self.page] == (start - 1) % self.page + 1
         return Known(tokens, resumes)
 
+    def known_of(self, tables: Tensor, starts: Sequence[int], step: int) -> list[int]:
+        """Leading tokens of several sequences whose gate keys are kept; waits for the device once.
+
+        Args:
+            tables: int64 ``[n, P]``, pages of each.
+            starts: tokens that each had before.
+            step: tokens of a gate key.
+        """
+        found = self.tokens[tables.clamp(min=0)]
+        whole = (found >= self.page).int().cumprod(1).sum(1, dtype=torch.long)
+        rest = F.pad(found, (0, 1)).gather(1, whole[:, None])[:, 0]
+        known = (whole * self.page + rest).tolist()
+        return [min(start, tokens) // step * step for start, tokens in zip(starts, known)]
+
+    def know_of(self, tables: Tensor, ends: Sequence[int]) -> None:
+        """Gate keys of the first ``ends[i]`` tokens of the sequence of pages ``tables[i]`` are kept from now on."""
+        begins = torch.arange(tables.shape[1], device=self.tokens.device) * self.page
+        ends = torch.tensor(ends).to(self.tokens.device)
+        kept = (ends[:, None] - begins).clamp(0, self.page).to(self.tokens.dtype)
+        self.tokens.scatter_reduce_(0, tables.clamp(min=0).flatten(), kept.flatten(), "amax")
+
     def know(self, pages: Pages, end: int) -> None:
         """Gate keys of the first ``end`` tokens of a sequence are kept from now on."""
         begins = torch.arange(len(pages.numbers), device=self.tokens.device) * self.page
@@ -105,14 +128,19 @@ class GatePages:
 
     def recall(self, pages: Pages, known: Known, start: int) -> Memory:
         """What a part of a prompt that begins at ``start`` knows of the tokens before it."""
-        config, kept = self.gate.config, replace(GateMemory.of(Memory(), self.gate), tokens=start)
-        if known.tokens:
-            keys = self.keys[pages.tensor[: -(-known.tokens // self.page)]].flatten(0, 1)
-            kept = replace(kept, keys=keys[: known.tokens // config.k_size].transpose(0, 1)[None])
-        if known.resumes and start % config.block_q:
+        memory = self.recall_keys(pages.tensor, known.tokens, start)
+        if known.resumes and start % self.gate.config.block_q:
             tokens, queries = self.queries.get(pages.numbers[(start - 1) // self.page], (0, None))
             if tokens == (start - 1) % self.page + 1:
-                kept = replace(kept, queries=queries)
+                memory.kept = replace(memory.kept, queries=queries)
+        return memory
+
+    def recall_keys(self, pages: Tensor, known: int, start: int) -> Memory:
+        """The same of gate keys alone: those of the first ``known`` tokens, of the pages ``[P]`` of a sequence."""
+        kept = replace(GateMemory.of(Memory(), self.gate), tokens=start)
+        if known:
+            keys = self.keys[pages[: -(-known // self.page)]].flatten(0, 1)
+            kept = replace(kept, keys=keys[: known // self.gate.config.k_size].transpose(0, 1)[None])
         return Memory(start, kept)
 
     def keep(self, pages: Pages, known: Known, end: int, memory: Memory, num_pages: int) -> None:
@@ -125,15 +153,22 @@ class GatePages:
             memory: as the selector left it.
             num_pages: of the cache.
         """
-        kept, step = memory.kept, self.gate.config.k_size
-        new = kept.keys[0, :, known.tokens // step :].transpose(0, 1)  # [windows, h, DG]
-        if self.keys is None or len(self.keys) != num_pages:
-            self.keys = new.new_empty(num_pages, self.page // step, *new.shape[1:])
-        windows = known.tokens // step + torch.arange(len(new), device=new.device)
-        self.keys[pages.tensor[windows * step // self.page], windows % (self.page // step)] = new
+        kept = memory.kept
+        self.keep_keys(pages.tensor, known.tokens, memory, num_pages)
         last = pages.numbers[(end - 1) // self.page]
         self.queries.pop(last, None)
         if kept.queries is not None:
             self.queries[last] = ((end - 1) % self.page + 1, kept.queries)
             while len(self.queries) > self.places:
                 self.queries.popitem(last=False)
+
+    def keep_keys(self, pages: Tensor, known: int, memory: Memory, num_pages: int) -> None:
+        """Keeps the gate keys that were found behind the first ``known`` tokens of a sequence of pages ``[P]``."""
+        kept, step = memory.kept, self.gate.config.k_size
+        if kept.keys is None or kept.keys.shape[2] <= known // step:
+            return
+        new = kept.keys[0, :, known // step :].transpose(0, 1)  # [windows, h, DG]
+        if self.keys is None or len(self.keys) != num_pages:
+            self.keys = new.new_empty(num_pages, self.page // step, *new.shape[1:])
+        windows = known // step + torch.arange(len(new), device=new.device)
+        self.keys[pages[windows * step // self.page], windows % (self.page // step)] = new

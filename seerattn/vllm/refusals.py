@@ -30,6 +30,23 @@ def check_engine(config: Any) -> None:
             raise ValueError(f"{name} must not be set where gates are asked for, as {reason}; leave it out")
 
 
+def check_decoding(config: Any) -> None:
+    """Refuses ranks that have no KV group in whole, whose heads choose the blocks of a decoded token together.
+
+    Args:
+        config: vLLM's whole one.
+
+    Raises:
+        ValueError: there are more ranks than KV heads.
+    """
+    ranks, heads = config.parallel_config.tensor_parallel_size, config.model_config.get_total_num_kv_heads()
+    if ranks > heads:
+        raise ValueError(
+            f"tensor_parallel_size must be at most the {heads} KV heads with a decode_policy, got {ranks}; use fewer "
+            'ranks, or decode densely with "decode_policy": null'
+        )
+
+
 def check_layer(layer: Any) -> None:
     """Refuses an attention layer that gates cannot choose for, and whose output nobody would miss them in.
 

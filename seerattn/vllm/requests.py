@@ -10,6 +10,8 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any, NamedTuple
 
+from seerattn.vllm.density import end_requests
+
 _RUNNER: ContextVar[Any] = ContextVar("seerattn_vllm_runner", default=None)
 
 
@@ -31,6 +33,8 @@ def follow_workers() -> None:
     @wraps(plain)
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         token = _RUNNER.set(self.worker.model_runner)
+        scheduled = args[0] if args else kwargs["scheduler_output"]
+        end_requests(scheduled.finished_req_ids)
         try:
             return plain(self, *args, **kwargs)
         finally:

@@ -1,4 +1,4 @@
-"""The rows of a forward: which tokens are of prompts and go sparse, and what is left for the backend as it is."""
+"""The rows of a forward: which tokens go sparse, of prompts and of answers, and what is left for the backend."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from seerattn.vllm.density import Counted
 from seerattn.vllm.pages import Known, Pages, Written
 from seerattn.vllm.requests import Request
+from seerattn.vllm.steps import Asked, Steps
 
 
 class Part(NamedTuple):
@@ -55,15 +56,17 @@ class Rest(NamedTuple):
 
 @dataclass(eq=False)
 class Split:
-    """Metadata of a forward that holds parts of prompts.
+    """Metadata of a forward in which gates choose.
 
     Attributes:
         parts: of prompts.
+        steps: tokens that are decoded and choose their keys, or None.
         rest: what is left, or None.
         whole: the backend's own metadata, for layers without gates, or None where there are none.
     """
 
     parts: list[Part]
+    steps: Steps | None
     rest: Rest | None
     whole: Any
 
@@ -75,6 +78,11 @@ class Row(NamedTuple):
     begin: int
     end: int
     start: int
+
+    @property
+    def keys(self) -> int:
+        """Keys up to the last of them."""
+        return self.start + self.end - self.begin
 
 
 def rows_of(common: Any) -> list[Row]:
@@ -94,8 +102,9 @@ def split_rows(
     written: Written,
     step: int,
     begin: Callable[[Request, Row, int], Counted | None],
-) -> tuple[list[Part], list[Row]]:
-    """Parts of prompts that go sparse, and the rows that are left, each less its part.
+    decode: Callable[[Request, Row], Asked | None] | None = None,
+) -> tuple[list[Part], list[Row], list[Asked]]:
+    """Parts of prompts that go sparse, the rows that are left, each less what goes sparse, and decoded tokens that do.
 
     Args:
         common: vLLM's metadata of the batch.
@@ -103,12 +112,18 @@ def split_rows(
         written: what is known of pages; it learns that gate keys of the parts will be kept.
         step: tokens of a gate key.
         begin: gives what counts the next tokens of a prompt, so many; None where they run dense.
+        decode: gives those of the decoded tokens of a row, up to its end, that choose their keys; None where none does.
     """
-    parts, rest = [], []
+    parts, rest, asked = [], [], []
     for row, request in zip(rows_of(common), requests):
         # What was decoded is read again after a request made room for others; a prompt of one token is decoded.
         told = 0 if request.prompt < 2 else min(row.end - row.begin, max(0, request.prompt - row.start))
+        answer = row._replace(begin=row.begin + told, start=row.start + told)
         counted = begin(request, row, told) if told else None
+        found = decode(request, answer) if decode is not None and answer.begin < answer.end else None
+        if found is not None:
+            asked.append(found)
+            row = row._replace(end=found.begin)
         if counted is None:
             told = 0
         else:
@@ -120,7 +135,7 @@ def split_rows(
             written.know(pages, end)
         if row.begin + told < row.end:
             rest.append(row._replace(begin=row.begin + told, start=row.start + told))
-    return parts, rest
+    return parts, rest, asked
 
 
 def rest_of(common: Any, rows: Sequence[Row]) -> tuple[Tensor, Any]:
@@ -132,6 +147,8 @@ def rest_of(common: Any, rows: Sequence[Row]) -> tuple[Tensor, Any]:
     begins = begins.to(common.query_start_loc_cpu.dtype)
     numbers = torch.tensor([row.number for row in rows])
     here = numbers.to(device)
+    # Of a row whose last tokens choose their keys the keys end before them.
+    keys = torch.tensor([row.keys for row in rows], dtype=common.seq_lens.dtype)
 
     def of_rows(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[numbers if x.device.type == "cpu" else here]
@@ -139,8 +156,8 @@ def rest_of(common: Any, rows: Sequence[Row]) -> tuple[Tensor, Any]:
     return tokens, common.replace(
         query_start_loc=begins.to(device),
         query_start_loc_cpu=begins,
-        seq_lens=of_rows(common.seq_lens),
-        seq_lens_cpu_upper_bound=of_rows(common.seq_lens_cpu_upper_bound),
+        seq_lens=torch.minimum(of_rows(common.seq_lens), keys.to(device)),
+        seq_lens_cpu_upper_bound=None if common.seq_lens_cpu_upper_bound is None else keys,
         num_reqs=len(rows),
         num_actual_tokens=len(tokens),
         max_query_len=max(lengths),

@@ -44,3 +44,35 @@ def test_only_so_many_prompts_are_remembered(monkeypatch: pytest.MonkeyPatch) ->
     for number in range(5):
         begin(f"{number}", 0, 96)
     assert [one.name for one in density.prompts()] == ["2", "3", "4"]
+
+
+def counted_of(name: str = "a", prompt: int = 96, log: bool = False) -> density.Counted:
+    return density.of_request(name, prompt, layers=2, log=log)
+
+
+def test_decoded_tokens_are_counted_once_and_those_that_read_all_without_being_asked_count_as_such() -> None:
+    counted = begin("a", 0, 96)
+    assert counted_of() is counted and counted_of("b").cached == 96
+    with pytest.raises(ValueError, match="must have seen at least one token"):
+        _ = counted.decode_density
+    # Tokens with 97 and 98 keys: the first reads all of its 4 blocks.
+    assert counted.decode(96, 97, 1, 32) == 0 and counted.decode_density == 1
+    for layer in (0, 1):
+        assert counted.decode(97, 98, 0, 32) == 0  # told again by layers with pages of their own
+        counted.meter.decode.add(layer, 4, torch.tensor([[2, 3]]), 98, 32)
+    assert counted.decode_density == pytest.approx((4 + 2.5) / 8)
+    # Read again behind room that was made for others, and one more.
+    assert counted.decode(96, 99, 1, 32) == 2 and counted.decoded == 3
+    assert counted.decode_density == pytest.approx((4 + 2.5) / 8)
+    assert density.of_request("a", 95, layers=2, log=False) is not counted
+
+
+def test_an_answer_is_told_when_vllm_is_done_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(density.logger, "info", lambda text, *args: told.append(text % args))
+    for name, log in (("a", True), ("b", False), ("c", True)):
+        begin(name, 0, 96, log=log)
+    for name in ("a", "b"):
+        counted_of(name).decode(96, 97, 1, 32)
+    density.end_requests(["a", "b", "c", "unknown"])
+    assert told == ["request a: 1 decoded tokens, density 1.0000"]

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from seerattn import AttnGate, AttnGateConfig, KeepAll, Threshold, TopK
+from seerattn import AttnGate, AttnGateConfig, KeepAll, Threshold, TokenBudget, TopK
 from seerattn.gate_files import GateFolder
 from seerattn.vllm import options
 from seerattn.vllm.gates import LayerGate, check_model, has_gate, layer_number
-from seerattn.vllm.options import Options, chosen_policy, read
-from seerattn.vllm.refusals import check_engine, check_layer
+from seerattn.vllm.options import Options, chosen_policy, decode_policy, read
+from seerattn.vllm.refusals import check_decoding, check_engine, check_layer
 
 H, HKV, D = 8, 4, 32
 FORMS = {
@@ -117,7 +117,9 @@ def test_options_are_read_and_refused_in_a_sentence() -> None:
     for wrong, sentence in (
         ("g", "must be options by name"),
         ({}, "must have gates, got none"),
-        ({"gates": "g", "gate": 1}, "must be among gates, density, impl, log, got 'gate'"),
+        ({"gates": "g", "gate": 1}, "must be among gates, density, impl, decode_tokens, log, got 'gate'"),
+        ({"gates": "g", "decode_policy": {"policy": "Best"}}, "policy must be one of"),
+        ({"gates": "g", "decode_tokens": 64, "decode_policy": None}, "decode_tokens must not come with a decode_pol"),
         ({"gates": "g", "density": 1.5}, "density must be"),
         ({"gates": "g", "impl": "triton"}, "impl must be"),
         ({"gates": "g", "policy": {"policy": "Best"}}, "policy must be one of"),
@@ -157,13 +159,29 @@ def test_rule_of_the_folder_that_knows_the_length_gives_way_to_shared_pages_and_
         assert found == ROW_SHARE and len(told) == 1 and "'same_k'" in told[0]
 
 
-def test_decoding_that_the_folder_would_have_sparse_is_told_to_be_dense(monkeypatch) -> None:
-    told = []
-    monkeypatch.setattr(options.logger, "warning", told.append)
-    options._tell_of_decoding.cache_clear()
-    for decode_policy, said in ((None, 0), (SAME_K, 1)):
-        given = folder({}, policy=ROW_SHARE, decode_policy=decode_policy)
-        assert chosen_policy(Options(gates="g"), given, shares_pages=True) == ROW_SHARE and len(told) == said
+def test_decode_policy_is_that_of_the_user_or_else_of_the_folder_and_prompts_may_be_whole() -> None:
+    budget, given = TokenBudget(tokens=64), folder({}, policy=ROW_SHARE, decode_policy=SAME_K)
+    for asked, expected in (({}, SAME_K), ({"decode_policy": None}, None), ({"decode_tokens": 64}, budget)):
+        assert decode_policy(Options(gates="g", **asked), given) == expected
+    found = read({"seerattn": {"gates": "g", "decode_policy": budget.to_dict()}})
+    assert decode_policy(found, given) == budget and read({"seerattn": {"gates": "g"}}).decode_policy == "saved"
+    assert decode_policy(read({"seerattn": {"gates": "g", "decode_policy": None}}), given) is None
+    asked = Options(gates="g", decode_tokens=64)
+    assert chosen_policy(asked, folder({}), shares_pages=True) == KeepAll()
+    with pytest.raises(ValueError, match="last_rows_dense of a decode_policy must be 0"):
+        decode_policy(Options(gates="g", decode_policy=replace(budget, last_rows_dense=1)), given)
+
+
+def test_ranks_that_have_no_kv_group_in_whole_are_refused_for_decoding() -> None:
+    def config(ranks: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+            model_config=SimpleNamespace(get_total_num_kv_heads=lambda: HKV),
+        )
+
+    check_decoding(config(HKV))
+    with pytest.raises(ValueError, match=f"must be at most the {HKV} KV heads with a decode_policy, got {2 * HKV}"):
+        check_decoding(config(2 * HKV))
 
 
 def engine_config(**changed) -> SimpleNamespace:

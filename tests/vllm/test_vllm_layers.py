@@ -18,13 +18,16 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from seerattn import BlockIndices
+from seerattn.selection.decode_blocks import DecodeBlocks
 from seerattn.selection.selector import RotaryTables
 from seerattn.vllm import cuda
+from seerattn.vllm.backend import GatedImpl
 from seerattn.vllm.cpu import Impl
 from seerattn.vllm.pages import Known, Pages
 from seerattn.vllm.plugin import register
 from seerattn.vllm.rotation import Rotation, prove_rotation, unrotate
 from seerattn.vllm.rows import Part
+from seerattn.vllm.steps import Steps
 
 # vLLM has warnings of its own.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -204,6 +207,29 @@ def test_flash_attention_attends_to_pages_as_to_keys_that_were_gathered() -> Non
     groups = (x.repeat_interleave(2, 0).double() for x in (k, v))
     expected = attention(q.transpose(0, 1).double(), *groups, attn_mask=seen, scale=0.2)
     torch.testing.assert_close(found.transpose(0, 1).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_flash_attention_decodes_from_pages_as_a_backend_that_gathers_them() -> None:
+    page, heads, kv_heads, lengths = 16, 4, 2, [70, 33]
+    impl, plain = object.__new__(cuda.Impl), object.__new__(cuda.Impl)
+    impl.head_size = plain.head_size = D
+    plain.gate = SimpleNamespace(form=SimpleNamespace(k_size=8))
+    torch.manual_seed(0)
+    q, cache = torch.randn(2, heads, D), torch.randn(12, kv_heads, page, 2 * D)
+    tables = torch.randperm(12)[:10].view(2, 5).int()
+    steps = Steps([], torch.arange(2), torch.tensor(lengths).int(), tables)
+    mask = torch.tensor([[[True, False, True], [True, True, True]], [[False, True, False], [True, True, False]]])
+    blocks = DecodeBlocks.from_mask(mask, block_k=32)
+    logits = {"scale": 0.2, "softcap": None, "sinks": None}
+    found = impl.attend_tokens(q, None, cache, steps, blocks, logits)
+    gathered = GatedImpl.attend_tokens(plain, q, None, cache, steps, blocks, logits)
+    for row, length in enumerate(lengths):
+        k, v = torch.cat([cache[number] for number in tables[row].tolist()], 1)[:, :length].double().split(D, dim=-1)
+        seen = mask[row].repeat_interleave(32, 1)[:, :length].repeat_interleave(2, 0)[:, None]
+        groups = (x.repeat_interleave(2, 0) for x in (k, v))
+        expected = attention(q[row, :, None].double(), *groups, attn_mask=seen, scale=0.2)[:, 0]
+        for out in (found, gathered):
+            torch.testing.assert_close(out[row].double(), expected, atol=1e-5, rtol=0)
 
 
 def test_backend_that_cannot_have_gates_is_refused_where_they_are_asked_for_and_is_its_own_without(config) -> None:

@@ -95,3 +95,19 @@ def test_gate_keys_and_queries_go_with_their_pages() -> None:
     for number in (1, 3):
         store.keep(pages(number), Known(0, False), 6, memory(keys[:, :, :1], queries, 6), NUMBER)
     assert list(store.queries) == [1, 3] and store.recall(table, Known(36, True), 38).kept.queries is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_several_sequences_are_known_as_each_alone(seed: int) -> None:
+    torch.manual_seed(seed)
+    one, other = (Written(PAGE, torch.randint(0, PAGE + 1, (NUMBER,), dtype=torch.int32)) for _ in range(2))
+    one.tokens[torch.rand(NUMBER) < 0.6] = PAGE
+    other.tokens = one.tokens.clone()
+    tables = torch.randperm(NUMBER).view(4, 3)
+    starts, ends = torch.randint(0, 3 * PAGE, (2, 4)).tolist()
+    alone = [one.known(pages(*table), start, STEP).tokens for table, start in zip(tables.tolist(), starts)]
+    assert one.known_of(tables, starts, STEP) == alone
+    one.know_of(tables, ends)
+    for table, end in zip(tables.tolist(), ends):
+        other.know(pages(*table), end)
+    assert torch.equal(one.tokens, other.tokens)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from seerattn.selection.decode_blocks import DecodeBlocks
 from seerattn.vllm.pages import Known, Written
 from seerattn.vllm.requests import Request
 from seerattn.vllm.rows import Row, rest_of, split_rows
+from seerattn.vllm.steps import Asked, Steps, listed_pages, steps_of
 
 PAGE, STEP = 16, 8
 
@@ -76,7 +79,8 @@ def test_parts_are_the_tokens_of_prompts_and_the_rest_all_others() -> None:
         asked.append((request.name, row.start, tokens))
         return None if request.prompt == 5 else "counted"
 
-    parts, rest = split_rows(common, requests, written, STEP, begin)
+    parts, rest, none = split_rows(common, requests, written, STEP, begin)
+    assert none == []
     assert asked == [("1", 24, 20), ("2", 0, 30), ("3", 0, 5)]
     assert [(p.begin, p.tokens, p.start, p.end, p.prompt) for p in parts] == [(1, 20, 24, 44, 50), (21, 30, 0, 30, 30)]
     assert [p.pages.numbers for p in parts] == [[4, 5, 6], [7, 8]]
@@ -94,3 +98,57 @@ def test_parts_are_the_tokens_of_prompts_and_the_rest_all_others() -> None:
     assert torch.equal(told.slot_mapping, common.slot_mapping[tokens])
     assert told._num_computed_tokens_cache is None is told._token_to_req_indices_cache
     assert common.num_reqs == 6 and told.is_prefilling.tolist() == [False, True, True, True]
+
+
+def test_tokens_that_choose_their_keys_are_those_behind_prompts_and_leave_the_rest_its_keys() -> None:
+    common, requests = batch()
+    written = Written(PAGE, torch.zeros(20, dtype=torch.int32))
+    rows = []
+
+    def decode(request: Request, row: Row) -> Asked | None:
+        """The first token of several reads all, and so does the prompt of one token."""
+        rows.append((request.name, row))
+        whole = int(row.end - row.begin > 1)
+        if request.prompt == 1:
+            return None
+        return Asked(row.number, row.begin + whole, row.end - row.begin - whole, row.start + whole, 0, "counted")
+
+    _, rest, asked = split_rows(common, requests, written, STEP, lambda *_: None, decode)
+    assert rows == [("0", Row(0, 0, 1, 39)), ("2", Row(2, 51, 58, 30)), ("4", Row(4, 63, 64, 0))]
+    assert [(one.number, one.begin, one.tokens, one.start, one.end) for one in asked] == [
+        (0, 0, 1, 39, 40),
+        (2, 52, 6, 31, 37),
+    ]
+    assert rest == [Row(1, 1, 21, 24), Row(2, 21, 52, 0), Row(3, 58, 63, 0), Row(4, 63, 64, 0)]
+    _, told = rest_of(common, rest)
+    # The third row lost its last tokens, and with them the last keys.
+    assert told.seq_lens.tolist() == told.seq_lens_cpu_upper_bound.tolist() == [44, 31, 5, 1]
+
+    written.tokens[1:4] = torch.tensor([16, 16, 3])
+    found = steps_of(common, asked, written, STEP, 32)
+    assert found.tokens.tolist() == [0, *range(52, 58)] and found.lengths.tolist() == [40, *range(32, 38)]
+    assert [step.known for step in found.rows] == [32, 0] and found.rows[1].pages.tolist() == [7, 8, 9]
+    assert found.tables.tolist() == [[1, 2, 3], *[[7, 8, 9]] * 6]
+    # Blocks of 32 tokens before the last one, which is that of 40 and of 37 keys.
+    assert written.tokens[1:10].tolist() == [16, 16, 3, 0, 0, 0, 16, 16, 0]
+
+
+@pytest.mark.parametrize("block_k", [8, 16, 24, 32])
+def test_pages_that_are_gathered_are_those_that_lists_read(block_k: int) -> None:
+    torch.manual_seed(0)
+    lengths, heads = [1, 40, 90, 64], 2
+    tables = torch.randperm(40)[: 4 * 6].view(4, 6).int()
+    steps = Steps([], torch.arange(4), torch.tensor(lengths).int(), tables)
+    number = -(-max(lengths) // block_k)
+    causal = torch.arange(number) * block_k < steps.lengths[:, None, None]
+    mask = (torch.rand(4, heads, number) < 0.4) & causal
+    mask[:, :, 0] = True
+    blocks = DecodeBlocks.from_mask(mask, block_k=block_k)
+    pages, compact = listed_pages(blocks, steps, PAGE, STEP)
+    read = {
+        (row, at // PAGE)
+        for row, head, block in mask.nonzero().tolist()
+        for at in range(block * block_k, min((block + 1) * block_k, lengths[row]))
+    }
+    assert set(pages.tolist()) == {int(tables[row, column]) for row, column in read}
+    assert all(pages[compact[row, column]] == tables[row, column] for row, column in read)
