@@ -224,6 +224,21 @@ WAYS = {
 TEXTS = {"books-test": "books", "proofs-test": "proofs"}
 
 
+def decoding(results: list[Result]) -> list[Table]:
+    """Attention of one token, at the densities and pages that people decode with."""
+
+    def shown(r: Result) -> bool:
+        listed = r.density in (0.05, 0.1) and r.cell["page"] in (0, 64)
+        return r.what == "decode_attention_ms" and (listed or r.kind == "dense")
+
+    return report("Attention of one token")([r for r in results if shown(r)])
+
+
+def in_pages(results: list[Result]) -> list[Table]:
+    """Prompts whose keys lie in pages, beside the kernels that have them in one piece."""
+    return report("Attention alone")([r for r in results if r.what == "attention_ms"])
+
+
 def of_model(name: str, make: Callable[[list[Result]], list[Table]]) -> Callable[[list[Result]], list[Table]]:
     """Tables of one model among several."""
     return lambda results: make([r for r in results if r.model == name])
@@ -361,6 +376,9 @@ TABLES = {
     "gate-h200": Drawn(["h200-gate"], report("Gate and selection")),
     "first-token": Drawn(["h100-ttft", "h100-auto"], report("Time to first token")),
     "first-token-h200": Drawn(["h200-ttft"], report("Time to first token")),
+    "decoding": Drawn(["h200-decode"], decoding),
+    "pages": Drawn(["h200-decode"], in_pages),
+    "serving": Drawn(["h200-serve"], report("Serving")),
     "memory": Drawn(["h100-ttft", "h100-auto", "h100-distill"], report("Peak memory")),
     "attention-map": Drawn(["h100-pooled"], report("Attention with the map of blocks, ms")),
     "distillation": Drawn(["h100-distill"], report("Tokens a second")),

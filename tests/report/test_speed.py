@@ -267,3 +267,28 @@ def test_figures_of_benchmarks_are_the_same_byte_for_byte(tmp_path) -> None:
     names = ["report.html", "table.md", *(f"{name}.{kind}" for name in figures for kind in ("png", "svg"))]
     assert [p.name for p in first] == names and all(p.stat().st_size > 500 for p in first)
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_requests_and_tokens_that_run_together_are_compared_with_as_many() -> None:
+    rows = []
+    for n in (1, 4):
+        served = {"at_once": n, "layers": 32}
+        gates = {"name": "default", "density": 0.1, "realised_density": 0.1, "seed": 0}
+        rows.append(result("serve_first_s", 8.0 * n, 32768, "flash", served))
+        rows.append(result("serve_first_s", 2.0 * n * n, 32768, "gluon", served | PER_HEAD, **gates))
+        rows.append(result("serve_tokens_per_second", 1000.0, 32768, "flash", served))
+        rows.append(result("serve_tokens_per_second", 2500.0 * n, 32768, "gluon", served | PER_HEAD, **gates))
+        decoded = {"batch": n, "page": 0}
+        rows.append(result("decode_attention_ms", 0.04 * n, 32768, "flash", decoded))
+        for page, lists in ((0, True), (16, False)):
+            cell = decoded | {"page": page, "lists": lists}
+            density = {"density": 0.1 if lists else None, "realised_density": 0.1}
+            rows.append(result("decode_attention_ms", 0.01, 32768, "triton", cell, name="random", seed=0, **density))
+    first = by_title(rows, "Serving, time to the first token, s")
+    assert [line[-1] for line in first[1:]] == ["8 (1.00x)", "2 (4.00x)", "32 (1.00x)", "32 (1.00x)"]
+    speed = by_title(rows, "Serving, tokens a second")
+    assert [line[-1] for line in speed[1:]] == ["1,000 (1.00x)", "2,500 (2.50x)", "1,000 (1.00x)", "10,000 (10.00x)"]
+    assert speed[-1][0] == "gates default, gluon, 64x64 per head, 4 at once, 32 layers"
+    decoded = {line[0]: line[-1] for line in by_title(rows, "Attention of one token, ms")}
+    assert decoded["triton, random blocks, 4 at a time"] == "0.01 (16.00x)"
+    assert decoded["triton, all blocks, pages of 16, 1 at a time"] == "0.01 (4.00x)"

@@ -20,7 +20,10 @@ _TITLES = {
     "selection_ms": "Gate and selection, ms",
     "attention_map_ms": "Attention with the map of blocks, ms",
     "extra_memory_mib": "Attention with the map of blocks, MiB beyond inputs and results",
+    "decode_attention_ms": "Attention of one token, ms",
     "ttft_s": "Time to first token, s",
+    "serve_first_s": "Serving, time to the first token, s",
+    "serve_tokens_per_second": "Serving, tokens a second",
     "attention_share": "Share of attention in the time to first token",
     "finetune_layer_ms": "Fine-tuning, attention of one layer with backward, ms",
     "finetune_step_ms": "Fine-tuning, a step without the optimizer, ms",
@@ -30,7 +33,9 @@ _TITLES = {
 }
 # Times that dense attention has as well.
 _COMPARED = ("attention_ms", "attention_training_ms", "attention_map_ms", "ttft_s")
-_COMPARED += ("finetune_layer_ms", "finetune_step_ms")
+_COMPARED += ("finetune_layer_ms", "finetune_step_ms", "decode_attention_ms", "serve_first_s")
+# Of these more is better.
+_RATES = ("serve_tokens_per_second",)
 _WORK = {"forward": "plain forward", "distill": "distillation step"}
 
 
@@ -45,7 +50,7 @@ def tables(results: Sequence[Result]) -> list[Table]:
 
 def _table(title: str, rows: list[Result]) -> Table:
     lengths = sorted({r.context for r in rows})
-    reference = baseline(rows) if rows[0].what in _COMPARED else None
+    reference = baseline(rows) if rows[0].what in (*_COMPARED, *_RATES) else None
     dense = {_place(r): r.value for r in rows if r.kind == "dense" and r.cell["impl"] == reference}
     lines = group(rows, lambda r: (_name(r), "" if r.density is None else f"{1 - r.density:.3g}"))
     body = []
@@ -55,26 +60,37 @@ def _table(title: str, rows: list[Result]) -> Table:
     return plain(title, ["", "sparsity", *map(tokens, lengths)], body)
 
 
-def _place(row: Result) -> tuple[int, int | None]:
-    """What a time and its reference have in common: the length, and of models the number of layers."""
-    return row.context, row.cell.get("layers")
+def _place(row: Result) -> tuple[int | None, ...]:
+    """What a time and its reference have in common: the length, of models the layers, and how much runs at once."""
+    return row.context, *(row.cell.get(name) for name in ("layers", "at_once", "batch", "queries"))
 
 
 def _cell(row: Result, reference: float | None) -> Cell:
     if row.value is None:
         return Cell(row.samples.get("error", ["not finite"])[0])
     value = f"{row.value:,.0f}" if row.value >= 1000 else f"{row.value:.3g}"
-    return Cell(value, more=f"{reference / row.value:.2f}x" if reference else "")
+    if not reference:
+        return Cell(value)
+    return Cell(value, more=f"{row.value / reference if row.what in _RATES else reference / row.value:.2f}x")
 
 
 def _name(row: Result) -> str:
     impl, cell = row.cell["impl"], row.cell
     name = f"gates {row.name}, {impl}" if row.kind == "learned" else dense_name(impl)
-    name += ", random blocks" if row.method == "random" else ""
+    if row.method == "random":
+        name += ", random blocks" if cell.get("lists", True) else ", all blocks"
     if "share" in cell:
         name += f", {blocks(row)}"
     if cell.get("launch") == "graph":
         name += ", CUDA graph"
+    if cell.get("page"):
+        name += f", pages of {cell['page']}"
+    if "queries" in cell:
+        name += f", {cell['queries']:,} queries"
+    if row.what.startswith("decode"):
+        name += f", {cell['batch']} at a time"
+    if "at_once" in cell:
+        name += f", {cell['at_once']} at once"
     if "chunk" in cell:
         name += f", chunks of {tokens(cell['chunk'])}"
     if "map" in cell:
