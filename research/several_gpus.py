@@ -31,7 +31,8 @@ first, where it has the memory: several must begin with its loss. `links` are by
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -79,7 +80,8 @@ def main(
     sizes = parse_value("lengths", lengths or LENGTHS.get(part, "32768"), tuple[int, ...])
     drawn = parse_value("densities", densities, tuple[float, ...])
     where = {"model": model, "gates": gates}
-    with measuring(output, device, time_limit) as (session, known):
+    late = deadline(time_limit, device)
+    with measuring(output, device) as (session, known):
         if part in ARMS:
             if len(sizes) > 1 or len(drawn) > 1:
                 raise typer.BadParameter("training takes one length and one density a launch")
@@ -87,18 +89,31 @@ def main(
             steps = Steps(part=part, arm=arm or ARMS[part][0], text=text, limit=time_limit, **where, **step)
             measure_steps(steps, session, known)
         elif part == "links":
-            measure_links(session, known, sizes, repeats)
+            measure_links(session, known, sizes, repeats, late)
         else:
             arms = [Arm(), *map(Arm, drawn)]
             kept = output.with_suffix(".checks.pt")
             prompts = Prompts(part=part, lengths=sizes, arms=arms, repeats=repeats, kept=kept, **where)
-            measure_prompts(prompts, session, known)
+            measure_prompts(prompts, session, known, late)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def deadline(seconds: float, device: torch.device) -> Callable[[], bool]:
+    """Whether time is up on some process; all processes have to ask."""
+    begin = time.monotonic()
+
+    def late() -> bool:
+        up = torch.tensor(float(time.monotonic() - begin > seconds), device=device)
+        if dist.is_initialized():
+            dist.all_reduce(up, dist.ReduceOp.MAX)
+        return bool(up)
+
+    return late
+
+
 @contextmanager
-def measuring(output: Path, device: torch.device, limit: float) -> Iterator[tuple[Session, set[str]]]:
+def measuring(output: Path, device: torch.device) -> Iterator[tuple[Session, set[str]]]:
     """What this process measures with, and the keys of the results that there are already.
 
     All processes decide alike: each reads the file before the first one can have written to it.
@@ -108,7 +123,7 @@ def measuring(output: Path, device: torch.device, limit: float) -> Iterator[tupl
         dist.barrier()
     first = os.environ.get("RANK", "0") == "0"
     file = ResultsFile(output if first else None, device)
-    session = Session(device, file, say=print if first else lambda text: None, time_limit=limit)
+    session = Session(device, file, say=print if first else lambda text: None)
     yield session, known
     for label in session.left_out:
         session.say(f"left out, time is up: {label}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -11,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seerattn.bench.session import Session
-from seerattn.bench.timing import long_runs
+from seerattn.bench.timing import synchronize
 
 BURST = 10  # calls that are timed together
 
 
-def measure_links(session: Session, known: set[str], sizes: Sequence[int], repeats: int) -> None:
+def measure_links(
+    session: Session, known: set[str], sizes: Sequence[int], repeats: int, late: Callable[[], bool]
+) -> None:
     """Bytes that a process is sent by others, a second, of each collective and size; written by the first process.
 
     Args:
@@ -24,6 +27,7 @@ def measure_links(session: Session, known: set[str], sizes: Sequence[int], repea
         known: keys of results that need no measuring.
         sizes: MiB of the whole tensor.
         repeats: bursts of a cell.
+        late: whether nothing new is to be begun.
     """
     processes, device = dist.get_world_size(), session.device
     for name, make in COLLECTIVES.items():
@@ -33,21 +37,31 @@ def measure_links(session: Session, known: set[str], sizes: Sequence[int], repea
             blank = session.blank("link_gb_per_second", model="", context=0, impl=dist.get_backend(), cell=cell)
             if blank.key in known:
                 continue
+            label = f"{name}, {megabytes} MiB, {processes} processes"
+            if late():
+                session.left_out.append(label)
+                continue
             share = torch.full((size // 2 // processes,), float(dist.get_rank()), dtype=torch.bfloat16, device=device)
             run, check = make(share)
             run()
             check()
-            seconds = _slowest(long_runs(lambda run=run: _burst(run), device, repeats=repeats)[0], device)
+            seconds = _slowest([_burst(run, device) for _ in range(repeats)], device)
             sent = size * (processes - 1) / processes
             values = [BURST * sent / second / 1e9 for second in seconds]
             samples = {"seconds": [round(second / BURST, 6) for second in seconds]}
             row = {"value": round(median(values), 3), "n": len(values), "samples": samples}
-            session.measured(blank, lambda row=row: row, label=f"{name}, {megabytes} MiB, {processes} processes")
+            session.measured(blank, lambda row=row: row, label=label)
 
 
-def _burst(run: Callable[[], None]) -> None:
+def _burst(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of some calls one after the other."""
+    dist.barrier()
+    synchronize(device)
+    begin = time.perf_counter()
     for _ in range(BURST):
         run()
+    synchronize(device)
+    return time.perf_counter() - begin
 
 
 def _slowest(seconds: list[float], device: torch.device) -> list[float]:

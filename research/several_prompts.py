@@ -67,13 +67,14 @@ class Prompts:
     kept: Path
 
 
-def measure_prompts(prompts: Prompts, session: Session, known: set[str]) -> None:
+def measure_prompts(prompts: Prompts, session: Session, known: set[str], late: Callable[[], bool]) -> None:
     """Compares the logits of a short prompt with those that are kept, or keeps them, then times prompts.
 
     Args:
         prompts: what to read.
         session: of this process; those but the first have no file.
         known: keys of results that need no measuring.
+        late: whether nothing new is to be begun.
     """
     part, device = prompts.part, session.device
     dtype = getattr(torch, choose_dtype("auto", device))
@@ -99,7 +100,7 @@ def measure_prompts(prompts: Prompts, session: Session, known: set[str]) -> None
             blank = runs.blank(session, arm, tokens)
             if blank.key in known:
                 continue
-            if runs.slowest(float(session.out_of_time)):
+            if late():
                 session.left_out.append(label)
                 continue
             row = runs.time(arm, tokens, prompts.repeats)
@@ -185,13 +186,6 @@ class Runs:
         stack.enter_context(torch.no_grad())
         stack.enter_context(seerattn.policy(self.model, arm.policy))
         return stack.enter_context(seerattn.context_parallel(self.model)) if self.part == "context" else None
-
-    def slowest(self, value: float) -> float:
-        """The largest value of all processes, which all have to ask."""
-        found = torch.tensor(value, device=self.device)
-        if self.part != "one":
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        return float(found)
 
     def _slowest(self, run: Callable[[], None], repeats: int) -> list[float]:
         """Seconds of each run, of the process that took longest."""
