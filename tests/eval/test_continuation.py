@@ -231,6 +231,10 @@ def test_an_experiment_measures_long_outputs(model, tmp_path: Path) -> None:
         ("streaming", "192"),
         ("streaming", "128"),
     ]
+    assert table.title == "Long outputs: 300 tokens, book, tiny, plain text, temperature 1"
+    asked = [replace(r, cell=r.cell | {"instruction": "go on", "temperature": 0.0}) for r in rows]
+    (_, other) = sorted(tables.tables([*rows, *asked]), key=lambda table: "instruction" in table.title)
+    assert other.title.endswith("tiny, answers to an instruction, greedy") and "“go on”" in other.notes[1]
     assert "2 prompts, at most 6 tokens" in table.notes[0] and table.lines[1].cells[3].error
 
 

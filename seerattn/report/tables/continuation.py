@@ -55,9 +55,12 @@ def _table(rows: Sequence[Result]) -> Table:
                 ]
             )
     row, prompts = rows[0], max(r.n for r in rows)
-    drawn = f"drawn at temperature {row.cell['temperature']:g}" if row.cell.get("temperature") else "its greedy answer"
-    note = f"{prompts} prompts, at most {row.cell['answer_tokens']} tokens each. The dense model's text is {drawn}."
-    return plain(f"Long outputs: {row.context:,} tokens, {row.text}, {row.model}", _HEAD, body, [note])
+    warm, asked = row.cell.get("temperature"), row.cell.get("instruction")
+    text = f"drawn at temperature {warm:g}" if warm else "its greedy answer"
+    notes = [f"{prompts} prompts, at most {row.cell['answer_tokens']} tokens each. The dense model's text is {text}."]
+    notes += [f"Behind the text of a prompt stands, in the chat template: “{asked}”"] if asked else []
+    kind = f"{'answers to an instruction' if asked else 'plain text'}, {f'temperature {warm:g}' if warm else 'greedy'}"
+    return plain(f"Long outputs: {row.context:,} tokens, {row.text}, {row.model}, {kind}", _HEAD, body, notes)
 
 
 def _shown(row: Result | None, form: str, *, error: bool = True) -> Cell:
