@@ -8,7 +8,10 @@ the model's cache, by the code of every other block and at its first position.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +20,13 @@ from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.pooling import Pooled
 from seerattn.gate_memory import GateMemory
 from seerattn.gate_selector import call_frequencies, pool, pooled_keys
+from seerattn.ops.decode_select import TokenRule, select_blocks
+from seerattn.ops.resolve import check_impl, implementation, refusal
+from seerattn.selection import decode_policy as modules
 from seerattn.selection.decode_blocks import DecodeBlocks
-from seerattn.selection.decode_policy import choose_blocks, group_scores
+from seerattn.selection.decode_policy import choose_blocks, group_scores, most_blocks
 from seerattn.selection.decode_selector import PolicyDecoder
-from seerattn.selection.policies import Policy
+from seerattn.selection.policies import Policy, TokenBudget, TopK
 from seerattn.selection.selector import AttentionContext
 
 
@@ -30,12 +36,12 @@ def single_queries(gate: AttnGate, q: Tensor, context: AttentionContext, start: 
     return replace(tokens, inv_freq=call_frequencies(gate, context))
 
 
-def token_scores(gate: AttnGate, queries: Pooled, gate_k: Tensor, positions: Tensor, *, unscored: int) -> Tensor:
+def token_scores(gate: AttnGate, gate_q: Tensor, gate_k: Tensor, positions: Tensor, *, unscored: int) -> Tensor:
     """What decoding chooses the blocks of single tokens by, and what a gate learns that is trained for it.
 
     Args:
         gate: its weights are whole.
-        queries: of the tokens, ``[B, H, R, D]``, see `single_queries`.
+        gate_q: ``[B, Hm, R, DG]``, see `AttnGate.token_queries`.
         gate_k: gate keys ``[B, h, W, DG]`` from the first one on.
         positions: int64 ``[R]``, where the tokens stand, on the device of the queries.
         unscored: first blocks that take part in no softmax.
@@ -43,8 +49,33 @@ def token_scores(gate: AttnGate, queries: Pooled, gate_k: Tensor, positions: Ten
     Returns:
         fp32 ``[B, HKV, R, N]``, see `group_scores`; -inf for blocks that are not finished before a token.
     """
-    scores = gate.token_scores(gate.token_queries(queries, positions), gate_k, positions)
-    return group_scores(scores, gate.num_kv_heads, unscored=unscored)
+    return group_scores(gate.token_scores(gate_q, gate_k, positions), gate.num_kv_heads, unscored=unscored)
+
+
+def token_rule(gate: AttnGate, policy: Policy) -> TokenRule | None:
+    """A gate and a policy as the op takes them; None for policies that it has not."""
+    match policy:
+        case TopK():
+            kind, setting = "share", policy.density
+        case TokenBudget():
+            kind, setting = "count", -(-policy.tokens // gate.config.block_k)
+        case _:
+            return None
+    return TokenRule(
+        block_k=gate.config.block_k,
+        pieces=gate.config.key_subblocks,
+        over_pieces=gate.config.target_keys,
+        kind=kind,
+        setting=setting,
+        sink_blocks=policy.sink_blocks,
+        unscored=_unscored(gate, policy),
+        biased=gate.distance_bias is not None,
+    )
+
+
+def _unscored(gate: AttnGate, policy: Policy) -> int:
+    """First blocks that take part in no softmax: what a gate never learned means nothing there."""
+    return policy.sink_blocks if gate.config.exclude_forced else 0
 
 
 @dataclass(frozen=True)
@@ -57,10 +88,16 @@ class GateDecoder(PolicyDecoder):
     Attributes:
         gate: scores the blocks.
         policy: chooses among them.
+        impl: "triton" scores and chooses in one launch, "reference" by the torch modules; "auto" takes the kernel on a
+            GPU where it can run. `TopP`, `Threshold` and `KeepAll` are left to the modules.
     """
 
     gate: AttnGate
     policy: Policy
+    impl: Literal["auto", "triton", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_impl("decode_select", self.impl)
 
     @property
     def block_size(self) -> int:
@@ -71,6 +108,14 @@ class GateDecoder(PolicyDecoder):
     def select_token(self, q: Tensor, k: Tensor, context: AttentionContext) -> DecodeBlocks:
         """See `DecodeSelector.select_token`."""
         config, tokens = self.gate.config, k.shape[2]
+        blocks = (tokens - 1) // config.block_k
+        rule = token_rule(self.gate, self.policy)
+        # Before the first block is finished there is nothing to choose.
+        if blocks and self._runs_fused(q.device, blocks * config.key_subblocks, rule):
+            gate_q, gate_k, _ = self._vectors(q, k, context, blocks)
+            width = most_blocks(self.policy, blocks + 1, config.block_k)
+            sizes = {"kv_heads": self.gate.num_kv_heads, "width": width, "tokens": tokens}
+            return select_blocks(gate_q[:, :, 0], gate_k, rule, **sizes)
         return choose_blocks(
             self.scores(q, k, context),
             self.policy,
@@ -80,19 +125,30 @@ class GateDecoder(PolicyDecoder):
             forced_scored=not config.exclude_forced,
         )
 
+    def _runs_fused(self, device: torch.device, windows: int, rule: TokenRule | None) -> bool:
+        """Whether the kernel serves a call; where "auto" leaves a GPU to the modules, it warns with the reason."""
+        if implementation("decode_select", self.impl, device, windows, rule, reference=modules) is not modules:
+            return True
+        if self.impl == "auto" and device.type == "cuda":
+            _warn_of_modules(refusal("decode_select", "triton", device, windows, rule))
+        return False
+
     def scores(self, q: Tensor, k: Tensor, context: AttentionContext) -> Tensor:
         """Scores ``[B, HKV, N]`` of the blocks before that of the token; see `select_token`."""
         config, tokens = self.gate.config, k.shape[2]
         blocks = (tokens - 1) // config.block_k
         if not blocks:
             return q.new_zeros(q.shape[0], k.shape[1], 0, dtype=torch.float32)
-        gate_k = self._gate_keys(k, context, blocks)
+        vectors = self._vectors(q, k, context, blocks)
+        return token_scores(self.gate, *vectors, unscored=_unscored(self.gate, self.policy))[:, :, 0]
+
+    def _vectors(self, q: Tensor, k: Tensor, context: AttentionContext, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The gate query ``[B, Hm, 1, DG]`` of the token, gate keys of finished blocks, and the position ``[1]``."""
+        gate_k, start = self._gate_keys(k, context, blocks), k.shape[2] - 1
         # Made on the device: a copy from the host would wait for it.
-        position = torch.arange(tokens - 1, tokens, device=q.device)
-        query = single_queries(self.gate, q, context, tokens - 1)
-        # What a gate never learned must not take part in a softmax.
-        unscored = self.policy.sink_blocks if config.exclude_forced else 0
-        return token_scores(self.gate, query, gate_k, position, unscored=unscored)[:, :, 0]
+        position = torch.arange(start, start + 1, device=q.device)
+        query = single_queries(self.gate, q, context, start)
+        return self.gate.token_queries(query, position), gate_k, position
 
     def _gate_keys(self, k: Tensor, context: AttentionContext, blocks: int) -> Tensor:
         """Gate keys ``[B, h, W, DG]`` of the first ``blocks`` blocks; those that nobody kept are made, and kept."""
@@ -113,3 +169,8 @@ class GateDecoder(PolicyDecoder):
             # Nobody keeps queries of decoded tokens: the block that they begin is pooled from the next prompt on.
             context.memory.kept = kept.after(q=k[:, :, :0], k_len=k.shape[2], keys=gate_k)
         return gate_k
+
+
+@functools.cache
+def _warn_of_modules(reason: str) -> None:
+    warnings.warn(f"blocks of decoded tokens are chosen by torch modules: {reason}", stacklevel=2)

@@ -33,7 +33,7 @@ LAW: dict[str, set[str]] = {
     "gate_memory": GROUND | {"selection", "gate", "ops"},
     "gate_files": GROUND | {"selection", "gate"},
     "gate_selector": GROUND | {"selection", "gate", "ops", "gate_memory"},
-    "gate_decode": GROUND | {"selection", "gate", "gate_memory", "gate_selector"},
+    "gate_decode": GROUND | {"selection", "gate", "ops", "gate_memory", "gate_selector"},
     "data": GROUND,
     "results": GROUND | {"selection"},
     "hf": CORE | {"data", "results"},

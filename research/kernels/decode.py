@@ -1,10 +1,11 @@
-"""Attention of one token over lists, and of prompts over pages: checked, then timed beside what PyTorch has.
+"""One token over lists, how they are chosen, and prompts over pages: checked, then timed beside what PyTorch has.
 
     python research/kernels/decode.py --out rows.jsonl                    # all of it, some minutes
     python research/kernels/decode.py --parts decode --launches --out rows.jsonl  # launches of the decode kernel
     TRITON_INTERPRET=1 python research/kernels/decode.py --rehearse       # tiny, on a CPU, to the very end
 
-Nothing is timed before it was compared: decoding with fp64, prompts in pages with the kernel in one piece, bit for bit.
+Nothing is timed before it was compared: decoding with fp64, prompts in pages with the kernel in one piece, bit for bit,
+chosen blocks with fp64 scores.
 A time of decoding is that of a CUDA graph of many calls, divided by their number, so the host is not in it and what
 lies between the two kernels is. Calls go round through lists and copies of the cache that are larger than the L2
 cache. What counts as read are listed keys and values, queries and outputs; the share is that of the nominal 4.8 TB/s of
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +29,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from decode_select import lines, measure_select
 
 from seerattn.bench.dense import sdpa_backend
 from seerattn.bench.inputs import Shape, random_blocks, random_qkv
@@ -40,6 +45,7 @@ from seerattn.results.record import Result
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.decode_blocks import DecodeBlocks
 
+PARTS = ("decode", "prompts", "select")
 BLOCK = 64
 NOMINAL = 4.8e12
 # Calls of a graph read more than this together before one reads again what another one did.
@@ -399,7 +405,7 @@ def copy_rate(device: torch.device) -> float:
 
 def summary(rows: list[Result]) -> str:
     """A line for each time, with what it reads a second, or beside one piece."""
-    lines = [f"{'batch x tokens':>17} {'what':<46} {'us':>9} {'TB/s':>6} {'share':>6} {'x flash':>8} {'splits':>6}"]
+    told = [f"{'batch x tokens':>17} {'what':<46} {'us':>9} {'TB/s':>6} {'share':>6} {'x flash':>8} {'splits':>6}"]
     for row in (r for r in rows if r.what == "decode_attention_ms" and r.value):
         cell = row.cell
         dense = [
@@ -412,11 +418,11 @@ def summary(rows: list[Result]) -> str:
         what += f" {cell.get('launch', '')}"
         rate = row.samples["tb_s"][0]
         speed = f"{dense[0] / row.value:8.2f}" if dense else " " * 8
-        lines.append(
+        told.append(
             f"{cell['batch']:>5} x {row.context:>9,} {what:<46} {1e3 * row.value:9.1f} {rate:6.2f} "
             f"{rate * 1e12 / NOMINAL:6.0%} {speed} {row.samples.get('splits', [''])[0]:>6}"
         )
-    lines.append(f"\n{'queries of tokens':>19} {'what':<46} {'ms':>9} {'x triton in one piece':>22}")
+    told.append(f"\n{'queries of tokens':>19} {'what':<46} {'ms':>9} {'x triton in one piece':>22}")
     for row in (r for r in rows if r.what == "attention_ms" and r.value):
         cell, same = row.cell, ("share", "queries", "launch")
         base = [
@@ -427,13 +433,13 @@ def summary(rows: list[Result]) -> str:
         place = f"page {cell['page']}" if cell["page"] else "one piece"
         what = f"{cell['share']} {cell['impl']} {place} {cell.get('launch', '')}"
         ratio = f"{row.value / base[0]:22.2f}" if base else ""
-        lines.append(f"{cell['queries']:>8,} of {row.context:>7,} {what:<46} {row.value:9.3f} {ratio}")
-    return "\n".join(lines)
+        told.append(f"{cell['queries']:>8,} of {row.context:>7,} {what:<46} {row.value:9.3f} {ratio}")
+    return "\n".join(told + lines(rows))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["decode", "prompts"], choices=["decode", "prompts"])
+    parser.add_argument("--parts", nargs="+", default=[*PARTS], choices=PARTS)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="sequences that decode together")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072], help="lengths to decode at")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.1, 0.2, 1.0], help="of the lists")
@@ -463,6 +469,8 @@ def main() -> int:
             rows += measure_decode(args, session, shape)
         if "prompts" in args.parts:
             rows += measure_prompts(args, session, prompt_shape)
+        if "select" in args.parts and not args.launches:
+            rows += measure_select(session, shape, args.batches, args.tokens, graph_time)
     print(summary([row for row in rows if row is not None]))
     for failure in session.failures:
         print(f"failed: {failure}")

@@ -156,6 +156,7 @@ UNITS = {
     "prefill_ms": "ms",
     "decode_ms": "ms a token",
     "decode_attention_ms": "ms",
+    "decode_select_ms": "ms",
     "attention_map_ms": "ms",
     "extra_memory_mib": "MiB beyond the results",
     "ttft_s": "s",

@@ -7,6 +7,7 @@ it, or None; the reference serves everything and has none.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ IMPLS: dict[str, dict[str, str]] = {
     # The reference of these is torch modules, which their caller hands over: see `implementation`.
     "gate_scores": {"triton": "seerattn.ops.gate_scores.triton_select"},
     "pool_windows": {"triton": "seerattn.ops.gate_scores.triton_pool"},
+    "decode_select": {"triton": "seerattn.ops.decode_select.triton_one"},
 }
 
 # Not chosen by "auto": betas of pinned versions, which compile for 4 to 8 s at the first call of every form.
@@ -92,13 +94,18 @@ def preferred(op: str, impl: str, device: torch.device) -> str:
     return next(_available(op, device)) if impl == "auto" else impl
 
 
+@functools.cache
 def _names(op: str) -> tuple[str, ...]:
     """Implementations of an op in their order; each has a reference, here or with its caller."""
     return tuple(dict.fromkeys((*IMPLS[op], "reference")))
 
 
 def _module(op: str, impl: str, reference: ModuleType | None) -> ModuleType:
-    return reference if reference is not None and impl == "reference" else import_module(IMPLS[op][impl])
+    return reference if reference is not None and impl == "reference" else _imported(IMPLS[op][impl])
+
+
+# Layers ask one after the other, and each answer takes microseconds.
+_imported = functools.cache(import_module)
 
 
 def _available(op: str, device: torch.device) -> Iterator[str]:
@@ -114,9 +121,13 @@ def _missing(impl: str, device: torch.device) -> str | None:
     """What an implementation needs and the machine lacks, as a sentence."""
     if impl == "reference":
         return None
+    return _lacking(impl, device, impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@functools.cache
+def _lacking(impl: str, device: torch.device, interpreted: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return f"it needs a CUDA device, got {device}"
     if impl == "gluon":

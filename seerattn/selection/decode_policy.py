@@ -68,7 +68,7 @@ def choose_blocks(
         policy = replace(policy, rule="row_share", length=None)
     row = F.pad(scores, (0, 1), value=-torch.inf)
     mask = policy.keep_token(row, tokens=tokens, block_k=block_k, layer=layer, forced_scored=forced_scored)
-    return DecodeBlocks.from_mask(mask, block_k=block_k, width=_most(policy, mask.shape[-1], block_k))
+    return DecodeBlocks.from_mask(mask, block_k=block_k, width=most_blocks(policy, mask.shape[-1], block_k))
 
 
 def group_scores(scores: Tensor, kv_heads: int, *, unscored: int = 0) -> Tensor:
@@ -94,7 +94,9 @@ def group_scores(scores: Tensor, kv_heads: int, *, unscored: int = 0) -> Tensor:
 def reads_all(policy: Policy, tokens: int, block_k: int) -> bool:
     """Whether a policy keeps every block of a sequence of ``tokens`` keys, whatever their scores."""
     number = -(-tokens // block_k)
-    return isinstance(policy, KeepAll) or _most(policy, number, block_k) == _least(policy, number, block_k) == number
+    return (
+        isinstance(policy, KeepAll) or most_blocks(policy, number, block_k) == _least(policy, number, block_k) == number
+    )
 
 
 def _counted(policy: Policy, number: int, block_k: int) -> int | None:
@@ -112,7 +114,8 @@ def _counted(policy: Policy, number: int, block_k: int) -> int | None:
     return min(number, max(kept, min(policy.sink_blocks, number - 1) + 1))
 
 
-def _most(policy: Policy, number: int, block_k: int) -> int:
+def most_blocks(policy: Policy, number: int, block_k: int) -> int:
+    """How many of ``number`` blocks a policy keeps at most."""
     counted = _counted(policy, number, block_k)
     return number if counted is None else counted
 

@@ -204,7 +204,8 @@ def _scores_of_tokens(gate: AttnGate, document: _Document) -> Tensor:
     """What decoding would choose the blocks of a document's tokens by, ``[samples, HKV, R, Nk]``."""
     positions = document.rows.to(document.target.device, non_blocking=True)
     queries = replace(document.q, features=document.q.features[:, :, positions])
-    return token_scores(gate, queries, gate.gate_keys(document.k), positions, unscored=_unscored(gate.config))
+    vectors = gate.token_queries(queries, positions), gate.gate_keys(document.k)
+    return token_scores(gate, *vectors, positions, unscored=_unscored(gate.config))
 
 
 @torch.no_grad()

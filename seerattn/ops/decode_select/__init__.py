@@ -1,0 +1,4 @@
+"""Blocks of one token of every sequence, scored and chosen in one launch."""
+
+from seerattn.ops.decode_select.api import TokenRule as TokenRule
+from seerattn.ops.decode_select.api import select_blocks as select_blocks
