@@ -20,6 +20,8 @@ from seerattn.training.processes import processes
 
 # Seconds that a process which a collective told of a loss waits to see whose it is.
 _SEEN_WITHIN = 5.0
+# And before it leaves, so that the others, who look at about the same time, do not take it for one that died.
+_LINGER = 1.0
 
 
 class Peer(NamedTuple):
@@ -55,6 +57,7 @@ def watching() -> Iterator[None]:
             time.sleep(0.05)
         if not lost or not listener.claim():
             raise
+        time.sleep(_LINGER)
         if not _first_left(peers, lost):
             sys.exit(1)
         raise ValueError(_sentence(peers, lost)) from error
@@ -100,6 +103,7 @@ class _Listener:
         lost = _dead(self._peers)
         if lost and _first_left(self._peers, lost):
             logging.getLogger(__name__).error(_sentence(self._peers, lost))
+        time.sleep(_LINGER)
         os._exit(128 + signal.SIGTERM)
 
 
