@@ -34,7 +34,7 @@ def run(output: Path | None = None, **options) -> tuple[Session, list[Result]]:
 def test_prompts_are_of_the_lengths_and_densities_that_were_asked_for_and_all_differ(asked: list[Ask]) -> None:
     session, rows = run()
     assert not session.failures
-    # Two answers that are checked, of prompts that do not fit one forward, and two of each length that warm the engine up.
+    # Two answers that are checked, of prompts that do not fit one forward; two of each length warm the engine up.
     checked = [ask for ask in asked if len(ask.tokens) > 300]
     assert [(len(ask.tokens), ask.new, ask.density) for ask in checked] == [(556, 8, 1.0), (556, 8, None)]
     timed = [ask for ask in asked if ask.new == 5]

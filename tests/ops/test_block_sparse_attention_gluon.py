@@ -195,6 +195,7 @@ def test_auto_does_not_take_gluon_on_other_gpus(capability, monkeypatch):
 
 
 def preferred(monkeypatch, capability, version):
+    monkeypatch.setattr(resolve, "_lacking", resolve._lacking.__wrapped__)
     monkeypatch.setattr("triton.__version__", version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     return resolve.preferred("block_sparse_attention", "auto", torch.device("cuda"))

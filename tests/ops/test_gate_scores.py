@@ -517,3 +517,15 @@ def test_bad_arguments_are_rejected() -> None:
         GateSelector(gate, TopP(p=[[0.5, 0.5, 0.5]]), "triton").select(q, k, context)
     with pytest.raises(ValueError, match=r"salience must be \[4, 32\] for salient pooling, got \[2, 32\]"):
         pool(q, context, start=0, size=8, kinds=("salient",), salience=torch.zeros(2, D, device=DEVICE), impl="triton")
+
+
+def test_lists_follow_weights_that_were_written_to() -> None:
+    gate, context = make_gate(FORMS["default"]), make_context(200)
+    q, k = make_qk(200, 200)
+    policy = TokenBudget(tokens=4 * 32)
+    before = both(gate, policy, q, k, context)[1]
+    with torch.no_grad():
+        gate.k_weight.copy_(gate.k_weight.flip(0) - 0.1)
+    after = both(gate, policy, q, k, context)
+    assert_equal(*after)
+    assert not torch.equal(before.indices, after[1].indices)

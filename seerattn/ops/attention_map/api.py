@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seerattn.ops.attention_map.maps import AttentionMaps
 from seerattn.ops.checks import check_lengths, check_logits, check_qkv, check_sinks
+from seerattn.ops.launch import without_autocast
 from seerattn.ops.resolve import check_impl, implementation
 from seerattn.selection.map_form import PUBLISHED, MapForm
 
@@ -92,7 +93,7 @@ def attention_map(
     }
     module = implementation("attention_map", impl, q.device, q, k, v, **call)
     # Autocast would turn the fp32 products inside into half-precision ones.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return module.attention_maps(q, k, v, **call)
 
 

@@ -18,7 +18,7 @@ from seerattn.ops.checks import (
     check_qkv,
     check_sinks,
 )
-from seerattn.ops.launch import needs_gradients
+from seerattn.ops.launch import needs_gradients, without_autocast
 from seerattn.ops.resolve import check_impl, implementation
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 
@@ -98,7 +98,7 @@ def block_sparse_attention(
             call["counts"] = counts
     module = implementation("block_sparse_attention", impl, q.device, q, k, v, blocks, **call)
     # Autocast would turn the fp32 products inside into half-precision ones.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if grad and module is not reference:
             from seerattn.ops.block_sparse_attention import autograd  # which needs Triton
 

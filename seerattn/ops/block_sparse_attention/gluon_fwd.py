@@ -11,6 +11,7 @@ Programs are ordered by KV head, then from the longest lists, so that those that
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -185,8 +186,12 @@ def block_sparse_attention(
 
 
 def _descriptor(x: Tensor, box: list[int]) -> TensorDescriptor:
-    dtype = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    return TensorDescriptor.from_tensor(tma_ready(x), box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+    return TensorDescriptor.from_tensor(tma_ready(x), box, _layout(tuple(box), x.dtype))
+
+
+@functools.cache  # it takes 20 us, of three tensors a layer
+def _layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(box), gl.float16 if dtype == torch.float16 else gl.bfloat16)
 
 
 @gluon.jit

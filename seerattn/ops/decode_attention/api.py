@@ -15,6 +15,7 @@ from seerattn.ops.checks import (
     check_per_row,
     check_sinks,
 )
+from seerattn.ops.launch import without_autocast
 from seerattn.ops.resolve import check_impl, implementation
 from seerattn.selection.decode_blocks import DecodeBlocks
 
@@ -83,7 +84,7 @@ def decode_attention(
     }
     module = implementation("decode_attention", impl, q.device, q, k, v, **call)
     # Autocast would turn the fp32 products inside into half-precision ones.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         out, lse = module.decode_attention(q, k, v, **call)
     return (out, lse) if return_lse else out
 

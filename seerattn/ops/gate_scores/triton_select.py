@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from seerattn.ops.gate_scores.api import Gate, GateForm, KeyVectors, Rotary, Rule
@@ -349,7 +350,22 @@ def _take(keys: KeyVectors, launch: Launch, gate_k: Tensor, scales: Tensor, most
 
 
 def _halved(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of each head in fp16 and the power of two that they lack."""
+    """Weights of each head in fp16 and the power of two that they lack; kept until somebody writes to the weights."""
+    if weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _halve(weight)
+    state = weight.data_ptr(), weight._version
+    found = _HALVED.get(weight)
+    if found is None or found[0] != state:
+        found = _HALVED[weight] = state, _halve(weight)
+    return found[1]
+
+
+# By the tensor itself, weakly. To launch the kernel again in every layer takes the host 40 us for queries and for keys.
+_HALVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@torch.inference_mode(False)
+def _halve(weight: Tensor) -> tuple[Tensor, Tensor]:
     heads, count = weight.shape[0], weight[0].numel()
     weight = weight.contiguous()
     out = torch.empty_like(weight, dtype=torch.float16)

@@ -15,6 +15,7 @@ from seerattn.ops.checks import (
     check_per_row,
     check_sinks,
 )
+from seerattn.ops.launch import without_autocast
 from seerattn.ops.resolve import check_impl, implementation
 from seerattn.selection.block_indices import BlockIndices
 
@@ -86,6 +87,6 @@ def paged_attention(
     }
     module = implementation("paged_attention", impl, q.device, q, k_cache, v_cache, blocks, **call)
     # Autocast would turn the fp32 products inside into half-precision ones.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         out, lse = module.paged_attention(q, k_cache, v_cache, blocks, **call)
     return (out, lse) if return_lse else out
