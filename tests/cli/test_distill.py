@@ -107,10 +107,10 @@ def test_switches_reach_the_saved_gates(name: str, folder: Path, tmp_path: Path)
 
 def test_training_switches_reach_the_run(folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text("{gate: {block_q: 32, block_k: 32}, drop_rows: 0.25, seed: 7, retrieval_share: 1, lr: 1, phase: both}")
+    config.write_text("{gate: {block_q: 32, block_k: 32}, drop_rows: 0.25, seed: 7, retrieval_share: 1, lr: 1}")
     rare = "loss=smooth_l1 row_weight=mass density=0.3 micro-batch-size=2 warmup_steps=0 logging_steps=3 save_steps=6"
     rare += " keep_checkpoints=1 target_share=0.5 decode_rows=9"
-    text = ["--lr", "0.002", "--batch-size", "2", "--dtype", "bfloat16", "--config", str(config)]
+    text = ["--lr", "0.002", "--batch-size", "2", "--phase", "both", "--dtype", "bfloat16", "--config", str(config)]
     text += [argument for word in rare.split() for argument in ("--set", word)]
     assert call(folder, *text, output=tmp_path / "out", context=256, steps=2) == 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
