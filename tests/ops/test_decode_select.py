@@ -77,6 +77,19 @@ def test_equal_scores_are_told_apart_as_the_modules_do_it() -> None:
             assert len(s.unique()) < 20
 
 
+@pytest.mark.parametrize(("unscored", "kept"), [(0, [0, 7, 9]), (1, [0, 5, 9])])
+def test_a_block_without_a_score_of_meaning_takes_no_probability(unscored: int, kept: list[int]) -> None:
+    """Two heads want a block each: the surer one's first choice counts, and the first block may make it unsure."""
+    gate_k = torch.zeros(1, 1, 9, 32)
+    gate_k[0, 0, 0, 0], gate_k[0, 0, 5, 1], gate_k[0, 0, 7, 2] = 1, 1, 1
+    gate_q = torch.zeros(1, 2, 32)
+    # By the root of 32: the first head gives block 0 a score of 20 and block 5 of 8, the second one block 7 of 4.
+    gate_q[0, 0, 0], gate_q[0, 0, 1], gate_q[0, 1, 2] = (32**0.5 * x for x in (20, 8, 4))
+    rule = TokenRule(block_k=32, pieces=1, over_pieces="max", kind="count", setting=3, sink_blocks=1, unscored=unscored)
+    found = select_blocks(gate_q.to(DEVICE), gate_k.to(DEVICE), rule, kv_heads=1, width=3, tokens=9 * 32 + 1)
+    assert found.indices[0, 0].tolist() == kept
+
+
 @pytest.mark.parametrize("policy", [TokenBudget(tokens=150), TopK(density=0.2)], ids=str)
 @pytest.mark.parametrize("name", ["default", "paper", "group"])
 def test_sequences_of_many_lengths_get_what_each_gets_alone(name: str, policy, poisoned_memory) -> None:
