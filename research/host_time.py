@@ -30,7 +30,6 @@ from triton.runtime import driver
 import seerattn
 from seerattn.bench.model import gate_form
 from seerattn.ops import resolve
-from seerattn.ops.block_sparse_attention import triton_kernel
 from seerattn.ops.gate_scores import triton_select
 from seerattn.selection import TopK
 
@@ -92,7 +91,7 @@ def main() -> None:
     driver.set_active(Driver())
     resolve._lacking = lambda impl, *_: None if impl in ("gluon", "triton") else "not here"
     resolve._available = lambda op, _: (name for name in resolve._names(op) if name in ("gluon", "triton"))
-    triton_select._multiprocessors = triton_kernel._multiprocessors = lambda _: 132
+    triton_select.multiprocessors = lambda _: 132
     AttentionInterface.register("nothing", nothing)
     config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=LAYERS, head_dim=64)
     config.num_attention_heads, config.num_key_value_heads = 2, 1

@@ -43,6 +43,12 @@ def row_geometry(q_tokens: int, k_tokens: int, lengths: list[int]) -> list[tuple
     return [(q_tokens - t, k_tokens - n, n - t, t) for n, t in zip(lengths, q_len)]
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Those of a GPU; for the interpreter one, so that little is split."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 @functools.lru_cache(maxsize=256)  # layer after layer asks for the same, and a copy to the device waits for it
 def on_device(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of these numbers, or tuples of numbers; nobody writes to it."""

@@ -158,8 +158,21 @@ def test_a_model_decodes_padded_rows_by_the_kernel_as_by_the_modules(monkeypatch
 def test_steps_of_the_walk_change_nothing(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, (q, k) = make(SERVED["default"]), qk(1, 900)
     expected = chosen(gate, POLICIES[0], q, k, "triton")
-    monkeypatch.setattr(triton_one, "choose_launch", lambda **_: triton_one.Launch(step, 4, 2))
-    assert all(torch.equal(a, b) for a, b in zip(chosen(gate, POLICIES[0], q, k, "triton"), expected))
+    for splits in (1, 2, 5, 40):
+        monkeypatch.setattr(
+            triton_one, "choose_launch", lambda splits=splits, **_: triton_one.Launch(step, 4, 2, splits)
+        )
+        found = chosen(gate, POLICIES[0], q, k, "triton")
+        assert all(torch.equal(a, b) for a, b in zip(found, expected)), splits
+
+
+def test_programs_share_the_blocks_of_few_sequences_alone() -> None:
+    def splits(rows: int, tokens: int) -> int:
+        sizes = {"pieces": 8, "gate_dim": 128, "keys": 1, "multiprocessors": 132}
+        return triton_one.choose_launch(rows=rows, number_of_blocks=tokens // 64, **sizes).splits
+
+    assert splits(8, 32768) == splits(8, 131072) == 16 and splits(32, 131072) == 4 and splits(128, 131072) == 1
+    assert splits(8, 1024) == 1 and splits(1000, 131072) == 1
 
 
 def test_gate_keys_that_are_a_part_of_others_are_read_where_they_lie() -> None:

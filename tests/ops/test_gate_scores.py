@@ -319,7 +319,7 @@ def test_scores_that_fp16_cannot_tell_apart_are_told_apart(name: str) -> None:
 
 @pytest.mark.parametrize("programs", [1, 3])
 def test_many_strips_share_few_slots_of_scratch(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_select, "_multiprocessors", lambda device: programs)
+    monkeypatch.setattr(triton_select, "multiprocessors", lambda device: programs)
     gate, context = make_gate(FORMS["queries"]), make_context(700)
     q, k = make_qk(700, 700, batch=2)
     launch = triton_select.Launch(16, 64, 4, 2, 1, 2, pool_step=8)

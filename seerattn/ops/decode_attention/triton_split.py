@@ -7,7 +7,6 @@ follows from shapes alone; how a list is shared among them, from how long it is.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from seerattn.ops.block_sparse_attention.triton_rows import LOG2_E, add_sink, capped
 from seerattn.ops.checks import scale_refusal
+from seerattn.ops.launch import multiprocessors
 from seerattn.ops.triton_keys import key_page, key_tile
 from seerattn.selection.decode_blocks import DecodeBlocks
 
@@ -119,7 +119,7 @@ def decode_attention(
         block_k=block_k,
         head_dim=dim,
         element_size=q.element_size(),
-        multiprocessors=_multiprocessors(q.device),
+        multiprocessors=multiprocessors(q.device),
     )
     group, splits = heads // kv_heads, launch.splits
     parts = part_lse = None
@@ -179,12 +179,6 @@ def decode_attention(
             num_warps=4,
         )
     return out, lse
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Those of a GPU; for the interpreter one, so that little is split."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 # Numbers that change from batch to batch, which would compile anew where 16 divides them.

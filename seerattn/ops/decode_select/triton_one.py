@@ -1,7 +1,8 @@
-"""`impl="triton"`: a program scores all finished blocks of one sequence and KV group, and chooses among them.
+"""`impl="triton"`: finished blocks of one sequence and KV group are scored, and chosen among, in one launch.
 
-Scores of the blocks go through scratch, which the program alone writes and reads: Triton has no tile that a loop could
-fill piece by piece. They are held in registers for the choice, where the count is that of `gate_scores`.
+Where sequences are few, several programs share their blocks, or one multiprocessor would read all gate keys of a head.
+The one that ends last chooses. Scores of the blocks go through scratch: Triton has no tile that a loop could fill piece
+by piece. They are held in registers for the choice, where the count is that of `gate_scores`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from seerattn.ops.decode_select.api import TokenRule
 from seerattn.ops.gate_scores.kernels.choice import number, places, top_count, wanted_count
+from seerattn.ops.launch import multiprocessors
 from seerattn.selection.decode_blocks import DecodeBlocks
 
 # A row of scores is held in registers: of 8 warps 32 numbers a thread, as often as the choice needs it.
@@ -31,17 +33,24 @@ class Launch:
         step: blocks of one step, a power of two.
         num_warps: warps of a program.
         num_stages: depth of the pipeline of gate keys.
+        splits: programs that share the blocks of a row.
     """
 
     step: int
     num_warps: int
     num_stages: int
+    splits: int = 1
 
 
-def choose_launch(*, pieces: int, gate_dim: int, keys: int) -> Launch:
+def choose_launch(
+    *, pieces: int, gate_dim: int, keys: int, rows: int, number_of_blocks: int, multiprocessors: int
+) -> Launch:
     """Picks a launch from the shapes of a call, of ``keys`` gate keys for a piece of a block; not measured yet."""
     tile = triton.next_power_of_2(pieces) * triton.next_power_of_2(gate_dim) * triton.next_power_of_2(keys)
-    return Launch(step=max(1, TILE // tile), num_warps=8, num_stages=3)
+    step = max(1, TILE // tile)
+    # One wave, and two steps at least of each program.
+    splits = min(max(1, multiprocessors // rows), max(1, number_of_blocks // (2 * step)))
+    return Launch(step=step, num_warps=8, num_stages=3, splits=splits)
 
 
 def refusal(windows: int, rule: TokenRule | None) -> str | None:
@@ -74,13 +83,23 @@ def select_blocks(
     counts = torch.empty(batch, kv_heads, dtype=torch.int32, device=device)
     scratch = torch.empty(batch * kv_heads, members, number_of_blocks, dtype=torch.float32, device=device)
     own_keys = gate_k.shape[1] != kv_heads
-    launch = launch or choose_launch(pieces=rule.pieces, gate_dim=dim, keys=members if own_keys else 1)
+    rows = batch * kv_heads
+    launch = launch or choose_launch(
+        pieces=rule.pieces,
+        gate_dim=dim,
+        keys=members if own_keys else 1,
+        rows=max(1, rows),
+        number_of_blocks=number_of_blocks,
+        multiprocessors=multiprocessors(device),
+    )
     if counts.numel():
-        _select[(batch * kv_heads,)](
+        _select[(rows * launch.splits,)](
             gate_q.contiguous(),
             gate_k,
             None if lengths is None else lengths.contiguous(),
             scratch,
+            # How many programs of a row have ended.
+            torch.zeros(rows, dtype=torch.int32, device=device) if launch.splits > 1 else None,
             indices,
             counts,
             gate_k.stride()[:3],
@@ -88,6 +107,7 @@ def select_blocks(
             width,
             number_of_blocks,
             tokens,
+            launch.splits,
             float(rule.setting),
             dim**-0.5,
             MEMBERS=members,
@@ -118,12 +138,13 @@ def _log_sum_exp(s, top, AXIS: tl.constexpr):
 
 
 # Numbers that change from token to token, which would compile anew where 16 divides them.
-@triton.jit(do_not_specialize=["width", "number_of_blocks", "tokens"])
+@triton.jit(do_not_specialize=["width", "number_of_blocks", "tokens", "splits"])
 def _select(
     gate_q,
     gate_k,
     lengths,
     scratch,
+    ended,
     indices,
     counts,
     strides,
@@ -131,6 +152,7 @@ def _select(
     width,
     number_of_blocks,
     tokens,
+    splits,
     setting,
     scale,
     MEMBERS: tl.constexpr,
@@ -148,7 +170,8 @@ def _select(
     STAGES: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    split = tl.program_id(0) % splits
     batch = row // kv_heads
     head = row % kv_heads
     length = tokens
@@ -161,8 +184,9 @@ def _select(
     piece = tl.arange(0, BLOCK_PIECES)
     queries = gate_q + row * MEMBERS * D
     own_scratch = scratch + row * MEMBERS * number_of_blocks
+    share = tl.cdiv(tl.cdiv(own, STEP), splits) * STEP
     # Told here, as loads that no matrix product takes are not pipelined otherwise.
-    for begin in tl.range(0, own, STEP, num_stages=STAGES):
+    for begin in tl.range(split * share, tl.minimum(own, (split + 1) * share), STEP, num_stages=STAGES):
         block = begin + tl.arange(0, STEP)
         # [STEP, BLOCK_PIECES]
         window = block[:, None] * PIECES + piece[None, :]
@@ -183,12 +207,28 @@ def _select(
             tl.store(own_scratch + member * number_of_blocks + block, top, mask=block < own)
     # What other threads of the program have written is read from here on.
     tl.debug_barrier()
+    is_last = True
+    if ended is not None:
+        is_last = tl.atomic_add(ended + row, 1, sem="acq_rel") == splits - 1
+    if is_last:
+        _choose(
+            own_scratch, indices + row * width, counts + row, own, length, width, number_of_blocks, setting,
+            MEMBERS, RULE, SINKS, UNSCORED, BLOCKS,
+        )  # fmt: skip
 
+
+@triton.jit
+def _choose(
+    scratch, indices, counts, own, length, width, number_of_blocks, setting,
+    MEMBERS: tl.constexpr, RULE: tl.constexpr, SINKS: tl.constexpr, UNSCORED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The list and the count of a row by the scores of its heads, which other multiprocessors may have written."""
     column = tl.arange(0, BLOCKS)[None, None, None, :]
     scored = (column < own) & (column >= UNSCORED)
     best = tl.full([1, 1, 1, BLOCKS], -float("inf"), tl.float32)
     for member in tl.static_range(MEMBERS):
-        s = tl.load(own_scratch + member * number_of_blocks + column, mask=scored, other=-float("inf"))
+        at = scratch + member * number_of_blocks + column
+        s = tl.load(at, mask=scored, other=-float("inf"), cache_modifier=".cg")
         norm = _log_sum_exp(s, tl.max(s, 3), 3)
         best = tl.maximum(best, tl.where(scored, s - tl.expand_dims(norm, 3), -float("inf")))
 
@@ -202,7 +242,7 @@ def _select(
     rivals = (column >= first) & (column < own)
     keep = top_count(best, rivals, beside, one + own - first, wanted - forced, wanted)
     place = places(keep) - 1
-    tl.store(indices + row * width + place, column, mask=keep)
+    tl.store(indices + place, column, mask=keep)
     kept = number(keep)
-    tl.store(counts + row + one, kept)
-    tl.store(indices + row * width + column, -1, mask=(column >= kept[:, None, None, None]) & (column < width))
+    tl.store(counts + one, kept)
+    tl.store(indices + column, -1, mask=(column >= kept[:, None, None, None]) & (column < width))

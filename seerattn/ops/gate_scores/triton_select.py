@@ -18,7 +18,7 @@ from seerattn.ops.gate_scores.kernels import choice
 from seerattn.ops.gate_scores.kernels.launch import POOL_WARPS, POOL_WINDOWS, rotation_of, table_refusal
 from seerattn.ops.gate_scores.kernels.scores import score_and_choose_kernel
 from seerattn.ops.gate_scores.kernels.vectors import halve_kernel, vectors_kernel
-from seerattn.ops.launch import on_device
+from seerattn.ops.launch import multiprocessors, on_device
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 
 LOG2_E = 1.4426950408889634
@@ -162,7 +162,7 @@ def select_blocks(
     k_tiles = -(-k_windows // k_side["K_M"]) - k_begin // form.k_size // k_side["K_M"]
     k_items = k_tiles * batch * k_heads
     items = k_items + q_tiles * batch * heads
-    programs = min(items, launch.pool_programs * _multiprocessors(device))
+    programs = min(items, launch.pool_programs * multiprocessors(device))
     slot = max(k_side["K_M"] * len(form.k_pooling), q_side["Q_M"] * len(form.q_pooling)) * dim
     coarse = launch.planes == 1
     features = torch.empty(programs, slot, dtype=torch.float16 if coarse else torch.float32, device=device)
@@ -247,7 +247,7 @@ def select_blocks(
     # Block scores and the choice.
     strip = launch.windows_q // form.query_subblocks
     items = -(-num_q_blocks // strip) * batch * heads
-    programs = min(items, launch.programs * _multiprocessors(device))
+    programs = min(items, launch.programs * multiprocessors(device))
     tile = _row_tile(num_k_blocks, strip, launch.num_warps)
     stride = max(k_rows // form.key_subblocks, tile["C"] * tile["P"] * tile["L"])
     scratch_rows = launch.windows_q if form.normalize_subblocks else strip
@@ -421,8 +421,3 @@ def _longest_list(
     if last_rows_dense:
         kept[-last_rows_dense:] = causal[-last_rows_dense:]
     return max(1, int(kept.max()))
-
-
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
