@@ -9,6 +9,7 @@ import typer
 from seerattn.bench.attention import AttentionBench
 from seerattn.bench.attention_map import MapBench
 from seerattn.bench.crossover import CrossoverBench, save_table
+from seerattn.bench.decode import DecodeBench
 from seerattn.bench.distill import DistillBench
 from seerattn.bench.finetune import FinetuneBench
 from seerattn.bench.options import Bench, Measuring, ModelBench
@@ -62,6 +63,13 @@ def crossover(bench: CrossoverBench, measuring: Measuring) -> None:
 @from_options
 def ttft(bench: TTFTBench, measuring: Measuring) -> None:
     """Time the prefill of a whole model: dense, and with gates at several densities."""
+    _measure(bench, measuring)
+
+
+@app.command()
+@from_options
+def decode(bench: DecodeBench, measuring: Measuring) -> None:
+    """Time tokens that a whole model decodes behind long caches: dense, and with gates at several densities."""
     _measure(bench, measuring)
 
 
@@ -132,6 +140,7 @@ def _print_results(rows: list[Result]) -> None:
         targets = [f"{row.cell['target_share']:.0%} of the targets"] if "target_share" in row.cell else []
         chunks = [f"chunks of {row.cell['chunk']:,}"] if "chunk" in row.cell else []
         chunks += [f"{row.cell['at_once']} at once"] if "at_once" in row.cell else []
+        chunks += [f"{row.cell['batch']} at a time"] if row.what == "decode_ms" else []
         blocks = f"{row.cell['block_q']}x{row.cell['block_k']}" if "block_q" in row.cell else ""
         body.append(
             [
@@ -148,18 +157,21 @@ def _print_results(rows: list[Result]) -> None:
     print_table(heads, body, texts=heads)
 
 
+# What is compared with dense runs of as many sequences, and how the comparison is worded.
+_COMPARED = {"serve_first_s": "times as soon as dense", "decode_ms": "times as fast as dense"}
+
+
 def _speed_up(found: list[Result], rows: Iterable[Result]) -> list[str]:
-    """How much sooner the first token of served prompts comes than densely, of as many."""
-    (row,) = [one for one in found if one.what == "serve_first_s"] or [None]
+    """How much sooner a first token comes, or any other one, than densely."""
+    (row,) = [one for one in found if one.what in _COMPARED] or [None]
     if row is None or row.method == "dense" or row.value is None:
         return []
-    asked = (row.what, row.context, row.model, row.cell["at_once"])
-    dense = [
-        one.value
-        for one in rows
-        if one.method == "dense" and (one.what, one.context, one.model, one.cell.get("at_once")) == asked and one.value
-    ]
-    return [f"{min(dense) / row.value:.2f} times as soon as dense"] if dense else []
+
+    def asked(one: Result) -> tuple:
+        return one.what, one.context, one.model, one.cell.get("at_once"), one.cell.get("batch")
+
+    dense = [one.value for one in rows if one.method == "dense" and asked(one) == asked(row) and one.value]
+    return [f"{min(dense) / row.value:.2f} {_COMPARED[row.what]}"] if dense else []
 
 
 def _print_crossover(found: dict) -> None:

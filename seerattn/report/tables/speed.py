@@ -22,6 +22,7 @@ _TITLES = {
     "extra_memory_mib": "Attention with the map of blocks, MiB beyond inputs and results",
     "decode_attention_ms": "Attention of one token, ms",
     "ttft_s": "Time to first token, s",
+    "decode_ms": "Decoded tokens of whole models, ms",
     "serve_first_s": "Serving, time to the first token, s",
     "serve_tokens_per_second": "Serving, tokens a second",
     "attention_share": "Share of attention in the time to first token",
@@ -33,7 +34,7 @@ _TITLES = {
 }
 # Times that dense attention has as well.
 _COMPARED = ("attention_ms", "attention_training_ms", "attention_map_ms", "ttft_s")
-_COMPARED += ("finetune_layer_ms", "finetune_step_ms", "decode_attention_ms", "serve_first_s")
+_COMPARED += ("finetune_layer_ms", "finetune_step_ms", "decode_attention_ms", "decode_ms", "serve_first_s")
 # Of these more is better.
 _RATES = ("serve_tokens_per_second",)
 _WORK = {"forward": "plain forward", "distill": "distillation step"}

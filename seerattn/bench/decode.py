@@ -1,0 +1,187 @@
+"""Time of a decoded token of a whole model: dense, and with gates that choose what each token reads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from statistics import median
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from seerattn.bench.dense import BACKENDS, sdpa_backend
+from seerattn.bench.model import Size, gate_form
+from seerattn.bench.model_runs import ModelRuns
+from seerattn.bench.options import ModelBench, contexts, densities, gates
+from seerattn.bench.serve import ROUNDINGS, default_dense
+from seerattn.bench.session import Session, of_gates
+from seerattn.bench.timing import long_runs, reset_peak, synchronize
+from seerattn.hf.attach import set_policy
+from seerattn.hf.meters import record_density
+from seerattn.options import option
+from seerattn.results.record import Result
+from seerattn.selection.policies import KeepAll, TopK
+
+WARM_UPS = 2
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of a layer, with room for the tokens to come.
+
+    A `DynamicLayer` copies all of them for every token, and a `StaticLayer` needs a mask, with which
+    scaled_dot_product_attention has no fast kernel.
+
+    Args:
+        room: ``[2, B, HKV, S, D]`` for keys and values.
+        tokens: those that are there.
+    """
+
+    def __init__(self, room: Tensor, tokens: int) -> None:
+        super().__init__()
+        self.room = room
+        self.dtype, self.device, self.is_initialized = room.dtype, room.device, True
+        self.keys, self.values = room[:, :, :, :tokens]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Puts new tokens behind the others; see `CacheLayerMixin`."""
+        begin = self.keys.shape[2]
+        self.room[0, :, :, begin : begin + key_states.shape[2]] = key_states
+        self.room[1, :, :, begin : begin + key_states.shape[2]] = value_states
+        self.keys, self.values = self.room[:, :, :, : begin + key_states.shape[2]]
+        return self.keys, self.values
+
+
+def random_cache(size: Size, batch: int, tokens: int, more: int, device: torch.device) -> DynamicCache:
+    """A cache of random keys and values of ``tokens`` tokens, with room for ``more``."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (2, batch, size.shape.kv_heads, tokens + more, size.shape.head_dim)
+    cache = DynamicCache()
+    for _ in range(size.layers):
+        room = torch.empty(shape, dtype=size.shape.dtype, device=device).normal_(generator=generator)
+        cache.layers.append(RoomyLayer(room, tokens))
+    return cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeBench(ModelBench):
+    """Milliseconds of a decoded token ("decode_ms") of all sequences together, and "peak_memory_gib".
+
+    The model, its gates and what its cache holds are random; top-k reads the share that it is told to, whatever the
+    scores. Gate keys are made before the clock starts. Dense runs are those of the unpatched model. Before sparse runs
+    are timed, the same gates that keep all blocks are held against the unpatched model.
+
+    Attributes:
+        densities: shares of the blocks that a token reads.
+        baselines: SDPA backends of dense steps.
+        batches: sequences that are decoded together.
+        steps: tokens of a timed run.
+    """
+
+    contexts: tuple[int, ...] = contexts(32768, 131072, low=2)
+    densities: tuple[float, ...] = densities(0.1)
+    gates: tuple[str, ...] = gates("default")
+    baselines: tuple[str, ...] = option(
+        (), help="Dense attention; default: flash, on a CPU sdpa.", choices=(*BACKENDS,), flag=False
+    )
+    batches: tuple[int, ...] = option((1, 4), help="Sequences that are decoded together.", low=1)
+    steps: int = option(16, help="Tokens of a timed run.", low=1, flag=False)
+
+    def run(self, session: Session, subject: Size) -> list[Result]:
+        """See `Bench`."""
+        bench = _Steps(session, subject, self.repeats, "sparse")
+        rows: list[Result | None] = []
+        for tokens, batch in product(self.lengths, sorted(set(self.batches))):
+            for name in self.baselines or (default_dense(session.device),):
+                rows += bench.dense(tokens, batch, name, self.steps)
+            for form, density in product(self.gates, sorted(self.densities)):
+                rows += bench.sparse(tokens, batch, form, density, self.steps)
+        return [row for row in rows if row is not None]
+
+
+class _Steps(ModelRuns):
+    """Decode steps of one model."""
+
+    quantities = ("decode_ms", "peak_memory_gib")
+
+    def dense(self, tokens: int, batch: int, name: str, steps: int) -> list[Result | None]:
+        """The unpatched model with one SDPA backend."""
+
+        def run() -> dict[str, dict[str, Any]]:
+            with sdpa_backend(name, self.device):
+                return self._run(self.model.plain(), tokens, batch, steps)
+
+        label = f"{batch:>2} at a time, dense {name}"
+        return self.measure(tokens, name, run, label, cell={"batch": batch}, realised_density=1.0)
+
+    def sparse(self, tokens: int, batch: int, form: str, density: float, steps: int) -> list[Result | None]:
+        """The model with gates of a form, and top-k of a density for each token."""
+        policy = TopK(density=density)
+
+        def run() -> dict[str, dict[str, Any]]:
+            self._check(form)
+            model = self.model.gated(form)
+            set_policy(model, None, decode_policy=policy)
+            return self._run(model, tokens, batch, steps)
+
+        values = of_gates(form) | {"settings": policy.to_dict(), "density": density, "seed": 0}
+        cell = {"batch": batch, "block_k": gate_form(form).block_k, "share": "group"}
+        label = f"{batch:>2} at a time, gates {form}, density {density:g}"
+        return self.measure(tokens, self.impl, run, label, cell=cell, **values)
+
+    def _run(
+        self, model: PreTrainedModel | PeftModel, tokens: int, batch: int, steps: int
+    ) -> dict[str, dict[str, Any]]:
+        self.session.release()
+        reset_peak(self.device)
+        cache = random_cache(self.size, batch, tokens, steps * (self.repeats + 1) + WARM_UPS, self.device)
+        walk = self._walk(model, cache, batch)
+        with record_density(model) as meter:
+            for _ in range(WARM_UPS):
+                next(walk)
+        synchronize(self.device)
+        seconds = []
+
+        def one() -> float:
+            begin = time.perf_counter()
+            for _ in range(steps):
+                next(walk)
+            synchronize(self.device)
+            seconds.append((time.perf_counter() - begin) / steps)
+            return seconds[-1]
+
+        long_runs(one, self.device, repeats=self.repeats)
+        realised = meter.decode.mean() if meter.decode.layers else 1.0
+        return self.fields({"decode_ms": median(seconds) * 1e3}, {"seconds": seconds}, realised_density=realised)
+
+    def _walk(self, model: PreTrainedModel | PeftModel, cache: DynamicCache, batch: int) -> Iterator[Tensor]:
+        """Logits of one token after the other."""
+        token = torch.full((batch, 1), 3, device=self.device)
+        while True:
+            with torch.no_grad():
+                yield model(input_ids=token, past_key_values=cache, use_cache=True).logits
+
+    def _check(self, form: str) -> None:
+        """Holds sparse steps that read all blocks against the unpatched model.
+
+        Raises:
+            CheckFailed: they give other logits, roundings aside.
+        """
+        tokens, batch = 5 * gate_form(form).block_k + 7, 2
+
+        def logits(model: PreTrainedModel | PeftModel) -> Tensor:
+            return next(self._walk(model, random_cache(self.size, batch, tokens, 1, self.device), batch)).double()
+
+        def run() -> tuple[float, float]:
+            expected = logits(self.model.plain())
+            model = self.model.gated(form)
+            set_policy(model, None, decode_policy=KeepAll())
+            bound = ROUNDINGS * torch.finfo(self.shape.dtype).eps * float(expected.abs().max())
+            return float((logits(model) - expected).abs().max()), bound
+
+        self.session.check(f"steps of gates {form} that read all blocks", run, oracle="the unpatched model")
