@@ -229,41 +229,6 @@ def forward(
 
 
 @triton.jit
-def _add(
-    acc,
-    top,
-    total,
-    scores,
-    factor,
-    new_top,
-    v_tiles,
-    v_strides,
-    place,
-    kv_head,
-    k_slot,
-    first_key,
-    k_end,
-    PAGE: tl.constexpr,
-    TILE_K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Values and probabilities of one step, whose new maxima are known; ``CUT`` leaves keys from ``k_end`` on out."""
-    p = tl.exp2(scores * factor - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, 1)
-    acc = acc * shrink[:, None]
-    v = key_tile(v_tiles, v_strides, place, kv_head, k_slot, first_key, k_end, PAGE, TILE_K, D, BLOCK_D, CUT)
-    if CUT and v_strides is None:
-        # What follows this sequence belongs to another one, and 0 x NaN would let it leak.
-        key = first_key + tl.arange(0, TILE_K)
-        v = tl.where((key < k_end)[:, None], v, 0.0)
-    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), total
-
-
-@triton.jit
 def _walk(
     acc,
     top,
@@ -320,58 +285,26 @@ def _walk(
             scores = tl.where(key[None, :] <= position[:, None], scores, -float("inf"))
         largest = tl.max(scores, 1) * factor
         new_top = tl.maximum(top, largest)
+        needed = True
         if skip_level is not None and not MASKED:
             met = new_top
             if sink is not None:
                 met = tl.maximum(new_top, sink)
             needed = (tl.max(largest - met, 0) >= skip_level) | (i == 0) | (i >= forced)
-            # No row has a new maximum in a block that is skipped, so all that it knows stays as it is.
-            if needed:
-                acc, total = _add(
-                    acc,
-                    top,
-                    total,
-                    scores,
-                    factor,
-                    new_top,
-                    v_tiles,
-                    v_strides,
-                    place,
-                    kv_head,
-                    k_slot,
-                    first_key,
-                    k_end,
-                    PAGE,
-                    TILE_K,
-                    D,
-                    BLOCK_D,
-                    False,
-                    PRECISION,
-                )
-                top = new_top
-                kept += 1
-        else:
-            acc, total = _add(
-                acc,
-                top,
-                total,
-                scores,
-                factor,
-                new_top,
-                v_tiles,
-                v_strides,
-                place,
-                kv_head,
-                k_slot,
-                first_key,
-                k_end,
-                PAGE,
-                TILE_K,
-                D,
-                BLOCK_D,
-                MASKED and CUT,
-                PRECISION,
+        # No row has a new maximum in a block that is skipped, so all that it knows stays as it is.
+        if needed:
+            p = tl.exp2(scores * factor - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(p, 1)
+            acc = acc * shrink[:, None]
+            v = key_tile(
+                v_tiles, v_strides, place, kv_head, k_slot, first_key, k_end, PAGE, TILE_K, D, BLOCK_D, MASKED and CUT
             )
+            if MASKED and CUT and v_strides is None:
+                # What follows this sequence belongs to another one, and 0 x NaN would let it leak.
+                own_key = first_key + tl.arange(0, TILE_K)
+                v = tl.where((own_key < k_end)[:, None], v, 0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
             top = new_top
             kept += 1
     return acc, top, total, kept
