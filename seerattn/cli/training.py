@@ -78,7 +78,7 @@ def train(kind: type[TrainingRun], config: RunConfig, setup: Setup) -> None:
     """
     run = plan(kind, config, setup)
     if is_main():
-        show_plan(run.describe())
+        show_plan(run.describe(every_way=setup.dry_run))
     if setup.dry_run:
         return
     try:

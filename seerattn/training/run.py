@@ -20,8 +20,9 @@ from seerattn.hf.identity import transformers_model
 from seerattn.selection.policies import TopK
 from seerattn.training.checkpoints import delete_checkpoints
 from seerattn.training.config import RunConfig
+from seerattn.training.memory import Way
 from seerattn.training.output import CHECKPOINTS_NAME, LOG_NAME, begun, check_output, check_replaced
-from seerattn.training.processes import is_main, processes
+from seerattn.training.processes import is_main, is_sharded, processes
 from seerattn.training.watch import watching
 
 if TYPE_CHECKING:
@@ -157,8 +158,8 @@ class TrainingRun(ABC):
             facts |= {"gates": None if self.start is None else list(self.start)}
         return facts
 
-    def describe(self) -> dict[str, str]:
-        """What will be done, for people."""
+    def describe(self, *, every_way: bool = True) -> dict[str, str]:
+        """What will be done, for people; with ``every_way`` also the memory of ways to run that it does not take."""
         config, gates, base = self.config, self.gates, transformers_model(self.model)
         weights = sum(p.numel() for p in self.model.parameters()) - self.parameters
         shown = {"model": f"{base.config.name_or_path or type(base).__name__}, {weights:,} parameters"}
@@ -171,7 +172,10 @@ class TrainingRun(ABC):
             shown["targets"] = "of " + ("all query blocks" if config.target_share == 1 else share)
         shown |= self._details() | _describe_samples(self.samples) | {"steps": config.describe_steps()}
         shown["learning rate"] = f"{self._rates()}, {self.schedule}, {config.warmup} steps of warm-up"
+        own = f"memory, {Way(processes(), sharded=processes() > 1 and is_sharded())}"
         for name, parts in self._memory().items():
+            if not every_way and name != own:
+                continue
             told = ", ".join(f"{part} {_as_bytes(size)}" for part, size in parts.items())
             shown[name] = f"{_as_bytes(sum(parts.values()))} on each process (estimate): {told}"
         return shown

@@ -201,6 +201,12 @@ def test_dry_run_shows_the_plan_of_the_loaded_model_and_reads_no_weights(
     given = {"model": tmp_path / "model", "output": tmp_path / "out", "device": "cpu", "dtype": dtype} | options
     assert call(folder, "--dry-run", **given) == 0
     assert shown == [wanted]
+    # A run tells of the way that it takes alone.
+    assert len([name for name in wanted if name.startswith("memory")]) > 1
+    shown.clear()
+    loaded.save_pretrained(tmp_path / "model")
+    assert call(folder, **given) == 0
+    assert [name for name in shown[0] if name.startswith("memory")] == ["memory, one process"]
 
 
 # What is wrong, and what the sentence must name.
