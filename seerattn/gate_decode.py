@@ -20,7 +20,7 @@ from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.pooling import Pooled
 from seerattn.gate_memory import GateMemory
 from seerattn.gate_selector import call_frequencies, pool, pooled_keys
-from seerattn.ops.decode_select import TokenRule, select_blocks
+from seerattn.ops.decode_select import KeyTable, TokenRule, select_blocks
 from seerattn.ops.resolve import check_impl, implementation, refusal
 from seerattn.selection import decode_policy as modules
 from seerattn.selection.decode_blocks import DecodeBlocks
@@ -124,6 +124,37 @@ class GateDecoder(PolicyDecoder):
             layer=context.layer,
             forced_scored=not config.exclude_forced,
         )
+
+    def serves_many(self, device: torch.device, tokens: int) -> bool:
+        """Whether `select_many` serves sequences of up to so many tokens: where the kernel chooses for one as well."""
+        return self._runs_fused(device, self.finished_windows(tokens), token_rule(self.gate, self.policy))
+
+    def finished_windows(self, tokens: int) -> int:
+        """Gate keys of the blocks before that of the last of so many tokens."""
+        return (tokens - 1) // self.block_size * self.gate.config.key_subblocks
+
+    @torch.no_grad()
+    def select_many(self, q: Tensor, gate_k: KeyTable, lengths: Tensor, *, tokens: int) -> DecodeBlocks:
+        """Chooses blocks for the last tokens of sequences of many lengths in one launch, each as `select_token` does.
+
+        Args:
+            q: queries before RoPE, fp32 ``[1, H, R, D]``, one token of every sequence.
+            gate_k: gate keys of their finished blocks, of ``R`` sequences.
+            lengths: int32 ``[R]``, keys of every sequence, that of the token included.
+            tokens: the largest of them.
+
+        Returns:
+            Lists ``[R, HKV, K]``.
+        """
+        gate_q = self.gate.token_queries(Pooled(q, 1, 0, q.shape[2]), lengths - 1)
+        width = most_blocks(self.policy, (tokens - 1) // self.block_size + 1, self.block_size)
+        sizes = {"kv_heads": self.gate.num_kv_heads, "width": width, "lengths": lengths}
+        return select_blocks(gate_q[0].transpose(0, 1), gate_k, token_rule(self.gate, self.policy), **sizes)
+
+    @torch.no_grad()
+    def keep_keys(self, k: Tensor, context: AttentionContext) -> None:
+        """Leaves the gate keys of all finished blocks in the memory of the context; see `select_token`."""
+        self._gate_keys(k, context, (k.shape[2] - 1) // self.block_size)
 
     def _runs_fused(self, device: torch.device, windows: int, rule: TokenRule | None) -> bool:
         """Whether the kernel serves a call; where "auto" leaves a GPU to the modules, it warns with the reason."""

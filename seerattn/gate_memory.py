@@ -9,6 +9,7 @@ the cache of the model.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.ops.gate_scores import KeyVectors
-from seerattn.selection.selector import Memory
+from seerattn.selection.selector import Kept, Memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,15 @@ class GateMemory:
         queries = q[:, :, q.shape[2] - tail :].detach().clone() if 0 < tail <= q.shape[2] else None
         keys = self.keys if keys is None else keys[:, :, : k_len // config.k_size]
         return replace(self, tokens=k_len, keys=keys, queries=queries)
+
+
+def known_keys(kept: Iterable[Kept | None], gate: AttnGate) -> list[Tensor | None]:
+    """Gate keys ``[1, h, W, DG]`` of several sequences as they were kept; None where this gate kept none."""
+    weights = _weights(gate)
+    return [
+        one.keys if isinstance(one, GateMemory) and one.gate() is gate and one.weights == weights else None
+        for one in kept
+    ]
 
 
 def _weights(gate: AttnGate) -> tuple:

@@ -267,7 +267,7 @@ class _Aligned(Scheduler):
         found = self._one_suspect_or_others(*budgets)
         under_way = self.active_requests.keys() | self.waiting_requests.keys()
         for request_id in [one for one in batching.requests if one not in under_way]:
-            del batching.requests[request_id]
+            batching.end(request_id)
         # Of a request for which no whole block was left nothing runs this time.
         scheduled = found[0] and [future for future in found[0] if future.query_length]
         for future in scheduled or ():

@@ -280,9 +280,14 @@ def attend_to(
     q: Tensor, k: Tensor, v: Tensor, blocks: DecodeBlocks, running: Running, logits: dict[str, Any]
 ) -> Tensor:
     """Attention ``[B, 1, H, D]`` of the last tokens ``[B, H, 1, D]`` of sequences of one length over their lists."""
-    impl = running.op_impl if running.op_impl in _IMPLS else "auto"
     lengths = torch.full((q.shape[0],), k.shape[2], dtype=torch.int32, device=q.device)
-    return decode_attention(q[:, :, 0], k, v, lengths=lengths, blocks=blocks, impl=impl, **logits)[:, None]
+    call = {"lengths": lengths, "blocks": blocks, "impl": decode_impl(running), **logits}
+    return decode_attention(q[:, :, 0], k, v, **call)[:, None]
+
+
+def decode_impl(running: Running) -> str:
+    """What `decode_attention` is told."""
+    return running.op_impl if running.op_impl in _IMPLS else "auto"
 
 
 def count_all(meters: Iterable[DensityMeter], running: Running, state: LayerState, tokens: int, device: Any) -> None:

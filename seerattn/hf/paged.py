@@ -1,8 +1,9 @@
 """Attention of transformers' continuous batching: one packed forward of many requests over a paged cache.
 
 A forward holds rows: the new tokens of one request each, one after the other, with all keys of that request. A row of a
-prompt goes sparse, a row that is decoded goes dense, by the attention that the model had before. Each is computed as if
-it were alone, so that nothing of a request reaches another one, not even its failure (`seerattn.hf.faults`).
+prompt goes sparse, a row that is decoded goes dense, by the attention that the model had before, or by a decode policy
+(`seerattn.hf.paged_decode`). Each gets what it would get alone, so that nothing of a request reaches another one, not
+even its failure (`seerattn.hf.faults`).
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from seerattn.hf.call import LayerCall, logits_of
-from seerattn.hf.decode import attend_to, count_all
 from seerattn.hf.meters import attend_counted, count_dense
+from seerattn.hf.paged_decode import decode_alone, decode_together, recall, row_context
 from seerattn.hf.pages import EDITS_KEYWORDS, Pages, Row, is_left_in_pages
 from seerattn.hf.requests import BATCHING, Batching, Request
 from seerattn.hf.state import LayerState, check_filled
 from seerattn.ops.crossover import LayerShape, prefer_dense
 from seerattn.selection.block_indices import BlockIndices
-from seerattn.selection.decode_selector import tells_all
-from seerattn.selection.selector import AttentionContext, Memory, Selector
+from seerattn.selection.selector import AttentionContext, Selector
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +113,16 @@ def _over_pages(
     _update(module, key, value, kwargs, is_windowed=False)
     pages = Pages.of(cache, module.layer_idx, layout)
     together = pages.decode(query, logits_of(query, own))
-    if together is not None and layout.places is None:
-        return together[None]
+    parts = [] if together is None else [(layout.together(layout.decoded), together)]
+    parts += decode_together(batching, pages, seer, query, own)
+    if parts and parts[0][0].places is None:
+        return parts[0][1][None]
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    if together is not None:
-        out[0, layout.places[0]] = together
+    for rows, part in parts:
+        out[0, rows.places] = part
+    done = {number for rows, _ in parts for number in rows.numbers}
     for number, row in enumerate(layout.rows):
-        if together is None or number not in layout.decoded:
+        if number not in done:
             new = slice(row.begin, row.end)
             whole = (key[:, :, new], value[:, :, new])
             keys = partial(pages.row, number) if row.start else lambda whole=whole: whole
@@ -171,8 +174,8 @@ def _attend(
     if seer is not None and request.prompt > 1 and (window is None or window >= request.prompt):
         told = min(tokens, max(0, request.prompt - row.start))
     out = []
-    if seer is not None and tokens == 1 and window is None and (row.start >= request.prompt or request.prompt == 1):
-        decoded = _decode(batching, number, row, request, seer, q, k, v, kwargs)
+    if seer is not None and window is None and request.writes(row):
+        decoded = decode_alone(batching, number, row, request, seer, q, k, v, kwargs)
         if decoded is not None:
             return [decoded]
     if told:
@@ -229,20 +232,12 @@ def _sparse(
         count_dense(request.meters, running, state, [(q.shape[2], row.k_end - row.k_begin)], q.device)
         return None
     logits = logits_of(q, kwargs)
-    context = _context(batching, number, row, seer, q, k, logits)
+    context = row_context(batching, number, row, seer, q, k, logits)
     blocks = _select(selector, request, state.layer, q, k, context)
     for meter in request.meters:
         meter.add(state.layer, state.heads, blocks)
     counting = {"layer": state.layer, "meters": request.meters}
     return attend_counted(q, k, v, blocks, impl=running.op_impl, **counting, **logits)
-
-
-def _context(
-    batching: Batching, number: int, row: Row, seer: LayerCall, q: Tensor, k: Tensor, logits: dict[str, Any]
-) -> AttentionContext:
-    """What a selector may know of a row."""
-    call = seer.on(q.device).part(0, row.begin, row.end)
-    return call.context(row=None, q_len=q.shape[2], k_len=k.shape[2], mask=batching.mask(number, row), **logits)
 
 
 def _select(
@@ -253,48 +248,11 @@ def _select(
     decodes = layer in request.running.decoders
     if tokens == request.prompt and not past and not decodes:
         return selector.select(q, k, context)
-    memory = _recall(request, layer, past)
+    memory = recall(request, layer, past)
     blocks = selector.select(q, k, replace(context, memory=memory))
     if tokens < request.prompt or decodes:
         request.kept[layer] = (tokens, memory.kept)
     return blocks
-
-
-def _recall(request: Request, layer: int, past: int) -> Memory:
-    """What a selector kept of the first ``past`` tokens; nothing where they came otherwise."""
-    known, kept = request.kept.pop(layer, (0, None))
-    return Memory(past, kept) if kept is not None and known == past else Memory()
-
-
-def _decode(
-    batching: Batching,
-    number: int,
-    row: Row,
-    request: Request,
-    seer: LayerCall,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kwargs: dict[str, Any],
-) -> Tensor | None:
-    """Attention ``[1, 1, H, D]`` of a decoded token over the blocks that are chosen for it; None where it is dense."""
-    state, running, tokens = seer.state, request.running, k.shape[2]
-    decoder = running.decoders.get(state.layer)
-    if decoder is None:
-        return None
-    if running.impl == "auto" and tells_all(decoder, tokens):
-        count_all(request.meters, running, state, tokens, q.device)
-        return None
-    if state.layer in running.gates:
-        check_filled(running.gates[state.layer], state.layer)
-    logits = logits_of(q, kwargs)
-    context = _context(batching, number, row, seer, q, k, logits)
-    memory = _recall(request, state.layer, tokens - 1)
-    blocks = decoder.select_token(q, k, replace(context, memory=memory))
-    request.kept[state.layer] = (tokens, memory.kept)
-    for meter in request.meters:
-        meter.decode.add(state.layer, state.heads, blocks.counts, tokens, blocks.block_k)
-    return attend_to(q, k, v, blocks, running, logits)
 
 
 def _dense_is_faster(state: LayerState, request: Request, q: Tensor) -> bool:

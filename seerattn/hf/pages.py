@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from seerattn.ops.decode_attention import decode_attention
 from seerattn.ops.resolve import preferred, refusal
+from seerattn.selection.decode_blocks import DecodeBlocks
 
 # transformers 5.17 gives indices one by one and has names with a prefix; newer ones edit the keywords of the call.
 EDITS_KEYWORDS = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
@@ -62,7 +64,30 @@ class Row(NamedTuple):
         return (self.k_end - self.k_begin) - (self.end - self.begin)
 
 
-class Layout(NamedTuple):
+class Together(NamedTuple):
+    """Rows of one token each that are decoded at once.
+
+    Attributes:
+        numbers: which rows of a forward they are.
+        places: their tokens, int64 ``[m]``; None if those are all tokens of the forward.
+        table: their pages, int32 ``[m, P]``.
+        lengths: their keys, int32 ``[m]``.
+        longest: the most keys of one.
+    """
+
+    numbers: list[int]
+    places: Tensor | None
+    table: Tensor
+    lengths: Tensor
+    longest: int
+
+    def of(self, x: Tensor, dim: int) -> Tensor:
+        """Their tokens of a tensor of all tokens of the forward."""
+        return x if self.places is None else x.index_select(dim, self.places)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
     """Where the rows of a forward have their keys.
 
     Attributes:
@@ -70,7 +95,6 @@ class Layout(NamedTuple):
         decoded: numbers of those that a kernel may decode together.
         table: pages of the rows, int32 ``[n, P]``.
         lengths: keys of the rows, int32 ``[n]``.
-        places: tokens and numbers of the rows in `decoded`, int64 ``[2, m]``; None if that is all of them.
         impl: of `decode_attention` that runs on the device.
     """
 
@@ -78,8 +102,8 @@ class Layout(NamedTuple):
     decoded: list[int]
     table: Tensor
     lengths: Tensor
-    places: Tensor | None
     impl: str
+    _together: dict[tuple[int, ...], Together] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, cache: PagedAttentionCache, futures: list[Any], decoded: list[bool], device: torch.device) -> Layout:
@@ -100,11 +124,19 @@ class Layout(NamedTuple):
         pages = [_pages(cache, future.state.request_id)[: -(-row.k_end // page)] for future, row in zip(futures, rows)]
         width = max(map(len, pages))
         table = torch.tensor([[*of, *[0] * (width - len(of))] for of in pages], dtype=torch.int32)
-        places = None
-        if len(together) < len(rows):
-            places = _on(device, torch.tensor([[rows[number].begin for number in together], together]))
         lengths = torch.tensor([row.k_end for row in rows], dtype=torch.int32)
-        return cls(rows, together, _on(device, table), _on(device, lengths), places, preferred(_OP, "auto", device))
+        return cls(rows, together, _on(device, table), _on(device, lengths), preferred(_OP, "auto", device))
+
+    def together(self, numbers: list[int]) -> Together:
+        """Some rows of one token each, found once for all layers."""
+        name = tuple(numbers)
+        if name not in self._together:
+            rows, places, table, lengths = [self.rows[number] for number in numbers], None, self.table, self.lengths
+            if len(numbers) < len(self.rows):
+                at = _on(table.device, torch.tensor([[row.begin for row in rows], numbers]))
+                places, table, lengths = at[0], table[at[1]], lengths[at[1]]
+            self._together[name] = Together(numbers, places, table, lengths, max(row.k_end for row in rows))
+        return self._together[name]
 
 
 class Pages(NamedTuple):
@@ -145,16 +177,28 @@ class Pages(NamedTuple):
         Returns:
             ``[m, H, D]``.
         """
-        _, decoded, table, lengths, places, name = self.layout
-        if name == "reference" or not decoded:
+        name = self.layout.impl
+        if name == "reference" or not self.layout.decoded:
             return None
-        q = query[0].transpose(0, 1)
-        if places is not None:
-            q, table, lengths = q[places[0]], table[places[1]], lengths[places[1]]
-        call = {"lengths": lengths, "block_table": table, "blocks": None, **logits}
+        rows = self.layout.together(self.layout.decoded)
+        q = rows.of(query, 2)[0].transpose(0, 1)
+        call = {"lengths": rows.lengths, "block_table": rows.table, "blocks": None, **logits}
         if refusal(_OP, name, q.device, q, self.k, self.v, **call) is not None:
             return None
         return decode_attention(q, self.k, self.v, **call, impl=name)
+
+    def read(self, rows: Together, q: Tensor, blocks: DecodeBlocks, impl: str, logits: dict[str, Any]) -> Tensor:
+        """Attention ``[m, H, D]`` of rows that are decoded over the blocks that were chosen for each.
+
+        Args:
+            rows: the rows.
+            q: their queries ``[1, H, m, D]``.
+            blocks: lists ``[m, HKV, K]``.
+            impl: of `decode_attention`.
+            logits: scale, softcap and sinks.
+        """
+        call = {"lengths": rows.lengths, "block_table": rows.table, "blocks": blocks, **logits}
+        return decode_attention(q[0].transpose(0, 1), self.k, self.v, **call, impl=impl)
 
 
 def _on(device: torch.device, x: Tensor) -> Tensor:

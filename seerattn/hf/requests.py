@@ -20,6 +20,7 @@ from seerattn.hf.mask import CallMask
 from seerattn.hf.meters import DensityMeter, density_meters
 from seerattn.hf.pages import Layout, Row
 from seerattn.hf.state import NO_GATE_BLOCK, Attachment, Running
+from seerattn.ops.decode_select import KeyTable
 from seerattn.selection.policies import Policy, TopK
 from seerattn.selection.selector import Kept, LastRowsDense, Selector, needs_length
 
@@ -52,6 +53,10 @@ class Request:
         """Whether something chooses the blocks of its decoded tokens."""
         return any(decoder is not None for decoder in self.running.decoders.values())
 
+    def writes(self, row: Row) -> bool:
+        """Whether a row of it is one token of its answer; a prompt of one token is decoded, as in `generate`."""
+        return row.end - row.begin == 1 and (row.start >= self.prompt or self.prompt == 1)
+
 
 class Choice(NamedTuple):
     """What was chosen for one request before it came; see `seerattn.hf.batching.choose_for`."""
@@ -73,6 +78,7 @@ class Batching:
         failed: requests of the forward at hand whose attention could not be computed, and why.
         suspects: requests, by their ids, of which one made a forward fail; they run one at a time.
         unsound: whether the scores of next tokens of the last forward were not finite, bool ``[n]``.
+        tables: where the gate keys of requests lie that were last chosen for together, by layer and what chose.
     """
 
     attachment: Attachment
@@ -83,6 +89,7 @@ class Batching:
     failed: dict[str, Exception] = field(default_factory=dict)
     suspects: list[str] = field(default_factory=list)
     unsound: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    tables: dict[tuple[int, int], KeyTable] = field(default_factory=dict)
     _lengths: Tensor | None = None
     _bounds: dict[bool, list[Row]] = field(default_factory=dict)
     _masks: dict[int, CallMask] = field(default_factory=dict)
@@ -112,6 +119,11 @@ class Batching:
             )
             self.requests[state.request_id] = Request(prompt, whole, whole is self.shared, tuple(meters))
         return self.requests[state.request_id]
+
+    def end(self, request_id: str) -> None:
+        """Forgets a request, and where its gate keys are."""
+        del self.requests[request_id]
+        self.tables.clear()
 
     def cleared(self, request_id: str) -> None:
         """Ends the suspicion against a request."""

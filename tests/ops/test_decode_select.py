@@ -12,7 +12,7 @@ import seerattn
 from seerattn import AttnGate, AttnGateConfig, Threshold, TokenBudget, TopK, TopP
 from seerattn.gate_decode import GateDecoder, token_rule
 from seerattn.hf import state
-from seerattn.ops.decode_select import TokenRule, select_blocks
+from seerattn.ops.decode_select import KeyTable, TokenRule, select_blocks
 from seerattn.selection.decode_policy import choose_blocks, group_scores
 from seerattn.selection.selector import AttentionContext
 from tests.gate.test_attn_gate import FORMS, HKV, H, make, qk
@@ -129,6 +129,44 @@ def test_sequences_of_many_lengths_get_what_each_gets_alone(name: str, policy, p
         most = min(width, indices.shape[2])
         assert torch.equal(found.indices[row, :, :most].cpu(), indices[0, :, :most])
         assert (found.indices[row, :, most:] == -1).all()
+
+
+@pytest.mark.parametrize("name", ["default", "group"])
+def test_gate_keys_that_lie_apart_give_the_lists_of_those_in_one_tensor(name: str) -> None:
+    gate = make(SERVED[name])
+    rule, generator = token_rule(gate, TokenBudget(tokens=150)), torch.Generator().manual_seed(3)
+    lengths, heads, dim = [9 * rule.block_k, 5, 3 * rule.block_k + 1], gate.k_weight.shape[0], gate.gate_dim
+    gate_q = torch.randn(3, gate.mask_heads, dim, generator=generator).to(DEVICE)
+    together = torch.full((3, heads, 8 * rule.pieces, dim), torch.nan, device=DEVICE)
+    apart: list[Tensor | None] = []
+    for row, length in enumerate(lengths):
+        windows = (length - 1) // rule.block_k * rule.pieces
+        # The first ones of others lie with other strides than those that end there.
+        whole = torch.randn(1, heads, windows + row, dim, generator=generator).to(DEVICE)
+        together[row, :, :windows] = whole[0, :, :windows]
+        apart.append(whole[:, :, :windows] if windows else None)
+    sizes = {"kv_heads": HKV, "width": 9, "lengths": torch.tensor(lengths, dtype=torch.int32, device=DEVICE)}
+    expected = select_blocks(gate_q, together, rule, **sizes)
+    table = KeyTable.of(apart, heads=heads, dim=dim, device=torch.device(DEVICE))
+    # Copied where their pieces are spread, and told wherever they begin.
+    spread = [None if x is None else x.mT.contiguous().mT for x in apart]
+    base = torch.randn(apart[0].numel() + 1, device=DEVICE)
+    base[1:] = apart[0].flatten()
+    odd = [base[1:].view(apart[0].shape), *apart[1:]]
+    of = {"heads": heads, "dim": dim, "device": torch.device(DEVICE)}
+    tables = [table, KeyTable.of(spread, **of), KeyTable.of(odd, **of)]
+    assert [one.aligned for one in tables] == [True, True, False]
+    for one in tables:
+        found = select_blocks(gate_q, one, rule, **sizes)
+        assert torch.equal(found.indices, expected.indices) and torch.equal(found.counts, expected.counts)
+    assert table.is_of(apart) and not table.is_of(apart[::-1]) and not table.is_of(apart[:2])
+
+
+def test_gate_keys_of_another_form_are_refused_for_a_table() -> None:
+    of = {"heads": 2, "dim": 16, "device": torch.device("cpu")}
+    for keys in (torch.zeros(2, 5, 16), torch.zeros(1, 3, 5, 16), torch.zeros(1, 2, 5, 16).half()):
+        with pytest.raises(ValueError, match=r"gate keys must be fp32 \[1, 2, W, 16\]"):
+            KeyTable.of([None, keys], **of)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there the kernel is what runs anyway")

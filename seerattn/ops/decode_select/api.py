@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seerattn.ops.checks import check_per_row
+from seerattn.ops.decode_select.table import KeyTable
 from seerattn.ops.resolve import refusal
 from seerattn.selection.decode_blocks import DecodeBlocks
 
@@ -49,7 +50,7 @@ class TokenRule:
 @torch.no_grad()
 def select_blocks(
     gate_q: Tensor,
-    gate_k: Tensor,
+    gate_k: Tensor | KeyTable,
     rule: TokenRule,
     *,
     kv_heads: int,
@@ -65,7 +66,8 @@ def select_blocks(
     Args:
         gate_q: fp32 ``[B, Hm, DG]``, projected and rotated queries of the tokens.
         gate_k: fp32 ``[B, h, W, DG]``, gate keys of at least the finished blocks; ``h`` is ``HKV`` or ``Hm``. Adjacent
-            channels, any other strides. What lies behind the finished blocks of a sequence may be anything.
+            channels, any other strides. What lies behind the finished blocks of a sequence may be anything. Where each
+            sequence has a tensor of its own, a `KeyTable` of them, on the device of the queries.
         rule: see `TokenRule`.
         kv_heads: ``HKV``, which divides ``Hm`` and ``h``.
         width: entries of a list, at least as many as any row keeps.
@@ -79,7 +81,8 @@ def select_blocks(
     Raises:
         ValueError: arguments that do not fit each other, or a call that the kernel does not serve.
     """
-    if gate_q.ndim != 3 or gate_k.ndim != 4 or gate_q.shape[0] != gate_k.shape[0] or gate_q.shape[2] != gate_k.shape[3]:
+    sizes = gate_q.shape[::2]
+    if gate_q.ndim != 3 or len(gate_k.shape) != 4 or sizes != (gate_k.shape[0], gate_k.shape[3]):
         raise ValueError(
             f"gate_q must be [B, Hm, DG] and gate_k [B, h, W, DG], got {list(gate_q.shape)} and {list(gate_k.shape)}"
         )
@@ -88,7 +91,7 @@ def select_blocks(
             f"gate_q must have a multiple of {kv_heads} heads and gate_k {kv_heads} or as many, got {gate_q.shape[1]} "
             f"and {gate_k.shape[1]}"
         )
-    if gate_k.stride(3) != 1:
+    if isinstance(gate_k, Tensor) and gate_k.stride(3) != 1:
         raise ValueError(f"gate_k must have adjacent channels, got strides {gate_k.stride()}")
     if lengths is not None:
         check_per_row("lengths", lengths, len(gate_q), gate_q.device)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seerattn.ops.decode_select.api import TokenRule
+from seerattn.ops.decode_select.table import KeyTable
 from seerattn.ops.gate_scores.kernels.choice import number, places, top_count, wanted_count
 from seerattn.ops.launch import multiprocessors
 from seerattn.selection.decode_blocks import DecodeBlocks
@@ -66,7 +67,7 @@ def refusal(windows: int, rule: TokenRule | None) -> str | None:
 
 def select_blocks(
     gate_q: Tensor,
-    gate_k: Tensor,
+    gate_k: Tensor | KeyTable,
     rule: TokenRule,
     *,
     kv_heads: int,
@@ -84,6 +85,7 @@ def select_blocks(
     scratch = torch.empty(batch * kv_heads, members, number_of_blocks, dtype=torch.float32, device=device)
     own_keys = gate_k.shape[1] != kv_heads
     rows = batch * kv_heads
+    apart = isinstance(gate_k, KeyTable)
     launch = launch or choose_launch(
         pieces=rule.pieces,
         gate_dim=dim,
@@ -95,14 +97,15 @@ def select_blocks(
     if counts.numel():
         _select[(rows * launch.splits,)](
             gate_q.contiguous(),
-            gate_k,
+            None if apart else gate_k,
+            gate_k.places if apart else None,
             None if lengths is None else lengths.contiguous(),
             scratch,
             # How many programs of a row have ended.
             torch.zeros(rows, dtype=torch.int32, device=device) if launch.splits > 1 else None,
             indices,
             counts,
-            gate_k.stride()[:3],
+            (0, 0, dim) if apart else gate_k.stride()[:3],
             kv_heads,
             width,
             number_of_blocks,
@@ -121,6 +124,7 @@ def select_blocks(
             BLOCK_K=rule.block_k,
             D=dim,
             BLOCK_D=triton.next_power_of_2(dim),
+            VECTOR=4 if apart and gate_k.aligned else 1,
             STEP=launch.step,
             STAGES=launch.num_stages,
             BLOCKS=max(32, triton.next_power_of_2(max(number_of_blocks, width))),
@@ -142,6 +146,7 @@ def _log_sum_exp(s, top, AXIS: tl.constexpr):
 def _select(
     gate_q,
     gate_k,
+    table,
     lengths,
     scratch,
     ended,
@@ -166,6 +171,7 @@ def _select(
     BLOCK_K: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -180,6 +186,13 @@ def _select(
     # The block of the token, and so the number of those that are finished.
     own = tl.maximum(length - 1, 0) // BLOCK_K
 
+    if table is None:
+        keys = gate_k + batch * strides[0]
+        head_stride = strides[1]
+    else:
+        # What is known of a pointer among the arguments has to be told of one that is loaded, or loads are not vectors.
+        keys = tl.multiple_of(tl.load(table + 2 * batch).to(tl.pointer_type(tl.float32)), 4 * VECTOR)
+        head_stride = tl.multiple_of(tl.load(table + 2 * batch + 1), VECTOR)
     d = tl.arange(0, BLOCK_D)
     piece = tl.arange(0, BLOCK_PIECES)
     queries = gate_q + row * MEMBERS * D
@@ -191,13 +204,13 @@ def _select(
         # [STEP, BLOCK_PIECES]
         window = block[:, None] * PIECES + piece[None, :]
         there = (block[:, None] < own) & (piece[None, :] < PIECES)
-        at = gate_k + batch * strides[0] + window.to(tl.int64) * strides[2]
+        at = keys + window.to(tl.int64) * strides[2]
         mask = there[:, :, None] & (d[None, None, :] < D)
         if not OWN_KEYS:
-            k = tl.load(at[:, :, None] + head * strides[1] + d[None, None, :], mask=mask, other=0.0)
+            k = tl.load(at[:, :, None] + head * head_stride + d[None, None, :], mask=mask, other=0.0)
         for member in tl.static_range(MEMBERS):
             if OWN_KEYS:
-                own_at = at[:, :, None] + (head * MEMBERS + member) * strides[1]
+                own_at = at[:, :, None] + (head * MEMBERS + member) * head_stride
                 k = tl.load(own_at + d[None, None, :], mask=mask, other=0.0)
             q = tl.load(queries + member * D + d, mask=d < D, other=0.0) * scale
             s = tl.where(there, tl.sum(k * q[None, None, :], 2), -float("inf"))
