@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
 
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, num_query_blocks
+
+# Counts of tokens that a layer gathers before it sums them up, which would take three launches for each token of each
+# request otherwise.
+WAITING = 64
 
 
 class _Meter:
@@ -48,7 +53,7 @@ class _Meter:
         return float(torch.stack([density.mean() for density in self.by_head().values()]).mean())
 
     def _check_counted(self) -> None:
-        if not self._computed:
+        if not self.layers:
             raise ValueError(self._nothing)
 
 
@@ -57,10 +62,31 @@ class DecodeMeter(_Meter):
 
     def __init__(self) -> None:
         super().__init__("the meter must have seen at least one token that was decoded by a policy, got none")
+        # By layer, query heads and heads of the counts.
+        self._waiting: dict[tuple[int, int, int], list[tuple[Tensor, int]]] = {}
+        # A meter is asked in other threads than that of the forwards.
+        self._lock = threading.Lock()
 
     def add(self, layer: int, heads: int, counts: Tensor, tokens: int, block_k: int) -> None:
         """Counts one token of each of some sequences of ``tokens`` keys, by the lengths ``[B, Hm]`` of their lists."""
-        self._add(layer, heads, counts.sum(0), len(counts) * -(-tokens // block_k))
+        with self._lock:
+            name = (layer, heads, counts.shape[1])
+            waiting = self._waiting.setdefault(name, [])
+            waiting.append((counts, len(counts) * -(-tokens // block_k)))
+            if len(waiting) >= WAITING:
+                self._sum_up(name)
+
+    def _sum_up(self, name: tuple[int, int, int]) -> None:
+        counts, causal = zip(*self._waiting.pop(name))
+        self._add(*name[:2], torch.cat(counts).sum(0), sum(causal))
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the layers that were counted."""
+        with self._lock:
+            for name in [*self._waiting]:
+                self._sum_up(name)
+        return super().layers
 
     def add_whole(self, blocks: int) -> None:
         """Counts tokens that read all of so many blocks, in every layer that was counted."""
