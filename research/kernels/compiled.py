@@ -31,6 +31,7 @@ from seerattn.gate_selector import GateSelector
 from seerattn.ops.attention_map import attention_map
 from seerattn.ops.block_sparse_attention import block_sparse_attention
 from seerattn.ops.decode_attention import decode_attention
+from seerattn.ops.decode_select import KeyTable
 from seerattn.ops.paged_attention import paged_attention
 from seerattn.selection import Policy, Threshold, TokenBudget, TopK, TopP
 from seerattn.selection.block_indices import BlockIndices
@@ -74,6 +75,16 @@ def choose_token(form: str, policy: Policy) -> None:
     GateDecoder(gate, policy, impl="triton").select_token(*inputs(1), context)
 
 
+def choose_tokens(form: str, policy: Policy) -> None:
+    """Lists of one token of each of two sequences, whose gate keys lie apart."""
+    gate, lengths = random_gate(gate_form(form), SHAPE, CPU), torch.tensor([TOKENS, TOKENS // 2], dtype=torch.int32)
+    heads, dim, pieces = gate.k_weight.shape[0], gate.gate_dim, gate.config.key_subblocks
+    keys = [torch.zeros(1, heads, (n - 1) // gate.config.block_k * pieces, dim) for n in lengths.tolist()]
+    table = KeyTable.of(keys, heads=heads, dim=dim, device=CPU)
+    queries = torch.zeros(1, SHAPE.heads, len(keys), SHAPE.head_dim)
+    GateDecoder(gate, policy, impl="triton").select_many(queries, table, lengths, tokens=TOKENS)
+
+
 def decode(*, pages: bool, listed: bool) -> None:
     """Attention of one token."""
     (q, k), lengths = inputs(1), torch.tensor([TOKENS], dtype=torch.int32)
@@ -113,6 +124,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "choose paper": lambda: choose("paper", Threshold(threshold=0.01)),
     "choose token default": lambda: choose_token("default", TokenBudget(tokens=256)),
     "choose token paper": lambda: choose_token("paper", TopK(density=0.1)),
+    "choose tokens default": lambda: choose_tokens("default", TokenBudget(tokens=256)),
     "map max": lambda: attention_map(*inputs(), impl="triton"),
     "map sum": lambda: attention_map(*inputs(), form=MapForm("sum", 4), impl="triton"),
 }
