@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -21,7 +20,7 @@ from seerattn.bench.model_runs import ModelRuns
 from seerattn.bench.options import ModelBench, contexts, densities, gates
 from seerattn.bench.serve import ROUNDINGS, default_dense
 from seerattn.bench.session import Session, of_gates
-from seerattn.bench.timing import long_runs, reset_peak, synchronize
+from seerattn.bench.timing import long_runs, reset_peak
 from seerattn.hf.attach import set_policy
 from seerattn.hf.meters import record_density
 from seerattn.options import option
@@ -144,18 +143,13 @@ class _Steps(ModelRuns):
         with record_density(model) as meter:
             for _ in range(WARM_UPS):
                 next(walk)
-        synchronize(self.device)
-        seconds = []
 
-        def one() -> float:
-            begin = time.perf_counter()
+        def one() -> None:
             for _ in range(steps):
                 next(walk)
-            synchronize(self.device)
-            seconds.append((time.perf_counter() - begin) / steps)
-            return seconds[-1]
 
-        long_runs(one, self.device, repeats=self.repeats)
+        runs, _ = long_runs(one, self.device, repeats=self.repeats)
+        seconds = [each / steps for each in runs]
         realised = meter.decode.mean() if meter.decode.layers else 1.0
         return self.fields({"decode_ms": median(seconds) * 1e3}, {"seconds": seconds}, realised_density=realised)
 
