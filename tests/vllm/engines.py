@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,3 +123,18 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[Chosen]:
 
     monkeypatch.setattr(backend.GatedImpl, "_select", watched)
     return found
+
+
+@contextmanager
+def told_lines() -> Iterator[list[str]]:
+    """What the plug-in logs for people inside the ``with``; the first engine of a process sets vLLM's loggers up."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger("vllm.seerattn")
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    try:
+        yield told
+    finally:
+        logger.removeHandler(handler)

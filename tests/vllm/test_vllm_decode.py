@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from engines import BLOCK, GATE, PAGE, SPARSE, Made, alone, answers, engine, logprobs, make, prompts
+from engines import BLOCK, GATE, PAGE, SPARSE, Made, alone, answers, engine, logprobs, make, prompts, told_lines
 from test_vllm_engine import GATES, REFERENCE, book
 from tiny_models import tokens
 from transformers import AutoModelForCausalLM
@@ -227,19 +226,10 @@ def test_policy_of_the_folder_decodes_unless_another_one_or_none_is_named(llama:
 
 
 def test_densities_of_answers_are_told_where_it_is_asked_for(llama: Made) -> None:
-    told: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    logger = logging.getLogger("vllm.seerattn")
-    logger.addHandler(handler)
-    logger.setLevel("INFO")
-    try:
-        with engine(llama.model, options(llama, log=True)) as llm:
-            answers(llm, prompts((300,)), 9)
-            (counted,) = density.prompts()[-1:]
-            # vLLM tells with the next forward which requests it is done with.
-            answers(llm, prompts((256,)), 1)
-    finally:
-        logger.removeHandler(handler)
+    with engine(llama.model, options(llama, log=True)) as llm, told_lines() as told:
+        answers(llm, prompts((300,)), 9)
+        (counted,) = density.prompts()[-1:]
+        # vLLM tells with the next forward which requests it is done with.
+        answers(llm, prompts((256,)), 1)
     answer = f"request {counted.name}: 8 decoded tokens, density {counted.decode_density:.4f}"
     assert [line for line in told if "decoded" in line] == [answer]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import logging
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from engines import BLOCK, GATE, PAGE, SPARSE, Made, alone, answers, chosen, engine, logprobs, make, prompts
+from engines import BLOCK, GATE, PAGE, SPARSE, Made, alone, answers, chosen, engine, logprobs, make, prompts, told_lines
 from tiny_models import tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.v1.attention import selector
@@ -221,18 +220,9 @@ def test_auto_reads_prompts_densely_that_are_too_short_to_gain_however_they_are_
 
 
 def test_densities_are_told_where_it_is_asked_for(llama: Made) -> None:
-    told: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    logger = logging.getLogger("vllm.seerattn")
-    logger.addHandler(handler)
-    logger.setLevel("INFO")
-    try:
-        with engine(llama.model, llama.options(log=True), max_num_batched_tokens=100) as llm:
-            answers(llm, prompts((300,)), 1)
-            answers(llm, prompts((300,)), 1)
-    finally:
-        logger.removeHandler(handler)
+    with engine(llama.model, llama.options(log=True), max_num_batched_tokens=100) as llm, told_lines() as told:
+        answers(llm, prompts((300,)), 1)
+        answers(llm, prompts((300,)), 1)
     counted = density.prompts()[-2:]
     assert [one.cached for one in counted] == [0, 256]
     for line, one, found in zip(told, counted, ("", f", {2 * PAGE} of them from the cache"), strict=True):
