@@ -19,6 +19,7 @@ _HOME = {
     "set_policy": "seerattn.hf.attach",
     "policy": "seerattn.hf.state",
     "context_parallel": "seerattn.hf.context_parallel",
+    "decode_graphs": "seerattn.hf.decode_graph",
     "record_density": "seerattn.hf.meters",
     "DensityMeter": "seerattn.selection.density_meter",
     "SeerConfig": "seerattn.hf.config",

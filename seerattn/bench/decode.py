@@ -1,4 +1,7 @@
-"""Time of a decoded token of a whole model: dense, and with gates that choose what each token reads."""
+"""Time of a decoded token of a whole model: dense, and with gates that choose what each token reads.
+
+Steps are launched by the host, kernel by kernel, or as one CUDA graph (`seerattn.decode_graphs`), the dense ones too.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from seerattn.bench.dense import BACKENDS, sdpa_backend
@@ -19,15 +22,20 @@ from seerattn.bench.model import Size, gate_form
 from seerattn.bench.model_runs import ModelRuns
 from seerattn.bench.options import ModelBench, contexts, densities, gates
 from seerattn.bench.serve import ROUNDINGS, default_dense
-from seerattn.bench.session import Session, of_gates
+from seerattn.bench.session import CheckFailed, Session, of_gates
 from seerattn.bench.timing import long_runs, reset_peak
 from seerattn.hf.attach import set_policy
+from seerattn.hf.decode_graph import DecodeGraph
+from seerattn.hf.identity import transformers_model
 from seerattn.hf.meters import record_density
+from seerattn.hf.state import attachment_of
 from seerattn.options import option
 from seerattn.results.record import Result
-from seerattn.selection.policies import KeepAll, TopK
+from seerattn.selection.policies import Policy, TopK
 
-WARM_UPS = 2
+# A graph is recorded at the second step.
+WARM_UPS = 3
+LAUNCHES = ("host", "graph")
 
 
 class RoomyLayer(DynamicLayer):
@@ -67,19 +75,34 @@ def random_cache(size: Size, batch: int, tokens: int, more: int, device: torch.d
     return cache
 
 
+def static_cache(
+    model: PreTrainedModel, size: Size, batch: int, tokens: int, more: int, device: torch.device
+) -> StaticCache:
+    """A static cache of the same keys and values as `random_cache` gives."""
+    cache = StaticCache(config=model.config, max_cache_len=tokens + more)
+    for layer, held in zip(cache.layers, random_cache(size, batch, tokens, more, device).layers):
+        layer.lazy_initialization(held.keys[:, :, :0], held.values[:, :, :0])
+        # In the place of what it has just made, so that there is room for one of them alone.
+        layer.keys, layer.values = held.room
+        layer.cumulative_length.fill_(tokens)
+    return cache
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeBench(ModelBench):
     """Milliseconds of a decoded token ("decode_ms") of all sequences together, and "peak_memory_gib".
 
     The model, its gates and what its cache holds are random; top-k reads the share that it is told to, whatever the
-    scores. Gate keys are made before the clock starts. Dense runs are those of the unpatched model. Before sparse runs
-    are timed, the same gates that keep all blocks are held against the unpatched model.
+    scores. Gate keys are made before the clock starts. Dense steps that the host launches are those of the unpatched
+    model; as a graph they attend by this library's kernel to all keys. Before runs are timed, the same with gates that
+    keep all blocks is held against the unpatched model.
 
     Attributes:
         densities: shares of the blocks that a token reads.
         baselines: SDPA backends of dense steps.
         batches: sequences that are decoded together.
         steps: tokens of a timed run.
+        launches: how steps are launched.
     """
 
     contexts: tuple[int, ...] = contexts(32768, 131072, low=2)
@@ -90,16 +113,20 @@ class DecodeBench(ModelBench):
     )
     batches: tuple[int, ...] = option((1, 4), help="Sequences that are decoded together.", low=1)
     steps: int = option(16, help="Tokens of a timed run.", low=1, flag=False)
+    launches: tuple[str, ...] = option(
+        (), help="By the host, or as a CUDA graph; default: both, on a CPU host.", choices=LAUNCHES, flag=False
+    )
 
     def run(self, session: Session, subject: Size) -> list[Result]:
         """See `Bench`."""
         bench = _Steps(session, subject, self.repeats, "sparse")
+        launches = self.launches or (LAUNCHES if session.device.type == "cuda" else ("host",))
         rows: list[Result | None] = []
-        for tokens, batch in product(self.lengths, sorted(set(self.batches))):
-            for name in self.baselines or (default_dense(session.device),):
+        for tokens, batch, launch in product(self.lengths, sorted(set(self.batches)), launches):
+            for name in (self.baselines or (default_dense(session.device),)) if launch == "host" else ("graph",):
                 rows += bench.dense(tokens, batch, name, self.steps)
             for form, density in product(self.gates, sorted(self.densities)):
-                rows += bench.sparse(tokens, batch, form, density, self.steps)
+                rows += bench.sparse(tokens, batch, form, density, self.steps, launch)
         return [row for row in rows if row is not None]
 
 
@@ -109,37 +136,45 @@ class _Steps(ModelRuns):
     quantities = ("decode_ms", "peak_memory_gib")
 
     def dense(self, tokens: int, batch: int, name: str, steps: int) -> list[Result | None]:
-        """The unpatched model with one SDPA backend."""
+        """The unpatched model with one SDPA backend, or a graph of steps over all keys."""
 
-        def run() -> dict[str, dict[str, Any]]:
+        def by_host() -> dict[str, dict[str, Any]]:
             with sdpa_backend(name, self.device):
-                return self._run(self.model.plain(), tokens, batch, steps)
+                return self._run(self.model.plain(), tokens, batch, steps, "host")
+
+        def as_graph() -> dict[str, dict[str, Any]]:
+            self._check("default", None, "graph")
+            set_policy(model := self.model.gated("default"), None)
+            return self._run(model, tokens, batch, steps, "graph")
 
         label = f"{batch:>2} at a time, dense {name}"
-        return self.measure(tokens, name, run, label, cell={"batch": batch}, realised_density=1.0)
+        run = as_graph if name == "graph" else by_host
+        impl, launch = ("triton", "graph") if name == "graph" else (name, "host")
+        return self.measure(tokens, impl, run, label, cell={"batch": batch, "launch": launch}, realised_density=1.0)
 
-    def sparse(self, tokens: int, batch: int, form: str, density: float, steps: int) -> list[Result | None]:
+    def sparse(
+        self, tokens: int, batch: int, form: str, density: float, steps: int, launch: str
+    ) -> list[Result | None]:
         """The model with gates of a form, and top-k of a density for each token."""
         policy = TopK(density=density)
 
         def run() -> dict[str, dict[str, Any]]:
-            self._check(form)
+            self._check(form, TopK(density=1.0), launch)
             model = self.model.gated(form)
             set_policy(model, None, decode_policy=policy)
-            return self._run(model, tokens, batch, steps)
+            return self._run(model, tokens, batch, steps, launch)
 
         values = of_gates(form) | {"settings": policy.to_dict(), "density": density, "seed": 0}
-        cell = {"batch": batch, "block_k": gate_form(form).block_k, "share": "group"}
-        label = f"{batch:>2} at a time, gates {form}, density {density:g}"
+        cell = {"batch": batch, "block_k": gate_form(form).block_k, "share": "group", "launch": launch}
+        label = f"{batch:>2} at a time, gates {form}, density {density:g}, by {launch}"
         return self.measure(tokens, self.impl, run, label, cell=cell, **values)
 
     def _run(
-        self, model: PreTrainedModel | PeftModel, tokens: int, batch: int, steps: int
+        self, model: PreTrainedModel | PeftModel, tokens: int, batch: int, steps: int, launch: str
     ) -> dict[str, dict[str, Any]]:
         self.session.release()
         reset_peak(self.device)
-        cache = random_cache(self.size, batch, tokens, steps * (self.repeats + 1) + WARM_UPS, self.device)
-        walk = self._walk(model, cache, batch)
+        walk = self._walk(model, tokens, batch, steps * (self.repeats + 1) + WARM_UPS, launch)
         with record_density(model) as meter:
             for _ in range(WARM_UPS):
                 next(walk)
@@ -153,29 +188,47 @@ class _Steps(ModelRuns):
         realised = meter.decode.mean() if meter.decode.layers else 1.0
         return self.fields({"decode_ms": median(seconds) * 1e3}, {"seconds": seconds}, realised_density=realised)
 
-    def _walk(self, model: PreTrainedModel | PeftModel, cache: DynamicCache, batch: int) -> Iterator[Tensor]:
-        """Logits of one token after the other."""
+    def _walk(
+        self, model: PreTrainedModel | PeftModel, tokens: int, batch: int, more: int, launch: str
+    ) -> Iterator[Tensor]:
+        """Logits of one token after the other, behind a cache of random keys.
+
+        Raises:
+            CheckFailed: steps that should be a graph are none.
+        """
+        cache: Cache
+        if launch == "graph":
+            inner, on_gpu = transformers_model(model), self.device.type == "cuda"
+            cache = static_cache(inner, self.size, batch, tokens, more, self.device)
+            forward = DecodeGraph(inner, attachment_of(model), records=on_gpu)
+        else:
+            cache, forward = random_cache(self.size, batch, tokens, more, self.device), model
         token = torch.full((batch, 1), 3, device=self.device)
         while True:
             with torch.no_grad():
-                yield model(input_ids=token, past_key_values=cache, use_cache=True).logits
+                logits = forward(input_ids=token, past_key_values=cache, use_cache=True).logits
+            if launch == "graph" and forward.refused is not None:
+                raise CheckFailed(f"steps must be a graph, got none: {forward.refused}")
+            yield logits
 
-    def _check(self, form: str) -> None:
-        """Holds sparse steps that read all blocks against the unpatched model.
+    def _check(self, form: str, policy: Policy | None, launch: str) -> None:
+        """Holds steps that read all blocks against the unpatched model.
 
         Raises:
             CheckFailed: they give other logits, roundings aside.
         """
         tokens, batch = 5 * gate_form(form).block_k + 7, 2
 
-        def logits(model: PreTrainedModel | PeftModel) -> Tensor:
-            return next(self._walk(model, random_cache(self.size, batch, tokens, 1, self.device), batch)).double()
+        def logits(model: PreTrainedModel | PeftModel, launch: str) -> Tensor:
+            # The third step is the first one that a graph repeats.
+            return [x.double() for _, x in zip(range(3), self._walk(model, tokens, batch, 3, launch))][-1]
 
         def run() -> tuple[float, float]:
-            expected = logits(self.model.plain())
+            expected = logits(self.model.plain(), "host")
             model = self.model.gated(form)
-            set_policy(model, None, decode_policy=KeepAll())
+            set_policy(model, None, decode_policy=policy)
             bound = ROUNDINGS * torch.finfo(self.shape.dtype).eps * float(expected.abs().max())
-            return float((logits(model) - expected).abs().max()), bound
+            return float((logits(model, launch) - expected).abs().max()), bound
 
-        self.session.check(f"steps of gates {form} that read all blocks", run, oracle="the unpatched model")
+        said = "without a policy" if policy is None else f"of gates {form} that read all blocks"
+        self.session.check(f"steps {said}, by {launch}", run, oracle="the unpatched model")

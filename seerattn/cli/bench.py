@@ -140,7 +140,7 @@ def _print_results(rows: list[Result]) -> None:
         targets = [f"{row.cell['target_share']:.0%} of the targets"] if "target_share" in row.cell else []
         chunks = [f"chunks of {row.cell['chunk']:,}"] if "chunk" in row.cell else []
         chunks += [f"{row.cell['at_once']} at once"] if "at_once" in row.cell else []
-        chunks += [f"{row.cell['batch']} at a time"] if row.what == "decode_ms" else []
+        chunks += [f"{row.cell['batch']} at a time, by {row.cell['launch']}"] if row.what == "decode_ms" else []
         blocks = f"{row.cell['block_q']}x{row.cell['block_k']}" if "block_q" in row.cell else ""
         body.append(
             [

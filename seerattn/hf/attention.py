@@ -3,7 +3,8 @@
 transformers calls it for every attention layer of a model whose ``attn_implementation`` is one of `IMPLEMENTATIONS`.
 A hook before each layer that was attached to adds a `LayerCall` as the keyword ``seer``. Every other layer, and every
 decode step without a policy of its own, runs the attention function and the mask that the model used before, so its
-result is the same bit for bit. With one a decode step goes on in `seerattn.hf.decode`.
+result is the same bit for bit. With one a decode step goes on in `seerattn.hf.decode`, or in `seerattn.hf.fixed_step`
+where CUDA graphs repeat it.
 
 The first layer of a forward finds those that run dense whatever comes, with nobody looking on (`_is_untouched`). Their
 hook adds nothing, so that a short prompt takes as long as in the unpatched model.
@@ -32,6 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from seerattn.hf.call import LayerCall, Prefill
 from seerattn.hf.context_parallel import spread_attention
 from seerattn.hf.decode import decode
+from seerattn.hf.fixed_step import FIXED
 from seerattn.hf.gate_cache import choose, recall_of
 from seerattn.hf.mask import CallMask, Row, Unservable, make_mask
 from seerattn.hf.meters import attend_counted, count_dense, density_meters, time_meter
@@ -60,8 +62,10 @@ def add_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
         hidden = args[0] if args else kwargs.get("hidden_states")
         if hidden is not None and hidden.shape[1] == 1 and not is_paged(kwargs):
             # The attribute first: where no policy ever decoded, that is all that a step pays, 30 ns a layer.
-            if not state.attachment.decodes or not state.decodes:
+            if not state.attachment.decodes or not (state.decodes or FIXED.get()):
                 return None
+            if FIXED.get():
+                return args, kwargs | {"seer": LayerCall(state, kwargs.get("position_embeddings"), None)}
         else:
             _check_implementation(module)
     recall = recall_of(state.attachment.gate_cache, module, state.layer, kwargs)
@@ -127,6 +131,10 @@ def _attention(
     """See `seer_attention`, of all tokens."""
     if is_paged(kwargs):
         return paged_attention(partial(_as_unpatched, dense, module), module, query, key, value, seer, kwargs)
+    if query.shape[2] == 1 and (fixed := FIXED.get()):
+        if seer is None or _is_windowed(key, kwargs):
+            raise Unservable("gates or selectors must have been attached to every layer, and none may have a window")
+        return fixed.attend(seer, query, key, value, kwargs), None
     if seer is None or _is_windowed(key, kwargs):
         return _as_unpatched(dense, module, query, key, value, attention_mask, kwargs)
     if query.shape[2] == 1:

@@ -90,6 +90,11 @@ class GateCache:
         same = keys is not None and records.keys is not None and records.keys() is keys
         return Recall(self, module, layer, cache, records, same and version is not None and _version(keys) == version)
 
+    def doubt(self, cache: Cache) -> None:
+        """From here on keys of a cache are compared: it is written to in ways that torch does not count."""
+        for records in self._caches.get(cache, {}).values():
+            records.keys = None
+
     def others(self, cache: Cache, layer: int, row: int | None) -> Iterator[Record]:
         """Records of other caches, the last ones first."""
         # Another thread may add to the caches meanwhile: their references are listed at once.

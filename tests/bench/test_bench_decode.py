@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from seerattn.bench.decode import DecodeBench, random_cache
+from seerattn.bench.decode import DecodeBench, random_cache, static_cache
 from seerattn.bench.model import TINY, random_model
 from seerattn.bench.session import Session
 from seerattn.results.file import ResultsFile
@@ -24,6 +24,16 @@ def test_a_cache_with_room_holds_what_a_cache_of_transformers_holds() -> None:
     assert roomy.get_seq_length() == 73
     for ours, theirs in zip(roomy.layers, copied.layers):
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_a_static_cache_holds_the_same() -> None:
+    model = random_model(TINY, CPU)
+    caches = static_cache(model, TINY, 2, 70, 3, CPU), random_cache(TINY, 2, 70, 3, CPU)
+    for token in (5, 9, 3):
+        ids = torch.tensor([[token], [token + 1]])
+        with torch.no_grad():
+            found, expected = (model(input_ids=ids, past_key_values=c, use_cache=True).logits for c in caches)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def run(**options) -> tuple[Session, list]:
@@ -52,3 +62,10 @@ def test_steps_that_differ_from_the_unpatched_model_are_not_timed(monkeypatch: p
     monkeypatch.setattr(steps, "decode_attention", lambda *args, **options: 2 * attend(*args, **options))
     session, rows = run(contexts=(200,), batches=(1,))
     assert [row.method for row in rows] == ["dense"] and len(session.failures) == 1
+
+
+def test_steps_that_should_be_a_graph_and_are_none_are_not_timed() -> None:
+    # On a CPU no kernel chooses; to attend to all keys needs none.
+    session, rows = run(contexts=(200,), batches=(2,), densities=(0.3,), launches=("graph",))
+    assert [(row.method, row.cell["launch"], row.realised_density) for row in rows] == [("dense", "graph", 1.0)]
+    assert len(session.failures) == 1 and "the kernel of single tokens does not have" in session.failures[0]

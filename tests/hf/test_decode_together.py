@@ -12,14 +12,14 @@ from batched_model import BLOCK, GATE, config, greedy, prompts
 from batched_model import alone as generated
 from tiny_models import tiny_model
 from torch import Tensor, nn
+from written_choice import written_out
 
 import seerattn
 from seerattn import KeepAll, TokenBudget, TopK, TopP
 from seerattn.gate_decode import GateDecoder
 from seerattn.hf import batching, paged, paged_decode, state
 from seerattn.hf.pages import Pages
-from seerattn.ops.decode_select import KeyTable, TokenRule
-from seerattn.selection.decode_blocks import DecodeBlocks
+from seerattn.ops.decode_select import KeyTable
 
 triton_one = pytest.importorskip("seerattn.ops.decode_select.triton_one")
 
@@ -37,32 +37,6 @@ def fused_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers does so twice a batch, which takes longer than these models.
     monkeypatch.setattr("gc.collect", lambda *_: 0)
     monkeypatch.setattr(triton_one, "select_blocks", written_out)
-
-
-def written_out(
-    gate_q: Tensor, gate_k: Tensor | KeyTable, rule: TokenRule, *, kv_heads: int, width: int, lengths, tokens
-):
-    """The choice of the kernel, row by row."""
-    each = gate_k.keys if isinstance(gate_k, KeyTable) else gate_k.split(1)
-    lengths = [tokens] * len(gate_q) if lengths is None else lengths.tolist()
-    indices = torch.full((len(gate_q), kv_heads, width), -1, dtype=torch.int32)
-    counts = torch.zeros(len(gate_q), kv_heads, dtype=torch.int32)
-    for row, tokens in enumerate(lengths):
-        own = (tokens - 1) // rule.block_k
-        kept = rule.most(own + 1)
-        for head, queries in enumerate(gate_q[row].chunk(kv_heads)):
-            best = torch.full((own,), -torch.inf)
-            if own:
-                keys = each[row][0, head, : own * rule.pieces]
-                s = (queries @ keys.T / keys.shape[1] ** 0.5).unflatten(1, (own, rule.pieces))
-                s = s.amax(2) if rule.over_pieces == "max" else s.logsumexp(2)
-                s[:, : rule.unscored] = -torch.inf
-                best = s.log_softmax(1).nan_to_num(nan=-torch.inf).amax(0)
-            forced = {*range(min(rule.sink_blocks, own)), own}
-            others = sorted(set(range(own)) - forced, key=lambda block: -best[block].item())
-            chosen = sorted(forced | set(others[: kept - len(forced)]))
-            counts[row, head], indices[row, head, : len(chosen)] = len(chosen), torch.tensor(chosen)
-    return DecodeBlocks(indices, counts, rule.block_k)
 
 
 def alone(gated: nn.Module, prompt: list[int], new: int = NEW) -> list[int]:

@@ -52,7 +52,7 @@ def tables(results: Sequence[Result]) -> list[Table]:
 def _table(title: str, rows: list[Result]) -> Table:
     lengths = sorted({r.context for r in rows})
     reference = baseline(rows) if rows[0].what in (*_COMPARED, *_RATES) else None
-    dense = {_place(r): r.value for r in rows if r.kind == "dense" and r.cell["impl"] == reference}
+    dense = {_place(r): r.value for r in rows if r.kind == "dense" and (r.cell["impl"] == reference or _is_graph(r))}
     lines = group(rows, lambda r: (_name(r), "" if r.density is None else f"{1 - r.density:.3g}"))
     body = []
     for (name, sparsity), line in lines.items():
@@ -61,9 +61,13 @@ def _table(title: str, rows: list[Result]) -> Table:
     return plain(title, ["", "sparsity", *map(tokens, lengths)], body)
 
 
-def _place(row: Result) -> tuple[int | None, ...]:
+def _place(row: Result) -> tuple[int | bool | None, ...]:
     """What a time and its reference have in common: the length, of models the layers, and how much runs at once."""
-    return row.context, *(row.cell.get(name) for name in ("layers", "at_once", "batch", "queries"))
+    return row.context, _is_graph(row), *(row.cell.get(name) for name in ("layers", "at_once", "batch", "queries"))
+
+
+def _is_graph(row: Result) -> bool:
+    return row.cell.get("launch") == "graph"
 
 
 def _cell(row: Result, reference: float | None) -> Cell:
@@ -82,7 +86,7 @@ def _name(row: Result) -> str:
         name += ", random blocks" if cell.get("lists", True) else ", all blocks"
     if "share" in cell:
         name += f", {blocks(row)}"
-    if cell.get("launch") == "graph":
+    if _is_graph(row):
         name += ", CUDA graph"
     if cell.get("page"):
         name += f", pages of {cell['page']}"

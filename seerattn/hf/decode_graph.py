@@ -1,0 +1,230 @@
+"""Decoding by CUDA graphs: the host launches a step as a whole, not kernel by kernel.
+
+A step takes the host longer than the GPU, and a sparse one has more to launch than a dense one. Inside of
+`decode_graphs` transformers' `generate` with a static cache records a step (`seerattn.hf.fixed_step`) and repeats it.
+It asks a model for a compiled forward there (`get_compiled_call`), and gets the graph instead: its loop, its sampling
+and its cache stay its own. What a graph cannot repeat runs as it would without one, and that is said once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from seerattn.gate_decode import GateDecoder
+from seerattn.hf.decode import decode_impl
+from seerattn.hf.fixed_step import FIXED, FixedStep, GateKeys
+from seerattn.hf.identity import transformers_model
+from seerattn.hf.mask import Unservable
+from seerattn.hf.meters import density_meters
+from seerattn.hf.state import Attachment, LayerState, attachment_of, check_filled, layer_states
+from seerattn.selection.selector import AttentionContext, RotaryTables
+
+logger = logging.getLogger(__name__)
+
+# What transformers passes to a forward that a step makes anew, or that changes nothing in it.
+KNOWN = {"input_ids", "past_key_values", "position_ids", "attention_mask", "cache_position", "use_cache", "return_dict"}
+KNOWN |= {"logits_to_keep"}
+
+
+@contextmanager
+def decode_graphs(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model.generate(..., cache_implementation="static")`` decodes by CUDA graphs.
+
+    Tokens are those that decoding gives without graphs, up to the rounding of gate keys to 16 bits, which changed three
+    in ten thousand entries of lists where it was measured. It serves greedy and sampled answers and any batch without
+    padding, of models whose layers have no window. A graph is recorded in every call of `generate`, at its third token.
+    Layers without a decode policy attend to all keys by this library's kernel.
+
+    Args:
+        model: that was attached to, on a GPU.
+
+    Raises:
+        ValueError: no model that was attached to, or one that is not on a CUDA device.
+    """
+    attachment, inner = attachment_of(model), transformers_model(model)
+    if attachment is None:
+        raise ValueError("decode_graphs needs a model that seerattn.attach returned, got one that was not attached to")
+    if inner.device.type != "cuda":
+        raise ValueError(f"decode_graphs needs a model on a CUDA device, got one on {inner.device}")
+    if "get_compiled_call" in vars(inner):
+        raise ValueError("decode_graphs must not be entered twice for one model")
+    inner.get_compiled_call = lambda _=None: DecodeGraph(inner, attachment)
+    try:
+        yield
+    finally:
+        del inner.get_compiled_call
+
+
+class DecodeGraph:
+    """The forward of the decode steps of one call of `generate`.
+
+    Args:
+        model: the transformers model.
+        attachment: what was attached to it.
+        records: whether steps are recorded; a CPU has no graphs and runs each.
+
+    Attributes:
+        refused: why steps run without a graph; None where they do not.
+    """
+
+    def __init__(self, model: PreTrainedModel, attachment: Attachment, *, records: bool = True) -> None:
+        self.model, self.attachment, self.records = model, attachment, records
+        self._states = {state.layer: state for state in layer_states(model)}
+        self.refused: str | None = None
+        self._step: FixedStep | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        self._tokens = 0
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> Any:
+        """One forward of transformers' loop; logits of ``[B, 1]`` new tokens."""
+        if self.refused is not None:
+            return self.model(**inputs)
+        try:
+            if self._step is None:
+                self._begin(inputs)
+            return self._run(inputs)
+        except Unservable as reason:
+            self.refused = str(reason)
+            _tell(str(reason))
+            self._take_back(inputs["past_key_values"])
+            return self.model(**inputs)
+
+    def _begin(self, inputs: dict[str, Any]) -> None:
+        """Makes room for what steps share, and the gate keys of the prompt.
+
+        Raises:
+            Unservable: a graph could not repeat this.
+        """
+        ids, cache = inputs["input_ids"], inputs.get("past_key_values")
+        tokens = self._check(inputs, ids, cache)
+        running, batch, device = self.attachment.now(), ids.shape[0], ids.device
+        room = cache.layers[0].max_cache_len
+        if self.records and decode_impl(running) == "reference":
+            raise Unservable("impl must be a kernel, got 'reference'")
+        keys = {}
+        for index, decoder in running.decoders.items():
+            if decoder is None:
+                continue
+            place = cache.layers[index].keys.device
+            if not isinstance(decoder, GateDecoder) or not decoder.serves_many(place, room):
+                raise Unservable(f"layer {index} chooses by what the kernel of single tokens does not have")
+            check_filled(decoder.gate, index)
+            if decoder.finished_windows(room):
+                keys[index] = GateKeys.of(decoder, batch, room, place)
+        # Otherwise no hook tells the attention of layers that decode dense.
+        self.attachment.decodes = True
+        self._cache, self._tokens = cache, tokens
+        self._ids = torch.zeros(batch, 1, dtype=ids.dtype, device=device)
+        self._position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._step = FixedStep(running, room, torch.zeros(batch, dtype=torch.int32, device=device), keys)
+
+    def _check(self, inputs: dict[str, Any], ids: Tensor, cache: Any) -> int:
+        """Tokens in the cache; the host waits here, once."""
+        given = (name for name, value in inputs.items() if value is not None and value is not False)
+        if others := sorted({*given} - KNOWN):
+            raise Unservable(f"a step must be given tokens alone, got {', '.join(others)}")
+        if not isinstance(cache, Cache) or any(type(layer) is not StaticLayer for layer in cache.layers):
+            raise Unservable(f"all layers must be in a static cache without windows, got {type(cache).__name__}")
+        if len(cache.layers) != len(self._states) or not all(layer.is_initialized for layer in cache.layers):
+            raise Unservable("gates or selectors must have been attached to every attention layer")
+        if len({layer.keys.device for layer in cache.layers}) > 1:
+            raise Unservable("the model must be on one GPU")
+        if any(s.rotation is not None and s.rotation.depends_on_length for s in self._states.values()):
+            raise Unservable("frequencies must not depend on the length")
+        tokens = int(cache.layers[0].cumulative_length)
+        if tokens + 1 > cache.layers[0].max_cache_len:
+            raise Unservable(f"the cache must have room for a token, got {tokens} in {cache.layers[0].max_cache_len}")
+        position, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        padded = position is not None and (position.ndim != 2 or bool((position != tokens).any()))
+        padded |= isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.bool().all())
+        if ids.shape[1] != 1 or padded or (position is None and isinstance(mask, Tensor) and mask.ndim != 2):
+            raise Unservable("steps must have one token of every sequence, and sequences no padding")
+        return tokens
+
+    def _run(self, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
+        """One step: by hand, recorded, or repeated."""
+        step, ids = self._step, inputs["input_ids"]
+        if ids.shape != self._ids.shape or inputs.get("past_key_values") is not self._cache:
+            raise Unservable(f"all steps must be of one batch and one cache, got tokens of shape {list(ids.shape)}")
+        tokens, first = self._tokens + 1, self._logits is None
+        self._ids.copy_(ids)
+        self._position.fill_(tokens - 1)
+        step.lengths.fill_(tokens)
+        self._finish_blocks(tokens)
+        if self._graph is not None:
+            self._graph.replay()
+        elif first or not self.records:
+            # Kernels are compiled, and what cannot be served shows.
+            self._logits = self._forward()
+        else:
+            self._record()
+            self._graph.replay()
+        for meter in density_meters(self.attachment):
+            for index, counts in step.counts.items():
+                state = self._states[index]
+                meter.decode.add(index, state.heads, counts.clone(), tokens, step.keys[index].gate.config.block_k)
+        # A repeated step writes to the cache without torch's knowledge.
+        self.attachment.gate_cache.doubt(self._cache)
+        self._tokens = tokens
+        return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=self._cache)
+
+    def _record(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._logits = self._forward()
+
+    def _forward(self) -> Tensor:
+        token = FIXED.set(self._step)
+        try:
+            # Nobody looks at the mask, and transformers makes none where one of four axes is given.
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self._ids.device)
+            given = {"input_ids": self._ids, "position_ids": self._position, "past_key_values": self._cache}
+            return self.model(**given, attention_mask=mask, use_cache=True, return_dict=True).logits
+        finally:
+            FIXED.reset(token)
+
+    def _finish_blocks(self, tokens: int) -> None:
+        """Gate keys of the blocks that tokens before this one have finished; in most steps there are none."""
+        tables: dict[Any, tuple[Tensor, Tensor]] = {}
+        for index, keys in self._step.keys.items():
+            if keys.blocks < (tokens - 1) // keys.gate.config.block_k:
+                keys.fill(self._cache.layers[index].keys, _context(self._states[index], tables), tokens)
+
+    def _take_back(self, cache: Any) -> None:
+        """What layers before the one that refused have written is written again."""
+        if self._step is not None and cache is self._cache:
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(self._tokens)
+
+
+def _context(state: LayerState, tables: dict[Any, tuple[Tensor, Tensor]]) -> AttentionContext:
+    """What gate keys are made with: how the keys of positions that count up by one were rotated."""
+    rotation = state.rotation
+
+    def unrotate(x: Tensor, start: int) -> Tensor:
+        if rotation is None:
+            return x.float()
+        name = (rotation.embedding, tuple(rotation.arguments.items()), start, x.shape[2])
+        if name not in tables:
+            tables[name] = rotation.tables(torch.arange(start, start + x.shape[2])[None], x)
+        return rotation.unrotate(x, *tables[name])
+
+    rotary = RotaryTables() if rotation is None else None
+    return AttentionContext(layer=state.layer, scale=1.0, softcap=None, unrotate=unrotate, rotary=rotary)
+
+
+@functools.cache
+def _tell(reason: str) -> None:
+    logger.warning("decoded without a CUDA graph: %s", reason)

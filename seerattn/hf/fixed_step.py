@@ -1,0 +1,136 @@
+"""A decode step that can be repeated by a CUDA graph: nothing of it depends on what the host knows.
+
+A step of `seerattn.hf.decode` cuts the cache to the keys that are there, looks up what is known of them, and makes
+lists of the length that they need. Here sizes are those of the room that a static cache has, and how many tokens there
+are is read on the device. Gate keys of a block that has been finished, one step in 64, are made by the host between two
+steps, by the code of every other block.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seerattn.gate.attn_gate import AttnGate
+from seerattn.gate_decode import GateDecoder
+from seerattn.gate_selector import pooled_keys
+from seerattn.hf.call import LayerCall, logits_of
+from seerattn.hf.decode import decode_impl
+from seerattn.hf.mask import Unservable
+from seerattn.hf.state import Running
+from seerattn.ops.decode_attention import decode_attention
+from seerattn.selection.selector import AttentionContext
+
+# It changes three in ten thousand list entries at most (docs/LOG.md), and a token reads all gate keys: in fp32, with 8
+# sub-blocks of a block, they are more bytes than the keys and values of a tenth of the blocks.
+KEY_DTYPE = torch.float16
+# Larger gate keys keep fp32.
+LARGEST = torch.finfo(torch.float16).max / 16
+# Tokens whose keys are un-rotated at a time.
+AT_ONCE = 1 << 17
+
+
+@dataclass(eq=False)
+class GateKeys:
+    """Gate keys of all sequences of a batch, in room for as many as there may be.
+
+    Attributes:
+        gate: whose they are.
+        keys: ``[B, h, W, DG]``.
+        blocks: of every sequence that are there.
+    """
+
+    gate: AttnGate
+    keys: Tensor
+    blocks: int = 0
+
+    @classmethod
+    def of(cls, decoder: GateDecoder, batch: int, room: int, device: torch.device) -> GateKeys:
+        """Room for the gate keys of ``room`` tokens."""
+        heads = decoder.gate.k_weight.shape[0]
+        shape = (batch, heads, decoder.finished_windows(room), decoder.gate.gate_dim)
+        return cls(decoder.gate, torch.zeros(shape, dtype=KEY_DTYPE, device=device))
+
+    def fill(self, k: Tensor, context: AttentionContext, tokens: int) -> None:
+        """Adds those of blocks that are finished before the last of so many tokens.
+
+        Args:
+            k: post-RoPE keys ``[B, HKV, S, D]``, at least ``tokens`` of them.
+            context: knows how they were rotated.
+            tokens: of every sequence.
+        """
+        config, blocks = self.gate.config, (tokens - 1) // self.gate.config.block_k
+        begin, end = self.blocks * config.block_k, blocks * config.block_k
+        if begin == end:
+            return
+        rows = max(1, AT_ONCE // (end - begin))
+        windows = slice(begin // config.k_size, end // config.k_size)
+        for row in range(0, k.shape[0], rows):
+            part = pooled_keys(self.gate, k[row : row + rows, :, begin:end], context, begin, "reference")
+            made = self.gate.gate_keys(part)
+            # Asked once, of the prompt: what follows is not sixteen times as large.
+            if not self.blocks and bool(made.abs().amax() > LARGEST):
+                self.keys = self.keys.float()
+            self.keys[row : row + rows, :, windows] = made.to(self.keys.dtype)
+        self.blocks = blocks
+
+
+@dataclass(eq=False)
+class FixedStep:
+    """What the layers of one step share.
+
+    Attributes:
+        running: what they run.
+        room: tokens that the cache has room for.
+        lengths: int32 ``[B]``, keys of every sequence, that of the new token included.
+        keys: gate keys, by layer; layers without them attend to all keys.
+        counts: blocks that were chosen in the last step, ``[B, HKV]`` by layer.
+    """
+
+    running: Running
+    room: int
+    lengths: Tensor
+    keys: dict[int, GateKeys]
+    counts: dict[int, Tensor] = field(default_factory=dict)
+
+    def attend(self, seer: LayerCall, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Attention ``[B, 1, H, D]`` of one token of every sequence.
+
+        Args:
+            seer: the layer.
+            query: post-RoPE ``[B, H, 1, D]``.
+            key: post-RoPE ``[B, HKV, S, D]``, a static cache in full.
+            value: ``[B, HKV, S, D]``.
+            kwargs: what the architecture passes on.
+        """
+        layer, blocks = seer.state.layer, None
+        if key.shape[2] != self.room:
+            raise Unservable(f"layer {layer} must keep {self.room} tokens as the others, got {key.shape[2]}")
+        if layer in self.keys:
+            decoder, q = self.running.decoders[layer], self._unrotated(seer, query).transpose(0, 2)
+            blocks = decoder.select_many(q, self.keys[layer].keys, self.lengths, tokens=self.room)
+            self.counts[layer] = blocks.counts
+        call = {
+            "lengths": self.lengths,
+            "blocks": blocks,
+            "impl": decode_impl(self.running),
+            **logits_of(query, kwargs),
+        }
+        return decode_attention(query[:, :, 0], key, value, **call)[:, None]
+
+    @staticmethod
+    def _unrotated(seer: LayerCall, query: Tensor) -> Tensor:
+        rotation, tables = seer.state.rotation, seer.on(query.device).position_embeddings
+        if rotation is None:
+            return query.float()
+        if tables is None:
+            raise Unservable(f"position_embeddings must reach the attention of layer {seer.state.layer}, got None")
+        return rotation.unrotate(query, *tables)
+
+
+# Set while a model runs such a step, and while a graph of one is made.
+FIXED: ContextVar[FixedStep | None] = ContextVar("seerattn_fixed_step", default=None)

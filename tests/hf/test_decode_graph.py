@@ -1,0 +1,213 @@
+"""Steps that a CUDA graph can repeat give what steps by the host give. On a CPU each of them runs, none is recorded.
+
+A written-out choice stands for the kernel's; what it is compared with comes from the torch modules.
+"""
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from tiny_models import tiny_model, tokens
+from torch import Tensor, nn
+from transformers import StaticCache
+from written_choice import written_out
+
+import seerattn
+from seerattn import AttnGateConfig, TokenBudget, TopK, TopP
+from seerattn.gate_decode import GateDecoder
+from seerattn.hf import decode_graph, fixed_step, state
+from seerattn.hf.decode_graph import DecodeGraph
+from seerattn.hf.identity import transformers_model
+from seerattn.hf.state import attachment_of
+
+triton_one = pytest.importorskip("seerattn.ops.decode_select.triton_one")
+
+BLOCK, NEW = 32, 40
+GATE = AttnGateConfig(block_q=BLOCK, block_k=BLOCK, query_subblocks=2, key_subblocks=2, init="normal")
+FEW = TokenBudget(tokens=3 * BLOCK)
+
+
+@pytest.fixture(autouse=True)
+def chosen_as_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "GateDecoder", partial(GateDecoder, impl="triton"))
+    monkeypatch.setattr(triton_one, "select_blocks", written_out)
+    monkeypatch.setattr(fixed_step, "KEY_DTYPE", torch.float32)
+    decode_graph._tell.cache_clear()
+
+
+def model(name: str = "llama", decode_policy=FEW, gate: AttnGateConfig = GATE, impl: str = "sparse") -> nn.Module:
+    gated = seerattn.attach(tiny_model(name, torch.float32), gate, None, impl=impl).eval()
+    seerattn.set_policy(gated, None, decode_policy=decode_policy)
+    return gated
+
+
+def prompts(*lengths: int) -> dict[str, Tensor]:
+    rows = [tokens(n, seed=n) for n in lengths]
+    longest = max(lengths)
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def answer(gated: nn.Module, asked: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
+    """Tokens ``[B, n]`` and their logits ``[n, B, V]``."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+    options |= {"cache_implementation": "static", "return_dict_in_generate": True, "output_logits": True}
+    found = gated.generate(**asked, **options)
+    return found.sequences[:, asked["input_ids"].shape[1] :], torch.stack(found.logits)
+
+
+def by_hand(gated: nn.Module, asked: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
+    """Without a graph, by the torch modules."""
+    with mock.patch.object(GateDecoder, "_runs_fused", lambda *_: False):
+        return answer(gated, asked, **options)
+
+
+def by_graph(gated: nn.Module, asked: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
+    """By steps as a graph repeats them."""
+    inner = transformers_model(gated)
+    steps = lambda _=None: DecodeGraph(inner, attachment_of(gated), records=False)  # noqa: E731
+    with (
+        mock.patch.object(inner, "get_compiled_call", steps),
+        mock.patch.object(inner, "_valid_auto_compile_criteria", lambda *_: True),
+    ):
+        return answer(gated, asked, **options)
+
+
+def equal(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=2e-4)
+
+
+@pytest.fixture
+def no_refusal(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    yield
+    assert "without a CUDA graph" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("policy", [FEW, TopK(density=0.3)], ids=["budget", "share"])
+@pytest.mark.parametrize("length", [7, 250])
+def test_answers_are_those_of_steps_by_the_host(name: str, policy, length: int, no_refusal) -> None:
+    gated = model(name, policy)
+    equal(by_graph(gated, prompts(length)), by_hand(gated, prompts(length)))
+
+
+@pytest.mark.parametrize("share", ["query_head", "kv_group"])
+@pytest.mark.parametrize("pooling", [("avg",), ("max", "min")])
+def test_gates_of_other_forms_do_so_too(share: str, pooling, no_refusal) -> None:
+    form = AttnGateConfig(block_q=BLOCK, block_k=BLOCK, key_subblocks=4, k_pooling=pooling, share=share, init="normal")
+    gated = model(gate=form)
+    equal(by_graph(gated, prompts(200, 200)), by_hand(gated, prompts(200, 200)))
+
+
+def test_layers_without_a_decode_policy_attend_to_all_keys(no_refusal) -> None:
+    gated, plain = model(decode_policy=None), tiny_model("llama", torch.float32).eval()
+    equal(by_graph(gated, prompts(130, 130)), answer(plain, prompts(130, 130)))
+
+
+def test_gate_keys_are_kept_in_16_bits_unless_they_are_too_large(monkeypatch: pytest.MonkeyPatch, no_refusal) -> None:
+    monkeypatch.setattr(fixed_step, "KEY_DTYPE", torch.float16)
+    held: list[torch.dtype] = []
+
+    def noted(gate_q: Tensor, gate_k: Tensor, rule, **sizes):
+        held.append(gate_k.dtype)
+        return written_out(gate_q, gate_k.float(), rule, **sizes)
+
+    monkeypatch.setattr(triton_one, "select_blocks", noted)
+    gated = model()
+    found = by_graph(gated, prompts(250), max_new_tokens=4)
+    assert set(held) == {torch.float16}
+    # Lists of this model do not change by it.
+    equal(found, by_hand(gated, prompts(250), max_new_tokens=4))
+
+    held.clear()
+    monkeypatch.setattr(fixed_step, "LARGEST", 0.0)
+    by_graph(gated, prompts(250), max_new_tokens=4)
+    assert set(held) == {torch.float32}
+
+
+def test_counted_densities_are_those_of_steps_by_the_host(no_refusal) -> None:
+    gated = model(decode_policy=TopK(density=0.3))
+    counted = []
+    for run in (by_graph, by_hand):
+        with seerattn.record_density(gated) as meter:
+            run(gated, prompts(250))
+        counted.append(meter.decode.mean())
+    assert counted[0] == counted[1] < 0.5
+
+
+def test_a_turn_after_a_graph_finds_the_cache_as_it_is(no_refusal) -> None:
+    gated = model()
+    with torch.no_grad():
+        inner = transformers_model(gated)
+        cache = StaticCache(config=inner.config, max_cache_len=400)
+        ids = tokens(290, seed=1)[None]
+        inner(input_ids=ids[:, :250], past_key_values=cache)
+        steps = DecodeGraph(inner, attachment_of(gated), records=False)
+        for place in range(250, 290):
+            found = steps(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits
+        more = inner(input_ids=ids[:, :1], past_key_values=cache).logits
+        expected = StaticCache(config=inner.config, max_cache_len=400)
+        inner(input_ids=ids[:, :250], past_key_values=expected)
+        for place in range(250, 290):
+            last = inner(input_ids=ids[:, place : place + 1], past_key_values=expected).logits
+        torch.testing.assert_close(found, last, rtol=0, atol=2e-4)
+        torch.testing.assert_close(
+            more, inner(input_ids=ids[:, :1], past_key_values=expected).logits, rtol=0, atol=2e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "lengths", "reason"),
+    [
+        ("llama", FEW, (100, 250), "no padding"),
+        ("llama", TopP(p=0.9), (250,), "the kernel of single tokens does not have"),
+        ("gemma3", FEW, (250,), "without windows"),
+    ],
+)
+def test_what_a_graph_cannot_repeat_runs_without_one_and_says_so(
+    name: str, policy, lengths, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "GateDecoder", GateDecoder)
+    gated = model(name, policy)
+    with caplog.at_level(logging.WARNING):
+        found = by_graph(gated, prompts(*lengths))
+    assert reason in caplog.text
+    equal(found, by_hand(gated, prompts(*lengths)))
+
+
+def test_a_step_that_is_refused_halfway_is_begun_again(caplog: pytest.LogCaptureFixture) -> None:
+    gated = model()
+    attend = fixed_step.FixedStep.attend
+
+    def refused(step, seer, *args):
+        if seer.state.layer == 1:
+            raise decode_graph.Unservable("a reason")
+        return attend(step, seer, *args)
+
+    with mock.patch.object(fixed_step.FixedStep, "attend", refused), caplog.at_level(logging.WARNING):
+        found = by_graph(gated, prompts(250))
+    assert "a reason" in caplog.text
+    equal(found, by_hand(gated, prompts(250)))
+
+
+def test_models_without_gates_and_other_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="not attached to"), seerattn.decode_graphs(tiny_model("llama")):
+        pass
+    with pytest.raises(ValueError, match="on a CUDA device, got one on cpu"), seerattn.decode_graphs(model()):
+        pass
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are recorded on a GPU")
+@pytest.mark.parametrize("policy", [FEW, TopK(density=0.3), None], ids=["budget", "share", "dense"])
+def test_recorded_steps_are_those_that_run(policy, monkeypatch: pytest.MonkeyPatch, no_refusal) -> None:
+    monkeypatch.undo()
+    gated = model(decode_policy=policy).to("cuda")
+    asked = {name: x.cuda() for name, x in prompts(250, 250).items()}
+    with seerattn.decode_graphs(gated):
+        found = answer(gated, asked)
+    equal(found, answer(gated, asked, disable_compile=True))
