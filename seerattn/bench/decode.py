@@ -165,7 +165,8 @@ class _Steps(ModelRuns):
             return self._run(model, tokens, batch, steps, launch)
 
         values = of_gates(form) | {"settings": policy.to_dict(), "density": density, "seed": 0}
-        cell = {"batch": batch, "block_k": gate_form(form).block_k, "share": "group", "launch": launch}
+        # A token is a query block of its own.
+        cell = {"batch": batch, "block_q": 1, "block_k": gate_form(form).block_k, "share": "group", "launch": launch}
         label = f"{batch:>2} at a time, gates {form}, density {density:g}, by {launch}"
         return self.measure(tokens, self.impl, run, label, cell=cell, **values)
 

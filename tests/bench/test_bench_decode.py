@@ -1,5 +1,7 @@
 """Decoded tokens of whole models, behind caches that no prompt filled."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -53,6 +55,13 @@ def test_steps_are_of_the_lengths_batches_and_densities_that_were_asked_for() ->
     for row in rows:
         assert row.value > 0 and row.value == pytest.approx(1e3 * sorted(row.samples["seconds"])[1], rel=1e-2)
         assert row.realised_density == pytest.approx(expected.get((row.context, row.density), 1.0))
+
+
+def test_results_are_read_again_and_not_measured_twice(tmp_path: Path) -> None:
+    bench, found = DecodeBench(contexts=(200,), batches=(1,), densities=(0.3,), steps=2), []
+    for _ in range(2):
+        found.append(bench.run(Session(CPU, ResultsFile(tmp_path / "r.jsonl")), TINY))
+    assert [row.value for row in found[0]] == [row.value for row in found[1]] and len(found[0]) == 2
 
 
 def test_steps_that_differ_from_the_unpatched_model_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def _name(row: Result) -> str:
     if "share" in cell:
         name += f", {blocks(row)}"
     if _is_graph(row):
-        name += ", CUDA graph"
+        name = f"{'all keys, triton' if row.kind == 'dense' else name}, CUDA graph"
     if cell.get("page"):
         name += f", pages of {cell['page']}"
     if "queries" in cell:

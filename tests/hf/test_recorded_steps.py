@@ -1,0 +1,27 @@
+"""Steps that a GPU repeats from a record give what steps by the host give."""
+
+import pytest
+import torch
+
+import seerattn
+from seerattn import TokenBudget, TopK
+from seerattn.hf import decode_graph, fixed_step
+from tests.hf.test_decode_graph import BLOCK, answer, equal, model, prompts
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are recorded on a GPU")
+
+
+@pytest.mark.parametrize(
+    "policy", [TokenBudget(tokens=3 * BLOCK), TopK(density=0.3), None], ids=["budget", "share", "dense"]
+)
+def test_recorded_steps_are_those_that_run(
+    policy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decode_graph._tell.cache_clear()
+    monkeypatch.setattr(fixed_step, "KEY_DTYPE", torch.float32)
+    gated = model(decode_policy=policy).to("cuda")
+    asked = {name: x.cuda() for name, x in prompts(250, 250).items()}
+    with seerattn.decode_graphs(gated):
+        found = answer(gated, asked)
+    assert "without a CUDA graph" not in caplog.text
+    equal(found, answer(gated, asked, disable_compile=True))
