@@ -11,6 +11,7 @@ from seerattn.selection.block_indices import BlockIndices
 
 BLOCK_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (32, 256)
+FP32_MAX = torch.finfo(torch.float32).max
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -43,7 +44,7 @@ def check_logits(scale: float | None, softcap: float | None) -> None:
 
 def _is_finite(value: object) -> bool:
     # Kernels compute in fp32. A comparison also serves integers that no float can hold, and refuses NaN.
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= FP32_MAX
 
 
 def scale_refusal(scale: float, softcap: float | None = None) -> str | None:

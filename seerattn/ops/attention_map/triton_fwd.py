@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from seerattn.ops.attention_map.kernel import attention_map_fwd
 from seerattn.ops.attention_map.maps import AttentionMaps
 from seerattn.ops.checks import scale_refusal
-from seerattn.ops.launch import new_output, on_device, row_geometry, tma_ready
+from seerattn.ops.launch import new_output, on_device, power_of_2, row_geometry, tma_ready
 from seerattn.selection.block_indices import num_query_blocks
 from seerattn.selection.map_form import MapForm
 
@@ -62,7 +61,7 @@ def choose_launch(*, block_q: int, head_dim: int, element_size: int, tokens: int
     1.20 / 17.9, (128, 128, 8, 3, 1) 1.27 / 18.0. At 128k the bound on scratch leaves programs out, so the smaller ones
     win.
     """
-    width = triton.next_power_of_2(head_dim)
+    width = power_of_2(head_dim)
     if element_size == 4:
         # Full fp32 products run on the ordinary units and hold whole rows of q and K in registers.
         return Launch(rows=max(64, block_q), keys=32, num_warps=16, num_stages=1)
@@ -156,7 +155,7 @@ def attention_maps(
     )
 
     q = q if q.stride(3) == 1 else q.contiguous()
-    block_dim = triton.next_power_of_2(dim)
+    block_dim = power_of_2(dim)
     tile = [1, 1, launch.keys, block_dim]
     group = heads // kv_heads
     fitting = SECTION_BYTES // ((1 if v is None else 2) * k_tokens * dim * k.element_size())

@@ -28,7 +28,7 @@ from seerattn.ops.block_sparse_attention.triton_rows import (
     row_place,
     row_table,
 )
-from seerattn.ops.launch import new_output, tma_ready
+from seerattn.ops.launch import new_output, power_of_2, tma_ready
 from seerattn.selection.block_indices import BlockIndices
 
 
@@ -132,7 +132,7 @@ class Call:
             "BLOCK_Q": self.blocks.block_q,
             "BLOCK_K": self.blocks.block_k,
             "D": dim,
-            "BLOCK_D": triton.next_power_of_2(dim),
+            "BLOCK_D": power_of_2(dim),
             "CAPPED": self.softcap is not None,
             "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
         }
@@ -183,7 +183,7 @@ def query_gradients(
     if dq.numel() == 0:
         return dq, statistics
     tile_q = min(blocks.block_q, max(1, launch.queries // members))
-    tile = [1, 1, launch.keys, triton.next_power_of_2(dim)]
+    tile = [1, 1, launch.keys, power_of_2(dim)]
     rows = len(call.lengths) * kv_heads * blocks.num_q_blocks
     _query_gradients[(rows * (group // members) * (blocks.block_q // tile_q),)](
         q,
@@ -238,7 +238,7 @@ def key_gradients(
     launch = launch or choose_key_launch(
         block_q=blocks.block_q, block_k=blocks.block_k, head_dim=dim, element_size=q.element_size()
     )
-    width = triton.next_power_of_2(dim)
+    width = power_of_2(dim)
     q_tile, k_tile = [1, 1, launch.queries, width], [1, 1, launch.keys, width]
     _key_gradients[(len(lists.order) * (blocks.block_k // launch.keys),)](
         TensorDescriptor.from_tensor(tma_ready(q), q_tile),

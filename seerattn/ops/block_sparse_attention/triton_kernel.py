@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from seerattn.ops.block_sparse_attention.triton_rows import LOG2_E, add_sink, capped, query_tile, row_offset
 from seerattn.ops.checks import scale_refusal
-from seerattn.ops.launch import tma_fits
+from seerattn.ops.launch import power_of_2, tma_fits
 from seerattn.ops.triton_keys import key_page, key_tile
 from seerattn.selection.block_indices import BlockIndices
 
@@ -49,7 +49,7 @@ class Launch:
 
 def choose_launch(*, block_q: int, block_k: int, members: int, head_dim: int, element_size: int, tokens: int) -> Launch:
     """Picks a launch from the shapes of a call; ``members`` heads share a list, ``tokens`` are those of the keys."""
-    width = triton.next_power_of_2(head_dim)
+    width = power_of_2(head_dim)
     if element_size == 2 and width <= 128:
         # One H100, bf16, D 128, density .1, ms at 128k / 32k by (rows, keys, warps, stages, registers):
         #   64 x 64 a head:   (64, 64, 4, 1, 128) 32.0 / 2.36    (64, 64, 4, 1, -) 34.1 / 2.17
@@ -68,7 +68,7 @@ def choose_launch(*, block_q: int, block_k: int, members: int, head_dim: int, el
 
 def choose_skipping_launch(*, block_q: int, block_k: int, head_dim: int, element_size: int) -> Launch | None:
     """Picks a launch whose programs see a whole query block, and a whole key block at every step; None without room."""
-    width = triton.next_power_of_2(head_dim)
+    width = power_of_2(head_dim)
     if element_size == 2 and width <= 128:
         # Those of lists for every head without skipping, as far as the blocks allow; others were not tried. H200, 32/8
         # heads of 128, 32k tokens, full lists, 64 x 64: 16.2 ms without, 21.1 looking alone; 128 x 128: 16.1 and 24.8.
@@ -175,7 +175,7 @@ def forward(
     tile_q = min(blocks.block_q, max(1, launch.rows // members))
 
     q = q if q.stride(3) == 1 else q.contiguous()
-    block_dim = triton.next_power_of_2(dim)
+    block_dim = power_of_2(dim)
     tile = [1, 1, launch.keys, block_dim]
     # A cache is never copied: what TMA does not read is read by pointers.
     tiled = pages is None or (pages.size % launch.keys == 0 and tma_fits(k) and tma_fits(v))

@@ -7,6 +7,7 @@ follows from shapes alone; how a list is shared among them, from how long it is.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from seerattn.ops.block_sparse_attention.triton_rows import LOG2_E, add_sink, capped
 from seerattn.ops.checks import scale_refusal
-from seerattn.ops.launch import multiprocessors
+from seerattn.ops.launch import multiprocessors, power_of_2
 from seerattn.ops.triton_keys import key_page, key_tile
 from seerattn.selection.decode_blocks import DecodeBlocks
 
@@ -45,11 +46,12 @@ class Launch:
     splits: int
 
 
+@functools.lru_cache(maxsize=1024)  # layer after layer asks for the same
 def choose_launch(
     *, lists: int, width: int, block_k: int, head_dim: int, element_size: int, multiprocessors: int
 ) -> Launch:
     """Picks a launch from the shapes of a call; there are ``lists`` of ``width`` blocks at most."""
-    row_bytes = triton.next_power_of_2(head_dim) * element_size
+    row_bytes = power_of_2(head_dim) * element_size
     # A step of K and V is 32 KiB at most, or 64. Of four stages three are under way, and two programs with 104 KiB each
     # fill the shared memory of a multiprocessor.
     keys = min(block_k, 64 if row_bytes <= 256 else 32)
@@ -127,7 +129,7 @@ def decode_attention(
         parts = torch.empty(lists, splits, group, dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(lists, splits, group, dtype=torch.float32, device=q.device)
     q = q if q.stride(2) == 1 else q.contiguous()
-    block_dim = triton.next_power_of_2(dim)
+    block_dim = power_of_2(dim)
     _decode[(lists * splits,)](
         q,
         k,
@@ -152,7 +154,7 @@ def decode_attention(
         0.0 if softcap is None else scale / softcap,
         GROUP=group,
         # Tensor cores take 16 rows at least.
-        ROWS=max(16, triton.next_power_of_2(group)),
+        ROWS=max(16, power_of_2(group)),
         BLOCK_K=block_k,
         TILE_K=launch.keys,
         D=dim,
@@ -173,7 +175,7 @@ def decode_attention(
             heads,
             splits,
             GROUP=group,
-            SPLITS=triton.next_power_of_2(splits),
+            SPLITS=power_of_2(splits),
             D=dim,
             BLOCK_D=block_dim,
             num_warps=4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -42,9 +43,14 @@ class TokenRule:
 
     def most(self, number: int) -> int:
         """How many of ``number`` blocks a row keeps at most."""
-        # As in the kernel, which rounds in fp32.
-        count = float(torch.tensor(float(number)) * self.setting) if self.kind == "share" else self.setting
-        return min(number, max(math.ceil(count), min(self.sink_blocks, number - 1) + 1))
+        count = _share_of(number, self.setting) if self.kind == "share" else math.ceil(self.setting)
+        return min(number, max(count, min(self.sink_blocks, number - 1) + 1))
+
+
+@functools.lru_cache(maxsize=1024)
+def _share_of(number: int, share: float) -> int:
+    # As in the kernel, which rounds in fp32.
+    return math.ceil(float(torch.tensor(float(number)) * share))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ by piece. They are held in registers for the choice, where the count is that of 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from seerattn.ops.decode_select.api import TokenRule
 from seerattn.ops.decode_select.table import KeyTable
 from seerattn.ops.gate_scores.kernels.choice import number, places, top_count, wanted_count
-from seerattn.ops.launch import multiprocessors
+from seerattn.ops.launch import multiprocessors, power_of_2
 from seerattn.selection.decode_blocks import DecodeBlocks
 
 # A row of scores is held in registers: of 8 warps 32 numbers a thread, as often as the choice needs it.
@@ -43,11 +44,12 @@ class Launch:
     splits: int = 1
 
 
+@functools.lru_cache(maxsize=1024)  # layer after layer asks for the same
 def choose_launch(
     *, pieces: int, gate_dim: int, keys: int, rows: int, number_of_blocks: int, multiprocessors: int
 ) -> Launch:
     """Picks a launch from the shapes of a call, of ``keys`` gate keys for a piece of a block; not measured yet."""
-    tile = triton.next_power_of_2(pieces) * triton.next_power_of_2(gate_dim) * triton.next_power_of_2(keys)
+    tile = power_of_2(pieces) * power_of_2(gate_dim) * power_of_2(keys)
     step = max(1, TILE // tile)
     # One wave, and two steps at least of each program.
     splits = min(max(1, multiprocessors // rows), max(1, number_of_blocks // (2 * step)))
@@ -116,18 +118,18 @@ def select_blocks(
             MEMBERS=members,
             OWN_KEYS=own_keys,
             PIECES=rule.pieces,
-            BLOCK_PIECES=triton.next_power_of_2(rule.pieces),
+            BLOCK_PIECES=power_of_2(rule.pieces),
             SUMS=rule.over_pieces == "sum",
             RULE=("count", "share").index(rule.kind),
             SINKS=rule.sink_blocks,
             UNSCORED=rule.unscored,
             BLOCK_K=rule.block_k,
             D=dim,
-            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_D=power_of_2(dim),
             VECTOR=4 if apart and gate_k.aligned else 1,
             STEP=launch.step,
             STAGES=launch.num_stages,
-            BLOCKS=max(32, triton.next_power_of_2(max(number_of_blocks, width))),
+            BLOCKS=max(32, power_of_2(max(number_of_blocks, width))),
             num_warps=launch.num_warps,
         )
     return DecodeBlocks(indices, counts, rule.block_k)

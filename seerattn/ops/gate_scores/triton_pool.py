@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from seerattn.ops.gate_scores.api import Rotary
 from seerattn.ops.gate_scores.kernels.launch import POOL_WARPS, POOL_WINDOWS, rotation_of, table_refusal
 from seerattn.ops.gate_scores.kernels.pooling import pool_kernel
+from seerattn.ops.launch import power_of_2
 
 # Tokens of each window that are read at once, and depth of the pipeline of these steps; alternatives were not timed.
 STEP = 1
@@ -45,7 +45,7 @@ def pool_windows(
         SIZE=size,
         STEP=min(STEP, size),
         D=dim,
-        HALF=max(16, triton.next_power_of_2(dim // 2)),
+        HALF=max(16, power_of_2(dim // 2)),
         **rotation,
         KINDS=kinds,
         STAGES=STAGES,

@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -18,7 +17,7 @@ from seerattn.ops.gate_scores.kernels import choice
 from seerattn.ops.gate_scores.kernels.launch import POOL_WARPS, POOL_WINDOWS, rotation_of, table_refusal
 from seerattn.ops.gate_scores.kernels.scores import score_and_choose_kernel
 from seerattn.ops.gate_scores.kernels.vectors import halve_kernel, vectors_kernel
-from seerattn.ops.launch import multiprocessors, on_device
+from seerattn.ops.launch import multiprocessors, on_device, power_of_2
 from seerattn.selection.block_indices import BlockIndices, num_query_blocks
 
 LOG2_E = 1.4426950408889634
@@ -141,7 +140,7 @@ def select_blocks(
     q_start, heads = k_len - q_len, gate.mask_heads
     num_q_blocks = num_query_blocks(q_start, q_len, form.block_q)
     num_k_blocks = -(-k_len // form.block_k)
-    half = max(16, triton.next_power_of_2(gate.gate_dim // 2))
+    half = max(16, power_of_2(gate.gate_dim // 2))
     launch = launch or choose_launch(form, num_q_blocks=num_q_blocks, gate_width=2 * half)
 
     # Gate vectors [planes, B, heads, windows, 2 * half]. Key windows are padded to whole tiles.
@@ -221,7 +220,7 @@ def select_blocks(
         FEATURES=slot,
         SCALES=scales,
         D=dim,
-        HALF=max(16, triton.next_power_of_2(dim // 2)),
+        HALF=max(16, power_of_2(dim // 2)),
         **rotation,
         NORM=form.qk_norm,
         ROPE=form.rope,
@@ -316,7 +315,7 @@ def select_blocks(
     if not listed:
         width = max(int(counts.max()), 1)
         indices = torch.empty(batch, heads, num_q_blocks, width, dtype=torch.int32, device=device)
-        expand_chunk = min(1024, triton.next_power_of_2(num_k_blocks))
+        expand_chunk = min(1024, power_of_2(num_k_blocks))
         choice.expand_kernel[(counts.numel(),)](
             words, counts, indices, word_stride, width, CHUNK=max(128, expand_chunk), num_warps=1
         )
@@ -387,7 +386,7 @@ def _row_tile(num_k_blocks: int, strip: int, num_warps: int) -> dict[str, int]:
 
     `P` is how many places in a row are counted in one word.
     """
-    width = max(128, triton.next_power_of_2(num_k_blocks))
+    width = max(128, power_of_2(num_k_blocks))
     rows = min(strip, max(1, 64 * 32 * num_warps // width))
     lanes = min(width, 128 * max(1, num_warps // rows))
     packed = min(width // lanes, 4 if lanes < 256 else 2)
