@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate.pooling import Pooled
-from seerattn.gate_memory import GateMemory
+from seerattn.gate_memory import GateMemory, known_keys
 from seerattn.gate_selector import call_frequencies, pool, pooled_keys
 from seerattn.ops.decode_select import KeyTable, TokenRule, select_blocks
 from seerattn.ops.resolve import check_impl, implementation, refusal
@@ -32,8 +32,10 @@ from seerattn.selection.selector import AttentionContext
 
 def single_queries(gate: AttnGate, q: Tensor, context: AttentionContext, start: int, impl: str = "reference") -> Pooled:
     """Queries after RoPE ``[B, H, n, D]`` from position ``start`` on, un-rotated, as windows of one token."""
-    tokens = pool(q, context, start=start, size=1, kinds=("avg",), impl=impl)
-    return replace(tokens, inv_freq=call_frequencies(gate, context))
+    frequencies = call_frequencies(gate, context)
+    if impl == "reference":
+        return Pooled(context.unrotate(q, start), 1, start, q.shape[2], frequencies)
+    return replace(pool(q, context, start=start, size=1, kinds=("avg",), impl=impl), inv_freq=frequencies)
 
 
 def token_scores(gate: AttnGate, gate_q: Tensor, gate_k: Tensor, positions: Tensor, *, unscored: int) -> Tensor:
@@ -109,13 +111,12 @@ class GateDecoder(PolicyDecoder):
         """See `DecodeSelector.select_token`."""
         config, tokens = self.gate.config, k.shape[2]
         blocks = (tokens - 1) // config.block_k
-        rule = token_rule(self.gate, self.policy)
         # Before the first block is finished there is nothing to choose.
-        if blocks and self._runs_fused(q.device, blocks * config.key_subblocks, rule):
+        if blocks and self._runs_fused(q.device, blocks * config.key_subblocks):
             gate_q, gate_k, _ = self._vectors(q, k, context, blocks)
             width = most_blocks(self.policy, blocks + 1, config.block_k)
             sizes = {"kv_heads": self.gate.num_kv_heads, "width": width, "tokens": tokens}
-            return select_blocks(gate_q[:, :, 0], gate_k, rule, **sizes)
+            return select_blocks(gate_q[:, :, 0], gate_k, self._rule, **sizes)
         return choose_blocks(
             self.scores(q, k, context),
             self.policy,
@@ -127,7 +128,7 @@ class GateDecoder(PolicyDecoder):
 
     def serves_many(self, device: torch.device, tokens: int) -> bool:
         """Whether `select_many` serves sequences of up to so many tokens: where the kernel chooses for one as well."""
-        return self._runs_fused(device, self.finished_windows(tokens), token_rule(self.gate, self.policy))
+        return self._runs_fused(device, self.finished_windows(tokens))
 
     def finished_windows(self, tokens: int) -> int:
         """Gate keys of the blocks before that of the last of so many tokens."""
@@ -149,19 +150,23 @@ class GateDecoder(PolicyDecoder):
         gate_q = self.gate.token_queries(Pooled(q, 1, 0, q.shape[2]), lengths - 1)
         width = most_blocks(self.policy, (tokens - 1) // self.block_size + 1, self.block_size)
         sizes = {"kv_heads": self.gate.num_kv_heads, "width": width, "lengths": lengths}
-        return select_blocks(gate_q[0].transpose(0, 1), gate_k, token_rule(self.gate, self.policy), **sizes)
+        return select_blocks(gate_q[0].transpose(0, 1), gate_k, self._rule, **sizes)
 
     @torch.no_grad()
     def keep_keys(self, k: Tensor, context: AttentionContext) -> None:
         """Leaves the gate keys of all finished blocks in the memory of the context; see `select_token`."""
         self._gate_keys(k, context, (k.shape[2] - 1) // self.block_size)
 
-    def _runs_fused(self, device: torch.device, windows: int, rule: TokenRule | None) -> bool:
+    @functools.cached_property
+    def _rule(self) -> TokenRule | None:
+        return token_rule(self.gate, self.policy)
+
+    def _runs_fused(self, device: torch.device, windows: int) -> bool:
         """Whether the kernel serves a call; where "auto" leaves a GPU to the modules, it warns with the reason."""
-        if implementation("decode_select", self.impl, device, windows, rule, reference=modules) is not modules:
+        if implementation("decode_select", self.impl, device, windows, self._rule, reference=modules) is not modules:
             return True
         if self.impl == "auto" and device.type == "cuda":
-            _warn_of_modules(refusal("decode_select", "triton", device, windows, rule))
+            _warn_of_modules(refusal("decode_select", "triton", device, windows, self._rule))
         return False
 
     def scores(self, q: Tensor, k: Tensor, context: AttentionContext) -> Tensor:
@@ -176,29 +181,43 @@ class GateDecoder(PolicyDecoder):
     def _vectors(self, q: Tensor, k: Tensor, context: AttentionContext, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
         """The gate query ``[B, Hm, 1, DG]`` of the token, gate keys of finished blocks, and the position ``[1]``."""
         gate_k, start = self._gate_keys(k, context, blocks), k.shape[2] - 1
-        # Made on the device: a copy from the host would wait for it.
-        position = torch.arange(start, start + 1, device=q.device)
+        position, factors = self._position(context, start, q.device)
         query = single_queries(self.gate, q, context, start)
-        return self.gate.token_queries(query, position), gate_k, position
+        return self.gate.token_queries(query, position, factors), gate_k, position
+
+    def _position(
+        self, context: AttentionContext, start: int, device: torch.device
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The position ``[1]`` of the token, and its `AttnGate.token_angles`; layers that rotate alike share them."""
+        form = (self.gate.config.q_size, self.gate.gate_dim, self.gate.config.rope)
+        shared, name = {} if context.shared is None else context.shared, (GateDecoder, start, device, *form)
+        if context.frequencies is not None or name not in shared:
+            # Made on the device: a copy from the host would wait for it.
+            position = torch.arange(start, start + 1, device=device)
+            shared[name] = position, self.gate.token_angles(position, call_frequencies(self.gate, context))
+        return shared[name]
 
     def _gate_keys(self, k: Tensor, context: AttentionContext, blocks: int) -> Tensor:
         """Gate keys ``[B, h, W, DG]`` of the first ``blocks`` blocks; those that nobody kept are made, and kept."""
-        config, kept, known = self.gate.config, None, None
+        config, kept, known, needed = self.gate.config, None, None, blocks * self.gate.config.key_subblocks
         # Keys of other frequencies would be other ones, so a call that has its own keeps nothing.
-        if context.memory is not None and context.frequencies is None:
-            kept = GateMemory.of(context.memory, self.gate)
+        memory = context.memory if context.frequencies is None else None
+        if memory is not None:
+            # Most tokens finish no block.
+            (known,) = known_keys((memory.kept,), self.gate)
+            if known is not None and min(known.shape[2], memory.known // config.k_size) >= needed:
+                return known[:, :, :needed]
+            kept = GateMemory.of(memory, self.gate)
             known = kept.keys
         count = 0 if known is None else known.shape[2]
-        needed, first = blocks * config.key_subblocks, count * config.k_size
-        if count >= needed:
-            return known[:, :, :needed]
+        first = count * config.k_size
         new = k[:, :, first : blocks * config.block_k]
         gate_k = self.gate.gate_keys(pooled_keys(self.gate, new, context, first, "reference"))
         if count:
             gate_k = torch.cat((known, gate_k), dim=2)
         if kept is not None:
             # Nobody keeps queries of decoded tokens: the block that they begin is pooled from the next prompt on.
-            context.memory.kept = kept.after(q=k[:, :, :0], k_len=k.shape[2], keys=gate_k)
+            memory.kept = kept.after(q=k[:, :, :0], k_len=k.shape[2], keys=gate_k)
         return gate_k
 
 

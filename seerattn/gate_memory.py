@@ -102,5 +102,5 @@ def known_keys(kept: Iterable[Kept | None], gate: AttnGate) -> list[Tensor | Non
 
 def _weights(gate: AttnGate) -> tuple:
     """Equal as long as nobody changes what gate keys are made with; an inference tensor cannot tell."""
-    parts = (gate.k_weight, gate.k_salience, getattr(gate.k_norm, "weight", None), gate.inv_freq)
+    parts = (gate.k_weight, gate.k_salience, gate.k_norm._parameters.get("weight"), gate.inv_freq)
     return tuple((x.data_ptr(), None if x.is_inference() else x._version) for x in parts if x is not None)

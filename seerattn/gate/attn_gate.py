@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from seerattn.gate.config import AttnGateConfig
 from seerattn.gate.heads import Heads, heads_of_gate
 from seerattn.gate.pooling import Pooled, pool_blocks
-from seerattn.gate.rope import Pairing, block_positions, rotate
+from seerattn.gate.rope import Pairing, angles, block_positions, rotate, turn
 from seerattn.selection.map_form import PUBLISHED
 
 # Sub-block scores held at once, in elements. Larger problems are walked in strips of query blocks, each against its
@@ -157,8 +157,9 @@ class AttnGate(nn.Module):
         """Gate queries ``[B, Hm, Wq, DG]`` before they rotate, of pooled ones ``[B, H, Wq, kinds * D]``."""
         if self.config.share == "kv_group":
             batch, _, windows, width = pooled.shape
-            pooled = pooled.view(batch, self.num_kv_heads, self.group, windows, width)
-            pooled = pooled.transpose(2, 3).reshape(batch, self.num_kv_heads, windows, self.group * width)
+            if windows > 1:
+                pooled = pooled.view(batch, self.num_kv_heads, self.group, windows, width).transpose(2, 3)
+            pooled = pooled.reshape(batch, self.num_kv_heads, windows, self.group * width)
         if self.q_weight is not None:
             pooled = pooled @ self.q_weight
         return self.q_norm(pooled)
@@ -262,7 +263,14 @@ class AttnGate(nn.Module):
             s = self._over_queries(self._over_keys(self._normalized(s)), first_window)
         return s.masked_fill(s < HIDDEN / 2, -torch.inf)
 
-    def token_queries(self, tokens: Pooled, positions: Tensor) -> Tensor:
+    def token_angles(self, positions: Tensor, inv_freq: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """How single queries at ``positions [R]`` rotate, see `token_queries`; None of a gate that does not rotate."""
+        if self.inv_freq is None:
+            return None
+        starts = positions.div(self.config.q_size, rounding_mode="floor") * self.config.q_size
+        return angles(starts, self.inv_freq if inv_freq is None else inv_freq)
+
+    def token_queries(self, tokens: Pooled, positions: Tensor, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Projects single queries, each as a query block of which it alone is there, to ``[B, Hm, R, DG]``.
 
         Whatever the pooling, a window of one token is that token. It rotates at the first position of its sub-block.
@@ -270,12 +278,12 @@ class AttnGate(nn.Module):
         Args:
             tokens: single queries before RoPE, windows of one token, ``[B, H, R, D]``.
             positions: int64 ``[R]``, where they stand, on the device of the queries.
+            factors: their `token_angles`, if they are known already.
         """
-        c = self.config
-        # Learned pooling runs all the same, so that its gradient is zero, not missing.
-        pooled = pool_blocks(tokens.features, size=1, start=0, kinds=c.q_pooling, salience=self.q_salience)
-        starts = positions.div(c.q_size, rounding_mode="floor") * c.q_size
-        return self._place(self._projected(pooled), starts, tokens.inv_freq)
+        # Learned pooling runs all the same where it is trained, so that its gradient is zero, not missing.
+        pooled = pool_blocks(tokens.features, size=1, start=0, kinds=self.config.q_pooling, salience=self.q_salience)
+        gate_q, factors = self._projected(pooled), factors or self.token_angles(positions, tokens.inv_freq)
+        return gate_q if factors is None else turn(gate_q, factors, self.pairing)
 
     def token_scores(self, gate_q: Tensor, gate_k: Tensor, positions: Tensor) -> Tensor:
         """Scores of single tokens over the blocks that are finished before them.

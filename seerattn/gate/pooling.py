@@ -51,6 +51,9 @@ def pool_blocks(x: Tensor, *, size: int, start: int, kinds: tuple[str, ...], sal
         fp32 ``[B, H, W, len(kinds) * D]``, one vector a window that holds at least one token.
     """
     batch, heads, length, dim = x.shape
+    if size == 1 and not torch.is_grad_enabled():
+        # A window of one token is that token, whatever the pooling; what is learned gets its gradient below.
+        return x.float() if len(kinds) == 1 else x.float().repeat(1, 1, 1, len(kinds))
     head = start % size
     tail = -(head + length) % size
     windows = (head + length + tail) // size

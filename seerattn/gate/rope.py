@@ -23,14 +23,16 @@ class Pairing:
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """First and second channels of all pairs of ``x [..., DG]``, each ``[..., DG / 2]``."""
-        turned, rest = x[..., : self.width], x[..., self.width :]
+        whole = self.width == x.shape[-1]
+        turned = x if whole else x[..., : self.width]
         if self.interleaved:
             first, second = turned[..., ::2], turned[..., 1::2]
         else:
             first, second = turned.chunk(2, dim=-1)
-        if not rest.shape[-1]:
+        if whole:
             return first, second
-        return tuple(torch.cat(parts, dim=-1) for parts in zip((first, second), rest.chunk(2, dim=-1)))
+        rest = x[..., self.width :].chunk(2, dim=-1)
+        return tuple(torch.cat(parts, dim=-1) for parts in zip((first, second), rest))
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, pairing: Pairing) -> Tensor:
@@ -46,10 +48,22 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, pairing: Pairing) -> 
         inv_freq: fp32 ``[DG / 2]``, the base model's frequencies at width ``DG``, one a pair.
         pairing: the base model's pairs at width ``DG``.
     """
+    return turn(x, angles(positions, inv_freq), pairing)
+
+
+def angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """What `turn` takes: of each position ``[N, DG]`` the factors of a vector's channels, and of their partners."""
     angle = positions.to(torch.float32)[:, None] * inv_freq
     cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def turn(x: Tensor, factors: tuple[Tensor, Tensor], pairing: Pairing) -> Tensor:
+    """See `rotate`, by the `angles` of the positions."""
     first, second = pairing.split(x)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    if pairing.interleaved or pairing.width < x.shape[-1]:
+        x = torch.cat((first, second), dim=-1)
+    return x * factors[0] + torch.cat((second, first), dim=-1) * factors[1]
 
 
 def block_positions(start: int, windows: int, size: int, device: torch.device) -> Tensor:

@@ -10,8 +10,8 @@ Rows of a padded batch are chosen for and attended to one by one, where their ke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from seerattn.ops.decode_attention import decode_attention
 from seerattn.selection.decode_blocks import DecodeBlocks
 from seerattn.selection.decode_selector import DecodeSelector, tells_all
 from seerattn.selection.density_meter import DensityMeter
-from seerattn.selection.selector import AttentionContext, RotaryTables
+from seerattn.selection.selector import AttentionContext, Memory, RotaryTables
 
+T = TypeVar("T")
 _IMPLS = ("triton", "reference")
 
 
@@ -49,7 +50,10 @@ class StepRow(NamedTuple):
 
     def keys_of(self, x: Tensor) -> Tensor:
         """Its keys or values ``[B, HKV, tokens, D]``; a view unless padding lies among them."""
-        return self.of(x)[:, :, self.keys if isinstance(self.keys, slice) else self.keys.to(x.device)]
+        x = self.of(x)
+        if self.tokens == x.shape[2]:
+            return x
+        return x[:, :, self.keys if isinstance(self.keys, slice) else self.keys.to(x.device)]
 
 
 @dataclass(eq=False)
@@ -60,11 +64,14 @@ class Step:
         running: what they run.
         rows: those that hold a token; a row of padding alone is none of them.
         tables: rotary tables of cached keys, by rotation, row and positions.
+        shared: what else is made once for all of them, by what it is and what it depends on; selectors put theirs
+            there, too.
     """
 
     running: Running
     rows: list[StepRow]
     tables: dict[Any, Tables] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, seer: LayerCall, key: Tensor, mask: Tensor | None) -> Step:
@@ -82,6 +89,27 @@ class Step:
             if tables is not None:
                 tables[0]._seer_step = found
         return found
+
+    def once(self, name: Any, make: Callable[[], T]) -> T:
+        """What the first layer makes that asks for it."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+    def lengths(self, row: StepRow, q: Tensor) -> Tensor:
+        """Numbers of keys of the sequences of a row, int32 ``[B]``, of their queries."""
+        name = ("lengths", row.row, q.device)
+        return self.once(name, lambda: torch.full((q.shape[0],), row.tokens, dtype=torch.int32, device=q.device))
+
+    def unrotate(self, seer: LayerCall, row: StepRow, x: Tensor) -> Tensor:
+        """Vectors of a row's new token before RoPE, fp32.
+
+        Raises:
+            Unservable: see `_own_tables`.
+        """
+        own, rotation = _own_tables(seer, row), seer.state.rotation
+        name = ("undone", row.row, x.device, rotation.function, rotation.width)
+        return self.once(name, lambda: rotation.undone(*(table.to(x.device) for table in own)))(x)
 
 
 @torch.compiler.disable
@@ -126,7 +154,8 @@ def decode(
             for row in step.rows:
                 count_all(density_meters(state.attachment), step.running, state, row.tokens, query.device)
             return None
-        chosen = _choose(seer, decoder, step, query, key, kwargs)
+        logits = logits_of(query, kwargs)
+        chosen = _choose(seer, decoder, step, query, key, logits)
     except Unservable as reason:
         if not auto:
             raise ValueError(f"{reason}; or set decode_policy=None to decode dense") from None
@@ -135,7 +164,7 @@ def decode(
     for meter in density_meters(state.attachment):
         for row, blocks in zip(step.rows, chosen):
             meter.decode.add(state.layer, state.heads, blocks.counts, row.tokens, blocks.block_k)
-    return _attend(step, query, key, value, chosen, logits_of(query, kwargs))
+    return _attend(step, query, key, value, chosen, logits)
 
 
 def _check_servable(seer: LayerCall, module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -180,7 +209,7 @@ def _rows(key: Tensor, mask: Tensor | None) -> list[StepRow]:
 
 
 def _choose(
-    seer: LayerCall, decoder: DecodeSelector, step: Step, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+    seer: LayerCall, decoder: DecodeSelector, step: Step, query: Tensor, key: Tensor, logits: dict[str, Any]
 ) -> list[DecodeBlocks]:
     """Lists of every row of a step.
 
@@ -192,35 +221,37 @@ def _choose(
         check_filled(step.running.gates[state.layer], state.layer)
     for row in step.rows:
         q, k = row.of(query), row.keys_of(key)
-        context = _context(seer, step, row, logits_of(query, kwargs))
+
+        def select(memory: Memory | None, row: StepRow = row, q: Tensor = q, k: Tensor = k) -> DecodeBlocks:
+            return decoder.select_token(q, k, _context(seer, step, row, logits, memory))
+
         if recall is None:
-            chosen.append(decoder.select_token(q, k, context))
+            chosen.append(select(None))
             continue
         # Which slots of a row are its own may change where padding lies among them.
         untouched = recall.untouched and isinstance(row.keys, slice)
-
-        def select(memory, q=q, k=k, context=context) -> DecodeBlocks:
-            return decoder.select_token(q, k, replace(context, memory=memory))
-
         chosen.append(recall.through(row.row, k, row.tokens - 1, untouched, select))
     if recall is not None:
         recall.end(key)
     return chosen
 
 
-def _context(seer: LayerCall, step: Step, row: StepRow, logits: dict[str, Any]) -> AttentionContext:
+def _context(
+    seer: LayerCall, step: Step, row: StepRow, logits: dict[str, Any], memory: Memory | None
+) -> AttentionContext:
     """What a selector may know of a step; tables of keys are made when it asks for them, most steps do not."""
-    state = seer.state
-    if state.rotation is None:
-        return AttentionContext(layer=state.layer, unrotate=lambda x, start: x.float(), rotary=RotaryTables(), **logits)
+    layer, rotation = seer.state.layer, seer.state.rotation
+    facts = logits | {"memory": memory, "shared": step.shared}
+    if rotation is None:
+        return AttentionContext(layer=layer, unrotate=lambda x, start: x.float(), rotary=RotaryTables(), **facts)
 
     def unrotate(x: Tensor, start: int) -> Tensor:
-        end = start + x.shape[2]
-        own = start == row.tokens - 1
-        cos, sin = _own_tables(seer, row) if own else _tables(seer, step, row, start, end)
-        return state.rotation.unrotate(x, cos.to(x.device), sin.to(x.device))
+        if start == row.tokens - 1:
+            return step.unrotate(seer, row, x)
+        cos, sin = _tables(seer, step, row, start, start + x.shape[2])
+        return rotation.unrotate(x, cos.to(x.device), sin.to(x.device))
 
-    return AttentionContext(layer=state.layer, unrotate=unrotate, **logits)
+    return AttentionContext(layer=layer, unrotate=unrotate, **facts)
 
 
 def _own_tables(seer: LayerCall, row: StepRow) -> Tables:
@@ -267,7 +298,9 @@ def _attend(
     """Attention ``[B, 1, H, D]`` over the lists of all rows; zeros for a row of padding."""
     out = None
     for row, blocks in zip(step.rows, chosen):
-        found = attend_to(row.of(query), row.keys_of(key), row.keys_of(value), blocks, step.running, logits)
+        q = row.of(query)
+        lengths = step.lengths(row, q)
+        found = attend_to(q, row.keys_of(key), row.keys_of(value), blocks, step.running, logits, lengths)
         if row.row is None:
             return found
         if out is None:
@@ -277,10 +310,20 @@ def _attend(
 
 
 def attend_to(
-    q: Tensor, k: Tensor, v: Tensor, blocks: DecodeBlocks, running: Running, logits: dict[str, Any]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: DecodeBlocks,
+    running: Running,
+    logits: dict[str, Any],
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    """Attention ``[B, 1, H, D]`` of the last tokens ``[B, H, 1, D]`` of sequences of one length over their lists."""
-    lengths = torch.full((q.shape[0],), k.shape[2], dtype=torch.int32, device=q.device)
+    """Attention ``[B, 1, H, D]`` of the last tokens ``[B, H, 1, D]`` of sequences of one length over their lists.
+
+    ``lengths`` are those of ``k``, int32 ``[B]``, where they are there already.
+    """
+    if lengths is None:
+        lengths = torch.full((q.shape[0],), k.shape[2], dtype=torch.int32, device=q.device)
     call = {"lengths": lengths, "blocks": blocks, "impl": decode_impl(running), **logits}
     return decode_attention(q[:, :, 0], k, v, **call)[:, None]
 

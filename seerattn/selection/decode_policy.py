@@ -6,6 +6,7 @@ block, the unfinished one, has no score: it is always kept, and so are the first
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from reprlib import repr as short  # a value may be of any size
@@ -107,11 +108,16 @@ def _counted(policy: Policy, number: int, block_k: int) -> int | None:
         case TokenBudget():
             kept = -(-policy.tokens // block_k)
         case TopK():
-            # As in `TopK._keep`, which rounds in fp32.
-            kept = math.ceil(float(torch.tensor(float(number)) * policy.density))
+            kept = share_of(number, policy.density)
         case _:
             return None
     return min(number, max(kept, min(policy.sink_blocks, number - 1) + 1))
+
+
+@functools.lru_cache(maxsize=1024)  # tensors of one number take 10 us of every layer and token
+def share_of(number: int, density: float) -> int:
+    """How many of ``number`` blocks a density keeps, rounded in fp32 as in `TopK._keep` and in kernels."""
+    return math.ceil(float(torch.tensor(float(number)) * density))
 
 
 def most_blocks(policy: Policy, number: int, block_k: int) -> int:

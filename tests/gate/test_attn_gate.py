@@ -467,3 +467,13 @@ def test_gate_rejects_tokens_pooled_for_another_gate() -> None:
     q, k = qk(40)
     with pytest.raises(ValueError, match="windows of 4 tokens or 1, got 2"):
         gate(Pooled(pool_blocks(q, size=2, start=0, kinds=("avg",)), 2, 0, 40), k)
+
+
+@pytest.mark.parametrize("kinds", [("avg",), ("avg", "max", "min"), ("salient", "max")])
+def test_a_window_of_one_token_is_that_token_whether_gradients_are_taken_or_not(kinds: tuple[str, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, salience = torch.randn(2, 3, 4, 8, generator=g), torch.randn(3, 8, generator=g)
+    pooled = pool_blocks(x, size=1, start=5, kinds=kinds, salience=salience)
+    with torch.no_grad():
+        assert torch.equal(pool_blocks(x, size=1, start=5, kinds=kinds, salience=salience), pooled)
+    assert torch.equal(pooled, torch.cat([x] * len(kinds), -1))

@@ -296,7 +296,7 @@ def test_a_text_too_long_for_the_kernel_leaves_the_others_to_it(monkeypatch: pyt
     monkeypatch.setattr(state, "GateDecoder", partial(GateDecoder, impl="auto"))
     # As on a GPU, for texts of up to eight blocks.
     monkeypatch.setattr(
-        GateDecoder, "_runs_fused", lambda self, device, windows, rule: windows // self.gate.config.key_subblocks < 8
+        GateDecoder, "_runs_fused", lambda self, device, windows: windows // self.gate.config.key_subblocks < 8
     )
     gated, asked = model(), prompts((130, 300, 200))
     expected = [alone(gated, prompt, 4) for prompt in asked]

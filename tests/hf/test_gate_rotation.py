@@ -15,7 +15,7 @@ from seerattn import AttnGateConfig
 from seerattn.gate import AttnGate, Pairing
 from seerattn.gate_selector import GateSelector, pooled_inputs
 from seerattn.hf.probe import probe
-from seerattn.hf.rotary import gate_frequencies, gate_rotation, unproven
+from seerattn.hf.rotary import _turns_halves, gate_frequencies, gate_rotation, unproven
 from seerattn.hf.state import AttentionLayer
 from seerattn.selection import AttentionContext, BlockIndices, RotaryTables, TokenBudget
 
@@ -279,3 +279,23 @@ def test_long_factors_exist_at_the_width_of_a_head_alone() -> None:
     torch.testing.assert_close(
         gate_frequencies(dynamic, gate_dim=16, tokens=LONG), base ** -(torch.arange(0, 16, 2) / 16), rtol=1e-5, atol=0
     )
+
+
+@pytest.mark.parametrize("name", SUPPORTED | ROTARY)
+def test_rotations_are_undone_as_the_models_own_function_does_it_bit_for_bit(name: str) -> None:
+    for layer in probe(tiny_model(name)):
+        if layer.rotation is None:
+            continue
+        x = torch.randn(2, 3, 5, layer.head_dim, generator=torch.Generator().manual_seed(1)).bfloat16()
+        cos, sin = own_tables(layer, 5)
+        norm = cos.float() ** 2 + sin.float() ** 2
+        expected = layer.rotation.rotate(x.float(), cos.float() / norm, -sin.float() / norm)
+        assert torch.equal(layer.rotation.undone(cos, sin)(x), expected)
+
+
+def test_llama_rotates_halves_and_layouts_of_other_kinds_do_not() -> None:
+    def is_known(name: str) -> bool:
+        rotation = probe(tiny_model(name))[-1].rotation
+        return _turns_halves(rotation.function, rotation.width)
+
+    assert is_known("llama") and not is_known("cohere") and not is_known("nanochat")
