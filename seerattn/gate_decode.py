@@ -21,13 +21,14 @@ from seerattn.gate.pooling import Pooled
 from seerattn.gate_memory import GateMemory, known_keys
 from seerattn.gate_selector import call_frequencies, pool, pooled_keys
 from seerattn.ops.decode_select import KeyTable, TokenRule, select_blocks
+from seerattn.ops.gate_query import gate_queries
 from seerattn.ops.resolve import check_impl, implementation, refusal
 from seerattn.selection import decode_policy as modules
 from seerattn.selection.decode_blocks import DecodeBlocks
 from seerattn.selection.decode_policy import choose_blocks, group_scores, most_blocks
 from seerattn.selection.decode_selector import PolicyDecoder
 from seerattn.selection.policies import Policy, TokenBudget, TopK
-from seerattn.selection.selector import AttentionContext
+from seerattn.selection.selector import AttentionContext, RotaryTables
 
 
 def single_queries(gate: AttnGate, q: Tensor, context: AttentionContext, start: int, impl: str = "reference") -> Pooled:
@@ -113,10 +114,10 @@ class GateDecoder(PolicyDecoder):
         blocks = (tokens - 1) // config.block_k
         # Before the first block is finished there is nothing to choose.
         if blocks and self._runs_fused(q.device, blocks * config.key_subblocks):
-            gate_q, gate_k, _ = self._vectors(q, k, context, blocks)
+            gate_k = self._gate_keys(k, context, blocks)
             width = most_blocks(self.policy, blocks + 1, config.block_k)
             sizes = {"kv_heads": self.gate.num_kv_heads, "width": width, "tokens": tokens}
-            return select_blocks(gate_q[:, :, 0], gate_k, self._rule, **sizes)
+            return select_blocks(self._one_query(q, context, tokens), gate_k, self._rule, **sizes)
         return choose_blocks(
             self.scores(q, k, context),
             self.policy,
@@ -135,11 +136,14 @@ class GateDecoder(PolicyDecoder):
         return (tokens - 1) // self.block_size * self.gate.config.key_subblocks
 
     @torch.no_grad()
-    def select_many(self, q: Tensor, gate_k: KeyTable, lengths: Tensor, *, tokens: int) -> DecodeBlocks:
+    def select_many(
+        self, q: Tensor, rotary: RotaryTables, gate_k: Tensor | KeyTable, lengths: Tensor, *, tokens: int
+    ) -> DecodeBlocks:
         """Chooses blocks for the last tokens of sequences of many lengths in one launch, each as `select_token` does.
 
         Args:
-            q: queries before RoPE, fp32 ``[1, H, R, D]``, one token of every sequence.
+            q: queries ``[R, H, D]``, one token of every sequence.
+            rotary: how they were rotated, by tables ``[1 or R, 1, columns]``.
             gate_k: gate keys of their finished blocks, of ``R`` sequences.
             lengths: int32 ``[R]``, keys of every sequence, that of the token included.
             tokens: the largest of them.
@@ -147,10 +151,10 @@ class GateDecoder(PolicyDecoder):
         Returns:
             Lists ``[R, HKV, K]``.
         """
-        gate_q = self.gate.token_queries(Pooled(q, 1, 0, q.shape[2]), lengths - 1)
+        gate_q = gate_queries(q, rotary, self.gate, lengths=lengths)
         width = most_blocks(self.policy, (tokens - 1) // self.block_size + 1, self.block_size)
         sizes = {"kv_heads": self.gate.num_kv_heads, "width": width, "lengths": lengths}
-        return select_blocks(gate_q[0].transpose(0, 1), gate_k, self._rule, **sizes)
+        return select_blocks(gate_q, gate_k, self._rule, **sizes)
 
     @torch.no_grad()
     def keep_keys(self, k: Tensor, context: AttentionContext) -> None:
@@ -178,12 +182,25 @@ class GateDecoder(PolicyDecoder):
         vectors = self._vectors(q, k, context, blocks)
         return token_scores(self.gate, *vectors, unscored=_unscored(self.gate, self.policy))[:, :, 0]
 
+    def _one_query(self, q: Tensor, context: AttentionContext, tokens: int) -> Tensor:
+        """The gate query ``[B, Hm, DG]`` of the token, in one launch where a kernel can undo the rotation."""
+        rotary = context.token_rotary
+        known = rotary is not None and context.frequencies is None
+        if known and refusal("gate_query", "triton", q.device, q[:, :, 0], rotary) is None:
+            return gate_queries(q[:, :, 0], rotary, self.gate, tokens=tokens)
+        return self._query(q, context, tokens - 1)[0][:, :, 0]
+
     def _vectors(self, q: Tensor, k: Tensor, context: AttentionContext, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
         """The gate query ``[B, Hm, 1, DG]`` of the token, gate keys of finished blocks, and the position ``[1]``."""
-        gate_k, start = self._gate_keys(k, context, blocks), k.shape[2] - 1
+        gate_k = self._gate_keys(k, context, blocks)
+        gate_q, position = self._query(q, context, k.shape[2] - 1)
+        return gate_q, gate_k, position
+
+    def _query(self, q: Tensor, context: AttentionContext, start: int) -> tuple[Tensor, Tensor]:
+        """The gate query ``[B, Hm, 1, DG]`` of the token by the torch modules, and the position ``[1]``."""
         position, factors = self._position(context, start, q.device)
         query = single_queries(self.gate, q, context, start)
-        return self.gate.token_queries(query, position, factors), gate_k, position
+        return self.gate.token_queries(query, position, factors), position
 
     def _position(
         self, context: AttentionContext, start: int, device: torch.device

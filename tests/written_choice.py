@@ -1,10 +1,28 @@
-"""The choice of the kernel of single tokens, written out: Triton's interpreter takes a tenth of a second a row."""
+"""The kernels of single tokens, written out: Triton's interpreter takes a tenth of a second a row."""
 
 import torch
 from torch import Tensor
 
+from seerattn import AttnGate
+from seerattn.gate.pooling import Pooled
 from seerattn.ops.decode_select import KeyTable, TokenRule
 from seerattn.selection.decode_blocks import DecodeBlocks
+from seerattn.selection.selector import RotaryTables
+
+
+def written_queries(q: Tensor, rotary: RotaryTables, gate: AttnGate, *, lengths=None, tokens: int = 0) -> Tensor:
+    """Gate queries by the modules."""
+    lengths = torch.full((len(q),), tokens) if lengths is None else lengths
+    x, pairs = q.float().clone(), rotary.width // 2
+    if pairs:
+        cos, sin = (t.float()[..., : pairs * rotary.column_step : rotary.column_step] for t in (rotary.cos, rotary.sin))
+        norm = cos.square() + sin.square()
+        first = slice(0, rotary.width, 2) if rotary.interleaved else slice(0, pairs)
+        second = slice(1, rotary.width, 2) if rotary.interleaved else slice(pairs, rotary.width)
+        a, b = x[..., first].clone(), x[..., second].clone()
+        x[..., first], x[..., second] = (a * cos + b * sin) / norm, (b * cos - a * sin) / norm
+    made = [gate.token_queries(Pooled(x[i][None, :, None], 1, 0, 1), lengths[i : i + 1] - 1) for i in range(len(q))]
+    return torch.cat(made)[:, :, 0]
 
 
 def written_out(

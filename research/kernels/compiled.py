@@ -37,6 +37,7 @@ from seerattn.selection import Policy, Threshold, TokenBudget, TopK, TopP
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.decode_blocks import DecodeBlocks
 from seerattn.selection.map_form import MapForm
+from seerattn.selection.selector import RotaryTables
 
 CPU, SHAPE, TOKENS, BLOCK, PAGE = torch.device("cpu"), Shape(8, 2, 128), 1024, 64, 64
 
@@ -81,8 +82,9 @@ def choose_tokens(form: str, policy: Policy) -> None:
     heads, dim, pieces = gate.k_weight.shape[0], gate.gate_dim, gate.config.key_subblocks
     keys = [torch.zeros(1, heads, (n - 1) // gate.config.block_k * pieces, dim) for n in lengths.tolist()]
     table = KeyTable.of(keys, heads=heads, dim=dim, device=CPU)
-    queries = torch.zeros(1, SHAPE.heads, len(keys), SHAPE.head_dim)
-    GateDecoder(gate, policy, impl="triton").select_many(queries, table, lengths, tokens=TOKENS)
+    queries, angles = torch.zeros(len(keys), SHAPE.heads, SHAPE.head_dim, dtype=SHAPE.dtype), torch.ones(2, 1, 128)
+    rotary = RotaryTables(angles, angles, SHAPE.head_dim)
+    GateDecoder(gate, policy, impl="triton").select_many(queries, rotary, table, lengths, tokens=TOKENS)
 
 
 def decode(*, pages: bool, listed: bool) -> None:

@@ -101,6 +101,14 @@ class Step:
         name = ("lengths", row.row, q.device)
         return self.once(name, lambda: torch.full((q.shape[0],), row.tokens, dtype=torch.int32, device=q.device))
 
+    def rotary(self, seer: LayerCall, row: StepRow, device: torch.device) -> RotaryTables | None:
+        """How a row's new token was rotated, for kernels; None if no kernel can undo it, or nobody can."""
+        rotation, tables = seer.state.rotation, seer.position_embeddings
+        if tables is None:
+            return None
+        name = ("rotary", row.row, device, rotation.function, rotation.width)
+        return self.once(name, lambda: rotation.as_tables(*(table.to(device) for table in _own_tables(seer, row))))
+
     def unrotate(self, seer: LayerCall, row: StepRow, x: Tensor) -> Tensor:
         """Vectors of a row's new token before RoPE, fp32.
 
@@ -223,7 +231,7 @@ def _choose(
         q, k = row.of(query), row.keys_of(key)
 
         def select(memory: Memory | None, row: StepRow = row, q: Tensor = q, k: Tensor = k) -> DecodeBlocks:
-            return decoder.select_token(q, k, _context(seer, step, row, logits, memory))
+            return decoder.select_token(q, k, _context(seer, step, row, q.device, logits, memory))
 
         if recall is None:
             chosen.append(select(None))
@@ -237,13 +245,14 @@ def _choose(
 
 
 def _context(
-    seer: LayerCall, step: Step, row: StepRow, logits: dict[str, Any], memory: Memory | None
+    seer: LayerCall, step: Step, row: StepRow, device: torch.device, logits: dict[str, Any], memory: Memory | None
 ) -> AttentionContext:
     """What a selector may know of a step; tables of keys are made when it asks for them, most steps do not."""
     layer, rotation = seer.state.layer, seer.state.rotation
     facts = logits | {"memory": memory, "shared": step.shared}
     if rotation is None:
-        return AttentionContext(layer=layer, unrotate=lambda x, start: x.float(), rotary=RotaryTables(), **facts)
+        none = RotaryTables()
+        return AttentionContext(layer=layer, unrotate=lambda x, _: x.float(), rotary=none, token_rotary=none, **facts)
 
     def unrotate(x: Tensor, start: int) -> Tensor:
         if start == row.tokens - 1:
@@ -251,7 +260,7 @@ def _context(
         cos, sin = _tables(seer, step, row, start, start + x.shape[2])
         return rotation.unrotate(x, cos.to(x.device), sin.to(x.device))
 
-    return AttentionContext(layer=layer, unrotate=unrotate, **facts)
+    return AttentionContext(layer=layer, unrotate=unrotate, token_rotary=step.rotary(seer, row, device), **facts)
 
 
 def _own_tables(seer: LayerCall, row: StepRow) -> Tables:

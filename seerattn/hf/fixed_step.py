@@ -23,7 +23,7 @@ from seerattn.hf.decode import decode_impl
 from seerattn.hf.mask import Unservable
 from seerattn.hf.state import Running
 from seerattn.ops.decode_attention import decode_attention
-from seerattn.selection.selector import AttentionContext
+from seerattn.selection.selector import AttentionContext, RotaryTables
 
 # It changes three in ten thousand list entries at most (docs/LOG.md), and a token reads all gate keys: in fp32, with 8
 # sub-blocks of a block, they are more bytes than the keys and values of a tenth of the blocks.
@@ -111,8 +111,8 @@ class FixedStep:
         if key.shape[2] != self.room:
             raise Unservable(f"layer {layer} must keep {self.room} tokens as the others, got {key.shape[2]}")
         if layer in self.keys:
-            decoder, q = self.running.decoders[layer], self._unrotated(seer, query).transpose(0, 2)
-            blocks = decoder.select_many(q, self.keys[layer].keys, self.lengths, tokens=self.room)
+            decoder, (q, rotary) = self.running.decoders[layer], self._queries(seer, query)
+            blocks = decoder.select_many(q, rotary, self.keys[layer].keys, self.lengths, tokens=self.room)
             self.counts[layer] = blocks.counts
         call = {
             "lengths": self.lengths,
@@ -123,13 +123,15 @@ class FixedStep:
         return decode_attention(query[:, :, 0], key, value, **call)[:, None]
 
     @staticmethod
-    def _unrotated(seer: LayerCall, query: Tensor) -> Tensor:
+    def _queries(seer: LayerCall, query: Tensor) -> tuple[Tensor, RotaryTables]:
+        """Queries ``[B, H, D]`` and how they were rotated."""
         rotation, tables = seer.state.rotation, seer.on(query.device).position_embeddings
         if rotation is None:
-            return query.float()
+            return query[:, :, 0], RotaryTables()
         if tables is None:
             raise Unservable(f"position_embeddings must reach the attention of layer {seer.state.layer}, got None")
-        return rotation.unrotate(query, *tables)
+        query, rotary = rotation.for_kernel(query, *tables)
+        return query[:, :, 0], rotary
 
 
 # Set while a model runs such a step, and while a graph of one is made.

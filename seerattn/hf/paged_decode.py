@@ -26,7 +26,7 @@ from seerattn.hf.requests import Batching, Request
 from seerattn.hf.state import check_filled
 from seerattn.ops.decode_select import KeyTable
 from seerattn.selection.decode_selector import tells_all
-from seerattn.selection.selector import AttentionContext, Kept, Memory
+from seerattn.selection.selector import AttentionContext, Kept, Memory, RotaryTables
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _attend(
     q = rows.of(query, 2)
     kept = _kept(batching, pages, seer, decoder, requests, q, logits)
     table = _table(batching, state.layer, decoder, kept, q.device)
-    blocks = decoder.select_many(_unrotated(seer, rows, q), table, rows.lengths, tokens=rows.longest)
+    blocks = decoder.select_many(*_queries(seer, rows, q), table, rows.lengths, tokens=rows.longest)
     out = pages.read(rows, q, blocks, decode_impl(running), logits)
     for (number, request), one, counts in zip(requests.items(), kept, blocks.counts.split(1)):
         tokens = pages.layout.rows[number].k_end
@@ -145,11 +145,13 @@ def _table(
     return found
 
 
-def _unrotated(seer: LayerCall, rows: Together, q: Tensor) -> Tensor:
-    """Queries before RoPE, fp32 ``[1, H, m, D]``, each by the tables of its own position that the model made."""
-    if seer.state.rotation is None:
-        return q.float()
-    return seer.state.rotation.unrotate(q, *(rows.of(x, 1) for x in seer.position_embeddings))
+def _queries(seer: LayerCall, rows: Together, q: Tensor) -> tuple[Tensor, RotaryTables]:
+    """Queries ``[m, H, D]`` and how they were rotated, each by the tables of its own position that the model made."""
+    q, rotation = q.transpose(0, 2), seer.state.rotation
+    if rotation is None:
+        return q[:, :, 0], RotaryTables()
+    q, rotary = rotation.for_kernel(q, *(rows.of(x, 1).transpose(0, 1) for x in seer.position_embeddings))
+    return q[:, :, 0], rotary
 
 
 def decode_alone(

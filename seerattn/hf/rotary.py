@@ -198,6 +198,11 @@ class Rotation:
             return None
         return RotaryTables(cos, -sin if form.backwards else sin, form.width, form.interleaved, form.column_step)
 
+    def for_kernel(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, RotaryTables]:
+        """Vectors ``[B, h, n, D]`` and tables for a kernel that undoes the rotation; un-rotated ones if none could."""
+        tables = self.as_tables(cos, sin)
+        return (self.unrotate(x, cos, sin), RotaryTables()) if tables is None else (x, tables)
+
     def form(self, tables: tuple[Tensor, Tensor] | None = None) -> Form | None:
         """What `rotate` does, found the first time with some tables; None if it fits none of the known forms."""
         return self._once("form", lambda: self._find_form(*(tables or self._first_tables())))

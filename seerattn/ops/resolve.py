@@ -40,6 +40,7 @@ IMPLS: dict[str, dict[str, str]] = {
     # The reference of these is torch modules, which their caller hands over: see `implementation`.
     "gate_scores": {"triton": "seerattn.ops.gate_scores.triton_select"},
     "pool_windows": {"triton": "seerattn.ops.gate_scores.triton_pool"},
+    "gate_query": {"triton": "seerattn.ops.gate_query.triton_one"},
     "decode_select": {"triton": "seerattn.ops.decode_select.triton_one"},
 }
 

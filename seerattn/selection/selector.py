@@ -73,6 +73,8 @@ class AttentionContext:
         frequencies: maps a gate's width to the rotation frequencies of this call, fp32 ``[DG / 2]`` on the device of q;
             None where a gate's own hold for calls of every length.
         memory: what the selector keeps from call to call of the same sequences, or None where no cache holds them.
+        token_rotary: how the queries of a decoded token were rotated, by tables of its position alone, ``[1 or B, 1,
+            columns]``; None where only `unrotate` knows how, and in prompts.
         shared: what selectors of layers that rotate alike leave to each other in one forward, by names that tell
             everything that it depends on; None where nothing is shared.
     """
@@ -85,6 +87,7 @@ class AttentionContext:
     rotary: RotaryTables | None = None
     frequencies: Callable[[int], Tensor] | None = None
     memory: Memory | None = None
+    token_rotary: RotaryTables | None = None
     shared: dict[Any, Any] | None = None
 
     @property

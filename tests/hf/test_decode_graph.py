@@ -13,10 +13,10 @@ import torch
 from tiny_models import tiny_model, tokens
 from torch import Tensor, nn
 from transformers import StaticCache
-from written_choice import written_out
+from written_choice import written_out, written_queries
 
 import seerattn
-from seerattn import AttnGateConfig, TokenBudget, TopK, TopP
+from seerattn import AttnGateConfig, TokenBudget, TopK, TopP, gate_decode
 from seerattn.gate_decode import GateDecoder
 from seerattn.hf import decode_graph, fixed_step, state
 from seerattn.hf.decode_graph import DecodeGraph
@@ -37,6 +37,7 @@ def chosen_as_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("kernels are interpreted where there is no GPU alone")
     monkeypatch.setattr(state, "GateDecoder", partial(GateDecoder, impl="triton"))
     monkeypatch.setattr(triton_one, "select_blocks", written_out)
+    monkeypatch.setattr(gate_decode, "gate_queries", written_queries)
     monkeypatch.setattr(fixed_step, "KEY_DTYPE", torch.float32)
 
 

@@ -12,10 +12,10 @@ from batched_model import BLOCK, GATE, config, greedy, prompts
 from batched_model import alone as generated
 from tiny_models import tiny_model
 from torch import Tensor, nn
-from written_choice import written_out
+from written_choice import written_out, written_queries
 
 import seerattn
-from seerattn import KeepAll, TokenBudget, TopK, TopP
+from seerattn import KeepAll, TokenBudget, TopK, TopP, gate_decode
 from seerattn.gate_decode import GateDecoder
 from seerattn.hf import batching, paged, paged_decode, state
 from seerattn.hf.pages import Pages
@@ -38,6 +38,7 @@ def fused_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers does so twice a batch, which takes longer than these models.
     monkeypatch.setattr("gc.collect", lambda *_: 0)
     monkeypatch.setattr(triton_one, "select_blocks", written_out)
+    monkeypatch.setattr(gate_decode, "gate_queries", written_queries)
 
 
 def alone(gated: nn.Module, prompt: list[int], new: int = NEW) -> list[int]:

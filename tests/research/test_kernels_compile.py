@@ -20,7 +20,8 @@ SCRIPT = Path(__file__).parents[2] / "research" / "kernels" / "compiled.py"
         ("decode", {"triton_split._decode", "triton_split._combine"}),
         (
             "choose",
-            {"halve_kernel", "vectors_kernel", "score_and_choose_kernel", "expand_kernel", "triton_one._select"},
+            {"halve_kernel", "vectors_kernel", "score_and_choose_kernel", "expand_kernel", "triton_one._select"}
+            | {"gate_query.triton_one._gate_query"},
         ),
         ("map", {"attention_map_fwd"}),
     ],

@@ -41,11 +41,11 @@ def pair_channels(pair, WIDTH: tl.constexpr, PAIRED: tl.constexpr, ALTERNATING: 
 
 
 @triton.jit
-def _turned_back(
+def turned_back(
     x, x_rows, cos, cos_rows, sin, sin_rows, channel, D: tl.constexpr, ROTATED: tl.constexpr, ROTATION: tl.constexpr,
     COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """Channels ``channel [1, 1, HALF]`` of un-rotated vectors, fp32; for every rotation that exists."""
+    """Channels ``channel``, of any shape, of un-rotated vectors, fp32; for every rotation that exists."""
     real = channel < D
     value = tl.load(x + x_rows + channel, mask=real, other=0.0).to(tl.float32)
     if ROTATION == UNROTATED:
@@ -97,8 +97,8 @@ def _halves(
         high_channel = low_channel + apart
         if HALF != MIDDLE:  # what is beyond a half that is no power of two counts as missing
             low_channel, high_channel = tl.where(p < MIDDLE, low_channel, D), tl.where(p < MIDDLE, high_channel, D)
-        low = _turned_back(x, x_rows, cos, cos_rows, sin, sin_rows, low_channel, D, ROTATED, ROTATION, COLUMN)
-        high = _turned_back(x, x_rows, cos, cos_rows, sin, sin_rows, high_channel, D, ROTATED, ROTATION, COLUMN)
+        low = turned_back(x, x_rows, cos, cos_rows, sin, sin_rows, low_channel, D, ROTATED, ROTATION, COLUMN)
+        high = turned_back(x, x_rows, cos, cos_rows, sin, sin_rows, high_channel, D, ROTATED, ROTATION, COLUMN)
         return low, high
 
 
