@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from seerattn.cli.options import from_options
 from seerattn.cli.terminal import say
+from seerattn.hf.decode_graph import decode_graphs, fits_graphs
 from seerattn.hf.eval_model import Loading
 from seerattn.hf.meters import record_density
 from seerattn.hf.placement import execution_device
@@ -67,20 +69,26 @@ def generate(answering: Answering, asked: Asked, loading: Loading) -> None:
     """Answer a text: --prompt, --file or stdin in, the answer on stdout, what it took on stderr.
 
     The prompt is read sparsely. The answer is written densely unless --decode-tokens or the gates say otherwise, always
-    by the most likely token.
+    by the most likely token, and on a GPU by a CUDA graph where the model allows it.
     """
     text = asked.text()
     loaded = answering.load(loading, spread=asked.spread)
     tokens = loaded.tokens_of_chat([{"role": "user", "content": text}]) if asked.chat else loaded.tokens_of(text)
     loaded.check_room(len(tokens), asked.max_new_tokens)
     ids, clock = torch.tensor([tokens], device=execution_device(loaded.model)), _Clock()
-    with record_density(loaded.model) as meter:
+    options: dict[str, Any] = {}
+    with ExitStack() as stack:
+        if fits_graphs(loaded.model):
+            stack.enter_context(decode_graphs(loaded.model))
+            options["cache_implementation"] = "static"
+        meter = stack.enter_context(record_density(loaded.model))
         found = loaded.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=asked.max_new_tokens,
             do_sample=False,
             streamer=clock,
+            **options,
         )
     new = found[0, len(tokens) :].tolist()
     answer = loaded.text_of(new)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -63,6 +63,21 @@ def decode_graphs(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del inner.get_compiled_call
+
+
+def fits_graphs(model: nn.Module) -> bool:
+    """Whether `decode_graphs` would record the steps of a model as it is now, for prompts without padding."""
+    attachment, inner = attachment_of(model), transformers_model(model)
+    if attachment is None or {x.device.type for x in inner.parameters()} != {"cuda"}:
+        return False
+    layers = StaticCache(config=inner.config, max_cache_len=1).layers
+    decoders = [one for one in attachment.now().decoders.values() if one is not None]
+    return (
+        len({x.device for x in inner.parameters()}) == 1
+        and len(layers) == len(attachment.layers)
+        and all(type(layer) is StaticLayer for layer in layers)
+        and all(isinstance(one, GateDecoder) and one.serves_many(inner.device, 1) for one in decoders)
+    )
 
 
 class DecodeGraph:

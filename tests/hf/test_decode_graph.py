@@ -199,6 +199,7 @@ def test_a_step_that_is_refused_halfway_is_begun_again(caplog: pytest.LogCapture
 
 
 def test_models_without_gates_and_other_devices_are_refused() -> None:
+    assert not decode_graph.fits_graphs(tiny_model("llama")) and not decode_graph.fits_graphs(model())
     with pytest.raises(ValueError, match="not attached to"), seerattn.decode_graphs(tiny_model("llama")):
         pass
     with pytest.raises(ValueError, match="on a CUDA device, got one on cpu"), seerattn.decode_graphs(model()):

@@ -4,11 +4,21 @@ import pytest
 import torch
 
 import seerattn
-from seerattn import TokenBudget, TopK
+from seerattn import TokenBudget, TopK, TopP
 from seerattn.hf import decode_graph, fixed_step
 from tests.hf.test_decode_graph import BLOCK, answer, equal, model, prompts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are recorded on a GPU")
+
+
+def test_models_whose_steps_are_recorded_are_known_beforehand() -> None:
+    for name, policy, expected in (
+        ("llama", TopK(density=0.3), True),
+        ("llama", None, True),
+        ("llama", TopP(p=0.9), False),
+        ("gemma3", None, False),
+    ):
+        assert decode_graph.fits_graphs(model(name, policy).cuda()) is expected, (name, policy)
 
 
 @pytest.mark.parametrize(
