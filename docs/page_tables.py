@@ -228,10 +228,16 @@ def decoding(results: list[Result]) -> list[Table]:
     """Attention of one token, at the densities and pages that people decode with."""
 
     def shown(r: Result) -> bool:
-        listed = r.density in (0.05, 0.1) and r.cell["page"] in (0, 64)
+        listed = r.density in (0.05, 0.1) and r.cell.get("page") in (0, 64)
         return r.what == "decode_attention_ms" and (listed or r.kind == "dense")
 
     return report("Attention of one token")([r for r in results if shown(r)])
+
+
+def choosing_for_tokens(results: list[Result]) -> list[Table]:
+    """Choice of the blocks of one token, by the kernel alone."""
+    shown = [r for r in results if r.what == "decode_select_ms" and r.cell["impl"] == "triton"]
+    return report("Choice of the blocks of one token")(shown)
 
 
 def in_pages(results: list[Result]) -> list[Table]:
@@ -377,6 +383,7 @@ TABLES = {
     "first-token": Drawn(["h100-ttft", "h100-auto"], report("Time to first token")),
     "first-token-h200": Drawn(["h200-ttft"], report("Time to first token")),
     "decoding": Drawn(["h200-decode"], decoding),
+    "choosing-for-tokens": Drawn(["h200-decode"], choosing_for_tokens),
     "pages": Drawn(["h200-decode"], in_pages),
     "serving": Drawn(["h200-serve"], report("Serving")),
     "memory": Drawn(["h100-ttft", "h100-auto", "h100-distill"], report("Peak memory")),

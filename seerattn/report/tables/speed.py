@@ -21,6 +21,7 @@ _TITLES = {
     "attention_map_ms": "Attention with the map of blocks, ms",
     "extra_memory_mib": "Attention with the map of blocks, MiB beyond inputs and results",
     "decode_attention_ms": "Attention of one token, ms",
+    "decode_select_ms": "Choice of the blocks of one token, ms",
     "ttft_s": "Time to first token, s",
     "decode_ms": "Decoded tokens of whole models, ms",
     "serve_first_s": "Serving, time to the first token, s",
@@ -86,6 +87,8 @@ def _name(row: Result) -> str:
         name += ", random blocks" if cell.get("lists", True) else ", all blocks"
     if "share" in cell:
         name += f", {blocks(row)}"
+    if row.what == "decode_select_ms":
+        name += ", CUDA graph" if cell["clock"] == "graph" else ", one by one"
     if _is_graph(row):
         name = f"{'all keys, triton' if row.kind == 'dense' else name}, CUDA graph"
     if cell.get("page"):
