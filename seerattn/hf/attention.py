@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from seerattn.hf.call import LayerCall, Prefill
 from seerattn.hf.context_parallel import spread_attention
-from seerattn.hf.decode import decode
+from seerattn.hf.decode import decode, is_untouched
 from seerattn.hf.fixed_step import FIXED
 from seerattn.hf.gate_cache import choose, recall_of
 from seerattn.hf.mask import CallMask, Row, Unservable, make_mask
@@ -63,6 +63,8 @@ def add_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
         if hidden is not None and hidden.shape[1] == 1 and not is_paged(kwargs):
             # The attribute first: where no policy ever decoded, that is all that a step pays, 30 ns a layer.
             if not state.attachment.decodes or not (state.decodes or FIXED.get()):
+                return None
+            if is_untouched(state, kwargs):
                 return None
             if FIXED.get():
                 return args, kwargs | {"seer": LayerCall(state, kwargs.get("position_embeddings"), None)}

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from seerattn.hf.call import LayerCall, alike, logits_of, state_key
 from seerattn.hf.capturing import CAPTURE
+from seerattn.hf.dense_steps import dense_layers
 from seerattn.hf.mask import CallMask, Unservable
 from seerattn.hf.meters import density_meters
-from seerattn.hf.state import NO_GATE_BLOCK, LayerState, Running, Tables, check_filled
+from seerattn.hf.state import NO_GATE_BLOCK, AttentionLayer, LayerState, Running, Tables, check_filled
 from seerattn.ops.decode_attention import decode_attention
 from seerattn.selection.decode_blocks import DecodeBlocks
-from seerattn.selection.decode_selector import DecodeSelector, tells_all
+from seerattn.selection.decode_selector import DecodeSelector
 from seerattn.selection.density_meter import DensityMeter
 from seerattn.selection.selector import AttentionContext, Memory, RotaryTables
 
@@ -66,12 +67,14 @@ class Step:
         tables: rotary tables of cached keys, by rotation, row and positions.
         shared: what else is made once for all of them, by what it is and what it depends on; selectors put theirs
             there, too.
+        dense: the layers that "auto" decodes dense though something would choose; None until one has asked.
     """
 
     running: Running
     rows: list[StepRow]
     tables: dict[Any, Tables] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
+    dense: set[AttentionLayer] | None = None
 
     @classmethod
     def of(cls, seer: LayerCall, key: Tensor, mask: Tensor | None) -> Step:
@@ -89,6 +92,14 @@ class Step:
             if tables is not None:
                 tables[0]._seer_step = found
         return found
+
+    def is_dense(self, state: LayerState, query: Tensor) -> bool:
+        """Whether "auto" decodes a layer dense; the first one that asks decides for all."""
+        if self.dense is None:
+            counts = (query.shape[0] if row.row is None else 1 for row in self.rows)
+            tokens = [row.tokens for row, count in zip(self.rows, counts) for _ in range(count)]
+            self.dense = dense_layers(self.running, state.attachment.layers.values(), tokens, query.device)
+        return state.found in self.dense
 
     def once(self, name: Any, make: Callable[[], T]) -> T:
         """What the first layer makes that asks for it."""
@@ -120,6 +131,13 @@ class Step:
         return self.once(name, lambda: rotation.undone(*(table.to(x.device) for table in own)))(x)
 
 
+def is_untouched(state: LayerState, kwargs: dict[str, Any]) -> bool:
+    """Whether an earlier layer of a step found that this one is decoded dense, and nobody counts that."""
+    tables = kwargs.get("position_embeddings")
+    step = getattr(tables[0], "_seer_step", None) if isinstance(tables, tuple) else None
+    return bool(step and step.dense) and state.found in step.dense and not density_meters(state.attachment)
+
+
 @torch.compiler.disable
 def decode(
     module: nn.Module,
@@ -144,7 +162,8 @@ def decode(
         tell: told why "auto" runs a call dense that could not be followed.
 
     Returns:
-        ``[B, 1, H, D]``, or None where the step is dense: nothing chooses, or "auto" knows that it would read all.
+        ``[B, 1, H, D]``, or None where the step is dense: nothing chooses, or "auto" knows that it would read all, or
+        expects that to be faster.
 
     Raises:
         ValueError: a step that cannot be followed, unless "auto" may run it dense.
@@ -158,7 +177,7 @@ def decode(
         decoder = step.running.decoders.get(state.layer)
         if decoder is None or not step.rows:
             return None
-        if auto and all(tells_all(decoder, row.tokens) for row in step.rows):
+        if step.is_dense(state, query):
             for row in step.rows:
                 count_all(density_meters(state.attachment), step.running, state, row.tokens, query.device)
             return None

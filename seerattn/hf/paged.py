@@ -113,8 +113,8 @@ def _over_pages(
     _update(module, key, value, kwargs, is_windowed=False)
     pages = Pages.of(cache, module.layer_idx, layout)
     together = pages.decode(query, logits_of(query, own))
-    parts = [] if together is None else [(layout.together(layout.decoded), together)]
-    parts += decode_together(batching, pages, seer, query, own)
+    parts, done = ([], []) if together is None else ([(layout.together(layout.decoded), together)], layout.decoded)
+    parts += decode_together(batching, pages, done, seer, query, own)
     if parts and parts[0][0].places is None:
         return parts[0][1][None]
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])

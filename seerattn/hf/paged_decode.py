@@ -21,6 +21,7 @@ from seerattn.gate_decode import GateDecoder
 from seerattn.gate_memory import known_keys
 from seerattn.hf.call import LayerCall, logits_of
 from seerattn.hf.decode import attend_to, count_all, decode_impl
+from seerattn.hf.dense_steps import is_dense
 from seerattn.hf.pages import Pages, Row, Together
 from seerattn.hf.requests import Batching, Request
 from seerattn.hf.state import check_filled
@@ -32,13 +33,19 @@ logger = logging.getLogger(__name__)
 
 
 def decode_together(
-    batching: Batching, pages: Pages, seer: LayerCall | None, query: Tensor, kwargs: dict[str, Any]
+    batching: Batching,
+    pages: Pages,
+    done: Sequence[int],
+    seer: LayerCall | None,
+    query: Tensor,
+    kwargs: dict[str, Any],
 ) -> list[tuple[Together, Tensor]]:
     """Attention of the rows of a forward that one launch can choose for, in groups that share what chooses.
 
     Args:
         batching: of the manager.
         pages: keys and values of the layer.
+        done: rows that attended to all of their keys already, of which those are counted that might have chosen.
         seer: set where the layer was attached to.
         query: of all rows ``[1, H, T, D]``.
         kwargs: what the architecture passes on.
@@ -46,10 +53,12 @@ def decode_together(
     Returns:
         Rows and their attention ``[m, H, D]``, by group. Other rows are left to `decode_alone`.
     """
+    if seer is not None:
+        _count_done(batching, pages, done, seer, query.device)
     if seer is None or (seer.state.rotation is not None and seer.position_embeddings is None):
         return []
     found = []
-    for requests in _groups(batching, pages, seer, query.device):
+    for requests in _groups(batching, pages, done, seer, query.device):
         try:
             found.append(_attend(batching, pages, seer.on(query.device), requests, query, kwargs))
         # Whosever fault it is: nothing was kept or counted yet, and alone only the one at fault fails.
@@ -58,12 +67,23 @@ def decode_together(
     return found
 
 
-def _groups(batching: Batching, pages: Pages, seer: LayerCall, device: torch.device) -> list[dict[int, Request]]:
+def _count_done(batching: Batching, pages: Pages, done: Sequence[int], seer: LayerCall, device: torch.device) -> None:
+    """Counts all blocks of rows that "auto" decoded dense though something would choose."""
+    rows, futures = pages.layout.rows, batching.rows()
+    for number in done:
+        request = batching.requests[futures[number].state.request_id]
+        if request.running.decoders.get(seer.state.layer) is not None:
+            count_all(request.meters, request.running, seer.state, rows[number].k_end, device)
+
+
+def _groups(
+    batching: Batching, pages: Pages, done: Sequence[int], seer: LayerCall, device: torch.device
+) -> list[dict[int, Request]]:
     """Requests by the numbers of their rows, together where the same decoder chooses and the same kernel attends."""
     groups: dict[tuple[int, str], dict[int, Request]] = {}
     for number, (row, future) in enumerate(zip(pages.layout.rows, batching.rows())):
         request = batching.requests.get(future.state.request_id)
-        if request is None or future.state.request_id in batching.failed or not request.writes(row):
+        if number in done or request is None or future.state.request_id in batching.failed or not request.writes(row):
             continue
         running = request.running
         decoder = running.decoders.get(seer.state.layer)
@@ -170,7 +190,7 @@ def decode_alone(
     decoder = running.decoders.get(state.layer)
     if decoder is None:
         return None
-    if running.impl == "auto" and tells_all(decoder, tokens):
+    if running.impl == "auto" and is_dense(decoder, [tokens], state.found, q.device):
         count_all(request.meters, running, state, tokens, q.device)
         return None
     if state.layer in running.gates:

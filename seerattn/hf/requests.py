@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
+from seerattn.hf.dense_steps import dense_layers
 from seerattn.hf.mask import CallMask
 from seerattn.hf.meters import DensityMeter, density_meters
 from seerattn.hf.pages import Layout, Row
 from seerattn.hf.state import NO_GATE_BLOCK, Attachment, Running
 from seerattn.ops.decode_select import KeyTable
+from seerattn.selection.decode_selector import tells_all
 from seerattn.selection.policies import Policy, TopK
 from seerattn.selection.selector import Kept, LastRowsDense, Selector, needs_length
 
@@ -140,16 +142,33 @@ class Batching:
     def layout(self, cu_q: Tensor, cache: PagedAttentionCache) -> Layout:
         """Where the rows of the forward at hand have their keys, in a cache that was left in its pages.
 
-        Decoded together are requests that choose the blocks of their prompts. The end of a prompt is not decoded, and
-        what runs dense is attended to as in the unpatched model.
+        Decoded together are requests that choose the blocks of their prompts, and those that "auto" decodes dense. The
+        end of a prompt is not decoded, and what runs dense is attended to as in the unpatched model.
         """
         self._begin(cu_q)
         if self._layout is None:
             futures = self.rows()
-            self._layout = Layout.of(
-                cache, futures, [self._is_decoded(future.state) for future in futures], cu_q.device
-            )
+            dense = self._decoded_dense(futures, cu_q.device)
+            decoded = [number in dense or self._is_decoded(future.state) for number, future in enumerate(futures)]
+            self._layout = Layout.of(cache, futures, decoded, cu_q.device)
         return self._layout
+
+    def _decoded_dense(self, futures: list[Any], device: torch.device) -> set[int]:
+        """Rows that "auto" decodes dense though something would choose; those with the same decoders do alike."""
+        groups: dict[int, dict[int, int]] = {}
+        for number, future in enumerate(futures):
+            known, tokens = self.requests.get(future.state.request_id), future.state.position_offset
+            if known is not None and known.decodes and known.running.impl == "auto" and tokens > known.prompt:
+                groups.setdefault(id(known.running.decoders), {})[number] = tokens
+        found: set[int] = set()
+        for rows in groups.values():
+            running = self.requests[futures[next(iter(rows))].state.request_id].running
+            deciders = [one for one in running.decoders.values() if one is not None]
+            whole = {number for number, tokens in rows.items() if all(tells_all(one, tokens) for one in deciders)}
+            others = [tokens for number, tokens in rows.items() if number not in whole]
+            dense = dense_layers(running, self.attachment.layers.values(), others, device) if others else ()
+            found |= {*rows} if len(dense) == len(deciders) else whole
+        return found
 
     def _is_decoded(self, state: Any) -> bool:
         known = self.requests.get(state.request_id)

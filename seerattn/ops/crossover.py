@@ -17,17 +17,18 @@ import logging
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from seerattn.ops.resolve import preferred
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SHIPPED = Path(__file__).with_name("crossover_h100.json")
 
@@ -47,7 +48,11 @@ TABLES = LayerShape()
 
 @dataclass(frozen=True)
 class Row:
-    """Times in milliseconds of one layer whose queries are all of its ``tokens``."""
+    """Times in milliseconds of one layer whose queries are all of its ``tokens``.
+
+    Where tokens are decoded (`seerattn.ops.crossover_decode`), one query of every sequence reads ``tokens`` keys of all
+    of them together.
+    """
 
     tokens: int
     dense_ms: float
@@ -80,7 +85,7 @@ class Times:
     def at(self, tokens: int, work: float = 1.0) -> float:
         """Time at a length with ``work`` times the work; linear between two lengths, that of the nearest beyond."""
         times = [max(host, work * each) for host, each in zip(self._host, self._work)]
-        return _interpolate(tokens, self._tokens, times)
+        return interpolate(tokens, self._tokens, times)
 
 
 class Table:
@@ -119,7 +124,7 @@ class Table:
     def sparse(self, q_len: int, k_len: int, shape: LayerShape, density: float) -> float:
         """Time of sparse attention, linear between the densities that were measured."""
         work = self._products(q_len, k_len, shape)
-        return _interpolate(density, [*self._sparse], [times.at(k_len, work) for times in self._sparse.values()])
+        return interpolate(density, [*self._sparse], [times.at(k_len, work) for times in self._sparse.values()])
 
     def _products(self, q_len: int, k_len: int, shape: LayerShape) -> float:
         """Work of a call in units of the table's, whose queries are all tokens; a chunk has a share of the pairs."""
@@ -151,29 +156,46 @@ def load_table(device_name: str) -> Table:
         if "H100" not in device_name:
             logger.info("%s has no crossover table, that of an H100 is used; seerattn bench crossover", device_name)
         path = SHIPPED
+    return read_file(path, _read)
+
+
+def read_file(path: Path, read: Callable[[Mapping[str, Any]], T]) -> T:
+    """What ``read`` makes of a file.
+
+    Raises:
+        ValueError: it is no table.
+    """
     try:
-        table = _read(json.loads(path.read_text(encoding="utf-8")))
+        return read(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         got = f"{type(error).__name__}: {str(error)[:200]}"
         raise ValueError(f"{path} must be a table of seerattn bench crossover, got {got}; delete it") from error
-    return table
 
 
 def _read(values: Mapping[str, Any]) -> Table:
     """The table that a file holds. Those of 0.2 and before tell neither batch nor host time, and may lack sizes."""
-    rows = [Row(**row) for row in values["rows"]]
-    _check_rows(rows)
+    rows, host_ms = read_rows(values["rows"]), values.get("host_ms")
+    return Table(rows, read_shape(values), None if host_ms is None else read_host(host_ms))
+
+
+def read_shape(values: Mapping[str, Any]) -> LayerShape:
+    """Of which layer a table tells times; refuses one that does not exist."""
     shape = LayerShape(**{name: values[name] for name in LayerShape._fields if name in values})
     if not all(isinstance(size, int) and 1 <= size < 1e6 for size in shape):
         raise ValueError("a shape that no layer has")
-    host_ms = values.get("host_ms")
-    if host_ms is not None and not 0 <= host_ms < 1e15:
+    return shape
+
+
+def read_host(host_ms: float) -> float:
+    """What the host takes; refuses what is no time."""
+    if not 0 <= host_ms < 1e15:
         raise ValueError("a host time that is none")
-    return Table(rows, shape, host_ms)
+    return host_ms
 
 
-def _check_rows(rows: Sequence[Row]) -> None:
-    """Refuses rows that a decision could not be made by, whichever call it is for."""
+def read_rows(values: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Rows of a table; refuses those that a decision could not be made by, whichever call it is for."""
+    rows = [Row(**row) for row in values]
     if not rows:
         raise ValueError("no rows")
     for row in rows:
@@ -183,6 +205,7 @@ def _check_rows(rows: Sequence[Row]) -> None:
         # NaN is in no range, and products of times and tokens must stay finite.
         if not all(0 <= number < 1e15 for number in numbers) or row.tokens < 1:
             raise ValueError("numbers that are no times, densities or tokens")
+    return rows
 
 
 def prefer_dense(
@@ -227,7 +250,8 @@ def _prefer_dense_cuda(
     return max(table.choosing(k_len, shape) + sparse, table.host_ms) >= dense
 
 
-def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """What lies between numbers at ascending places; that of the nearest place beyond them."""
     if x <= xs[0]:
         return ys[0]
     if x >= xs[-1]:

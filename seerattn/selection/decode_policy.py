@@ -100,6 +100,13 @@ def reads_all(policy: Policy, tokens: int, block_k: int) -> bool:
     )
 
 
+def nominal_density(policy: Policy, tokens: int, block_k: int) -> float | None:
+    """The share of the blocks of ``tokens`` keys that a policy keeps; None where scores decide."""
+    number = -(-tokens // block_k)
+    counted = _counted(policy, number, block_k)
+    return None if counted is None else counted / number
+
+
 def _counted(policy: Policy, number: int, block_k: int) -> int | None:
     """How many of ``number`` blocks a policy keeps; None where scores decide."""
     match policy:

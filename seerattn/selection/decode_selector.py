@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from seerattn.selection.decode_blocks import DecodeBlocks
-from seerattn.selection.decode_policy import reads_all
+from seerattn.selection.decode_policy import nominal_density, reads_all
 from seerattn.selection.policies import Policy
 from seerattn.selection.selector import AttentionContext
 
@@ -18,7 +18,7 @@ class DecodeSelector(Protocol):
 
     The list of a sequence must depend on that sequence alone, and must hold the block of the token.
 
-    It may also have ``reads_all(tokens)``, see the function of this name.
+    It may also have ``reads_all(tokens)`` and ``expected_density(tokens)``, see `tells_all` and `told_density`.
     """
 
     def select_token(self, q: Tensor, k: Tensor, context: AttentionContext) -> DecodeBlocks:
@@ -39,6 +39,12 @@ def tells_all(selector: DecodeSelector, tokens: int) -> bool:
     return tell is not None and tell(tokens)
 
 
+def told_density(selector: DecodeSelector, tokens: int) -> float | None:
+    """The share of the blocks of so many tokens that a selector says it keeps; None of one that cannot say."""
+    tell = getattr(selector, "expected_density", None)
+    return None if tell is None else tell(tokens)
+
+
 class PolicyDecoder:
     """What a selector that leaves the choice to its `policy` can tell of it; the base class of such selectors."""
 
@@ -52,3 +58,7 @@ class PolicyDecoder:
     def reads_all(self, tokens: int) -> bool:
         """Whether every block of so many tokens is kept, whatever the scores."""
         return reads_all(self.policy, tokens, self.block_size)
+
+    def expected_density(self, tokens: int) -> float | None:
+        """The share of the blocks of so many tokens that is kept; None where scores decide."""
+        return nominal_density(self.policy, tokens, self.block_size)

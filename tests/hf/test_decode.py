@@ -286,7 +286,10 @@ def test_without_a_policy_no_step_asks_for_anything_and_a_context_decides_for_it
     assert torch.equal(write(model, ids), dense) and not calls and not visited
 
 
-def test_auto_decodes_as_the_unpatched_model_while_it_would_read_everything(visited: list[int]) -> None:
+def test_auto_decodes_as_the_unpatched_model_while_it_would_read_everything(
+    visited: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("seerattn.hf.dense_steps.prefer_dense_decode", lambda **_: False)
     ids = tokens(1, 60)
     model = gated(policy=None, impl="auto")
     with seerattn.record_density(model) as meter:
@@ -364,6 +367,7 @@ def test_a_step_that_cannot_be_followed_is_rejected_and_runs_dense_under_auto(
     name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, text = CHANGES[name]
+    monkeypatch.setattr("seerattn.hf.dense_steps.prefer_dense_decode", lambda **_: False)
     # Those of models whose attention is not given them.
     monkeypatch.setattr(LayerCall, "positions", lambda self, row, k_len, slots: iter([torch.arange(k_len)[None]]))
     ids, logits = tokens(1, 121), []
@@ -404,10 +408,10 @@ def test_selectors_decode_by_what_is_attached_with_them(visited: list[int]) -> N
 
     model, ids = tiny_model("llama"), tokens(1, 200)
     dense = write(model, ids)
-    seerattn.attach(model, lambda layer: None, decode_policy=lambda layer: Last() if layer else None, impl="auto")
+    seerattn.attach(model, lambda layer: None, decode_policy=lambda layer: Last() if layer else None, impl="sparse")
     found = write(model, ids, generation_config=GenerationConfig(max_new_tokens=NEW, do_sample=False))
     assert len(visited) == NEW - 1 and not torch.equal(found, dense)
-    seerattn.attach(model, lambda layer: None, decode_policy=Last())
+    seerattn.attach(model, lambda layer: None, decode_policy=Last(), impl="sparse")
     write(model, ids)
     assert len(visited) == (NEW - 1) * (1 + LAYERS)
     with pytest.raises(ValueError, match="must be a DecodeSelector"):

@@ -17,8 +17,9 @@ from written_choice import written_out, written_queries
 import seerattn
 from seerattn import KeepAll, TokenBudget, TopK, TopP, gate_decode
 from seerattn.gate_decode import GateDecoder
-from seerattn.hf import batching, paged, paged_decode, state
+from seerattn.hf import batching, paged, paged_decode, pages, state
 from seerattn.hf.pages import Pages
+from seerattn.ops.decode_attention import decode_attention
 from seerattn.ops.decode_select import KeyTable
 
 triton_one = pytest.importorskip("seerattn.ops.decode_select.triton_one")
@@ -246,6 +247,7 @@ def test_a_row_that_fails_among_others_fails_its_request_alone(
 
 
 def test_auto_leaves_rows_dense_that_would_read_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seerattn.hf.dense_steps.prefer_dense_decode", lambda **_: False)
     gated, asked = model(impl="auto"), prompts((40, 70, 200, 260))
     with seerattn.record_density(gated) as single:
         expected = [alone(gated, prompt, NEW) for prompt in asked]
@@ -255,6 +257,37 @@ def test_auto_leaves_rows_dense_that_would_read_everything(monkeypatch: pytest.M
     assert torch.equal(together.decode.by_head()[1], single.decode.by_head()[1])
     # A budget of three blocks reads all of 96 keys.
     assert min(min(group) for group in calls.groups) == 97 and not calls.alone
+
+
+@pytest.mark.parametrize("dense_from", [0, 775, 10**9], ids=["always", "when many keys are read", "never"])
+def test_rows_that_auto_decodes_dense_read_all_keys_at_once(dense_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for, read = [], []
+
+    def rule(**asked) -> bool:
+        asked_for.append(asked)
+        return asked["keys"] >= dense_from
+
+    def attend(q, k, v, *, impl, blocks, lengths, **call):
+        read.append((blocks is None, lengths.tolist()))
+        return decode_attention(q, k, v, impl="reference", blocks=blocks, lengths=lengths, **call)
+
+    monkeypatch.setattr("seerattn.hf.dense_steps.prefer_dense_decode", rule)
+    # As on a GPU.
+    monkeypatch.setattr(pages, "preferred", lambda *_: "triton")
+    monkeypatch.setattr(pages, "refusal", lambda *_, **__: None)
+    monkeypatch.setattr(pages, "decode_attention", attend)
+    gated, asked = model(impl="auto"), prompts((40, 200, 260, 300))
+    with seerattn.record_density(gated) as meter:
+        found = run(gated, asked, 8)
+    if dense_from != 775:
+        with seerattn.policy(gated, None, decode_policy=FEW if dense_from else None, impl="reference"):
+            assert found == [alone(gated, prompt, 8) for prompt in asked]
+    # That of 40 tokens would read everything, which is known without the rule; the others have 763 keys at first.
+    whole = [len(lengths) for is_whole, lengths in read if is_whole]
+    expected = [4 if 763 + 3 * step >= dense_from else 1 for step in range(7)]
+    assert whole == [number for number in expected for _ in range(LAYERS)]
+    assert {one["keys"] for one in asked_for} == {763 + 3 * step for step in range(7)}
+    assert {one["shape"].batch for one in asked_for} == {3} and (meter.decode.mean() == 1.0) == (dense_from == 0)
 
 
 def test_requests_that_share_a_beginning_are_decoded_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,7 @@ def test_configuration_is_read_and_replaced(tmp_path: Path) -> None:
     gates = load_official_gates(tmp_path)
     assert gates.policy is None and gates.decode_policy == Threshold(threshold=4e-3)
     assert gates.config.share == "kv_group" and gates.config.query_subblocks == gates.config.block_q == BLOCK
-    model = load_official_gates(tmp_path, tiny_model("qwen3"), decode_policy=TokenBudget(tokens=128))
+    model = load_official_gates(tmp_path, tiny_model("qwen3"), decode_policy=TokenBudget(tokens=128), impl="sparse")
     assert [state.layer for state in layer_states(model) if state.gate is not None] == [1]
     with seerattn.record_density(model) as meter, torch.no_grad():
         model.generate(tokens(1, 300), max_new_tokens=4, do_sample=False, eos_token_id=None)
