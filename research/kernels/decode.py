@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from decode_select import lines, measure_select
 
 from seerattn.bench.dense import sdpa_backend
-from seerattn.bench.inputs import Shape, random_blocks, random_qkv
+from seerattn.bench.inputs import Shape, random_blocks, random_lists, random_qkv
 from seerattn.bench.session import CheckFailed, Session
-from seerattn.bench.timing import Timing, device_time
+from seerattn.bench.timing import device_time, graph_time
 from seerattn.ops.block_sparse_attention import block_sparse_attention, triton_kernel
 from seerattn.ops.decode_attention import decode_attention, triton_split
 from seerattn.ops.paged_attention import paged_attention
@@ -88,47 +88,6 @@ def make_caches(shape: Shape, batch: int, tokens: int, page: int | None, device:
     return Caches(list(k), list(v), table)
 
 
-def random_lists(
-    shape: Shape, batch: int, lengths: Tensor, tokens: int, density: float, seed: int, device: torch.device
-) -> DecodeBlocks:
-    """As many random blocks of every list as the density says, the first and the last one among them."""
-    number = -(-tokens // BLOCK)
-    count = max(min(2, number), round(density * number))
-    generator = torch.Generator(device).manual_seed(seed)
-    draw = torch.rand(batch, shape.kv_heads, number, device=device, generator=generator)
-    block = torch.arange(number, device=device)
-    last = (lengths[:, None, None] - 1) // BLOCK
-    draw = draw.masked_fill(block > last, -1).masked_fill((block == 0) | (block == last), 2)
-    kept = draw.topk(count, sorted=False)
-    mask = torch.zeros_like(draw, dtype=torch.bool).scatter_(-1, kept.indices, kept.values >= 0)
-    return DecodeBlocks.from_mask(mask, block_k=BLOCK, width=count)
-
-
-def graph_time(calls: list[Callable[[], object]], device: torch.device, *, budget_ms: float = 40.0) -> Timing:
-    """Time of one of these calls in a CUDA graph of all of them; on a CPU the first one by the wall clock."""
-    if device.type != "cuda":
-        return device_time(calls[0], device)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    runs: list[float] = []
-    graph.replay()
-    while len(runs) < 5 or (sum(runs) * len(calls) < budget_ms and len(runs) < 100):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        runs.append(begin.elapsed_time(end) / len(calls))
-    return Timing(tuple(runs))
-
-
 @contextmanager
 def decode_launched(launch: tuple[int, int, int, int] | None, device: torch.device) -> Iterator[list[int]]:
     """Calls take this launch; the splits of every call are noted."""
@@ -175,7 +134,7 @@ def check_decode(
     lists, seen = None, torch.arange(tokens, device=device) < lengths[:, None, None]
     seen = seen.expand(-1, shape.kv_heads, -1)
     if listed:
-        lists = random_lists(shape, len(lengths), lengths, tokens, 0.3, 1, device)
+        lists = random_lists(shape, lengths, tokens, block_k=BLOCK, density=0.3, seed=1)
         number = tokens // BLOCK
         mask = torch.zeros(*lists.indices.shape[:2], number + 1, dtype=torch.bool, device=device)
         mask.scatter_(-1, lists.indices.long().masked_fill(lists.indices < 0, number), True)
@@ -213,12 +172,13 @@ class Decode:
         copies = len(self.caches.k)
         if density is not None:
             shape, device = self.shape, self.session.device
-            first = random_lists(shape, self.batch, self.lengths, self.tokens, density, 0, device)
+            first = random_lists(shape, self.lengths, self.tokens, block_k=BLOCK, density=density)
             listed = int(first.counts.sum()) * BLOCK * 2 * shape.head_dim * shape.dtype.itemsize
             read = min(read, listed)
             number = max(copies, min(96, -(-int(COLD_BYTES) // read))) if device.type == "cuda" else 1
             lists = [first] + [
-                random_lists(shape, self.batch, self.lengths, self.tokens, density, i, device) for i in range(1, number)
+                random_lists(shape, self.lengths, self.tokens, block_k=BLOCK, density=density, seed=i)
+                for i in range(1, number)
             ]
 
         def call(i: int) -> Callable[[], object]:
@@ -470,7 +430,7 @@ def main() -> int:
         if "prompts" in args.parts:
             rows += measure_prompts(args, session, prompt_shape)
         if "select" in args.parts and not args.launches:
-            rows += measure_select(session, shape, args.batches, args.tokens, graph_time)
+            rows += measure_select(session, shape, args.batches, args.tokens)
     print(summary([row for row in rows if row is not None]))
     for failure in session.failures:
         print(f"failed: {failure}")

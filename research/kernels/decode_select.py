@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from seerattn.bench.inputs import Shape
 from seerattn.bench.model import gate_form, random_gate
 from seerattn.bench.session import CheckFailed, Session
-from seerattn.bench.timing import Timing, device_time
+from seerattn.bench.timing import device_time, graph_time
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_decode import token_rule
 from seerattn.ops.decode_select import select_blocks
@@ -74,11 +73,10 @@ def measure_select(
     shape: Shape,
     batches: list[int],
     lengths: list[int],
-    graph_time: Callable[..., Timing],
 ) -> list[Result | None]:
     """Scores and choice of one token, by the kernel and by the modules: in a CUDA graph, and launched one by one."""
     return [
-        _measured(session, shape, form, batch, tokens, impl, clock, graph_time)
+        _measured(session, shape, form, batch, tokens, impl, clock)
         for form in FORMS
         for tokens in lengths
         for batch in batches
@@ -95,7 +93,6 @@ def _measured(
     tokens: int,
     impl: str,
     clock: str,
-    graph_time: Callable[..., Timing],
 ) -> Result | None:
     device = session.device
 

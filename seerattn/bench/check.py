@@ -6,17 +6,20 @@ one rounding of the largest value to that dtype.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattn.bench.inputs import Shape, random_blocks, random_qkv, uneven_qkv
+from seerattn.bench.inputs import Shape, random_blocks, random_lists, random_qkv, uneven_qkv
 from seerattn.gate.attn_gate import AttnGate
 from seerattn.selection.block_indices import BlockIndices, forced_block_mask
+from seerattn.selection.decode_blocks import DecodeBlocks
 from seerattn.selection.map_form import PUBLISHED, MapForm
 from seerattn.selection.policies import TopK
 
@@ -175,6 +178,77 @@ def check_selection(
     gap = (best_left - worst_kept).clamp(min=0.0)
     size = float(exact[exact.isfinite()].abs().max())
     return float(gap.max()), (torch.finfo(shape.dtype).eps + 16 * torch.finfo(torch.float32).eps) * size
+
+
+def check_token_choice(
+    select: Callable[[Tensor, Tensor], DecodeBlocks],
+    gate: AttnGate,
+    shape: Shape,
+    tables: tuple[Tensor, Tensor],
+    *,
+    density: float,
+) -> tuple[float, float]:
+    """Error and bound of the choice for the first token behind `GATE_TOKENS` others, as those of `check_selection`.
+
+    Args:
+        select: gets the query ``[1, H, 1, D]`` of the token and all keys after RoPE.
+        gate: the gate that it uses.
+        shape: heads and dtype.
+        tables: the model's (cos, sin) of the positions, ``[1, T, D]``.
+        density: that it selects, with the first block forced.
+    """
+    q, k, _ = random_qkv(shape, GATE_TOKENS + 1, tables[0].device, seed=1, drift=1.0)
+    blocks = select(q[:, :, -1:], k)
+    c, (q, k) = gate.config, (_unrotated(x, *tables) for x in (q, k))
+    # A prompt whose next window of queries is the token, again and again, for a gate whose query blocks are windows.
+    size, number = c.block_q // c.query_subblocks, GATE_TOKENS // c.block_k
+    token = q[:, :, -1:].expand(-1, -1, size, -1)
+    pad = k.new_zeros(1, 1, c.block_k, 1)
+    queries = torch.cat((q[:, :, :-1], token, (q[:, :, :1] * pad)[:, :, : c.block_k - size]), 2)
+    windows = copy.copy(gate)
+    windows.config = SimpleNamespace(**vars(c) | {"block_q": size, "query_subblocks": 1, "normalize_subblocks": False})
+    exact = gate_scores(windows, queries, torch.cat((k[:, :, :-1], k[:, :, :1] * pad), 2))
+    exact = exact[0, :, GATE_TOKENS // size, :number]
+    exact = exact[:, int(c.exclude_forced) :].log_softmax(-1)
+    exact = exact.unflatten(0, (shape.kv_heads, -1)).amax(1)[:, 1 - int(c.exclude_forced) :]
+    wanted = max(2, math.ceil(density * (number + 1)))
+    kept = torch.zeros(shape.kv_heads, number + 2, dtype=torch.bool, device=exact.device)
+    kept.scatter_(1, blocks.indices[0].long().masked_fill(blocks.indices[0] < 0, number + 1), True)
+    if bool((blocks.counts != wanted).any()) or not bool((kept[:, 0] & kept[:, number]).all()):
+        return torch.inf, 0.0
+    kept = kept[:, 1:number]
+    gap = exact.masked_fill(kept, -torch.inf).amax(-1) - exact.masked_fill(~kept, torch.inf).amin(-1)
+    size = float(exact[exact.isfinite()].abs().max())
+    return float(gap.clamp(min=0.0).max()), (torch.finfo(shape.dtype).eps + 16 * torch.finfo(torch.float32).eps) * size
+
+
+def check_decoding(
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, DecodeBlocks | None], Tensor],
+    shape: Shape,
+    device: torch.device,
+    *,
+    block_k: int | None,
+    tokens: int = TOKENS,
+) -> tuple[float, float]:
+    """Error and bound of attention of one token over three tenths of the blocks, or over all keys.
+
+    Args:
+        attend: gets q ``[1, H, D]``, k, v, lengths and blocks, and returns ``[1, H, D]``.
+        shape: heads and dtype of the inputs.
+        device: where it runs.
+        block_k: key block size in tokens; None for all keys.
+        tokens: keys.
+    """
+    q, k, v = random_qkv(shape, tokens, device, seed=1)
+    lengths = torch.full((1,), tokens, dtype=torch.int32, device=device)
+    blocks, mask = None, torch.ones(1, shape.heads, 1, tokens, dtype=torch.bool, device=device)
+    if block_k is not None:
+        blocks = random_lists(shape, lengths, tokens, block_k=block_k, density=0.3, seed=1)
+        places = torch.arange(tokens, device=device) // block_k
+        listed = (blocks.indices[0, :, :, None] == places).any(1)
+        mask = listed.repeat_interleave(shape.heads // shape.kv_heads, 0)[None, :, None]
+    found = attend(q[:, :, -1], k, v, lengths, blocks)
+    return _compare(found[:, :, None], q[:, :, -1:], k, v, mask)
 
 
 def gate_scores(gate: AttnGate, q: Tensor, k: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from seerattn.bench.attention import Layer, Sparse, share_of
+from seerattn.bench.crossover_decode import decode_host, decode_rows
 from seerattn.bench.dense import default_backends
 from seerattn.bench.inputs import Shape
 from seerattn.bench.model import GATE_FORMS, TINY, BenchModel, gate_form
@@ -43,6 +45,7 @@ class CrossoverBench(LayerBench):
         baselines: dense attentions; the fastest counts.
         gates: name of the gate.
         impl: of `block_sparse_attention`.
+        keys: of all sequences of a step together, for the times of decoded tokens.
     """
 
     contexts: tuple[int, ...] = contexts(128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -51,6 +54,13 @@ class CrossoverBench(LayerBench):
     baselines: tuple[str, ...] = backends()
     gates: str = option("default", help="Form of the gate, with random weights.", choices=(*GATE_FORMS,), flag=False)
     impl: str = option("auto", help="Sparse attention, never dense.", choices=("auto", *SPARSE), flag=False)
+
+    keys: tuple[int, ...] = option(
+        (8192, 32768, 131072, 524288, 2097152),
+        help="Keys of all sequences together, for decoded tokens.",
+        low=200,
+        flag=False,
+    )
 
     def place(self, session: Session) -> Path:
         """Where the table goes.
@@ -72,7 +82,8 @@ class CrossoverBench(LayerBench):
         Returns:
             The table: "device", "batch", "heads", "kv_heads", "head_dim", "host_ms" (what the host takes longer for a
             sparse layer of a model than for a dense one), and "rows" with "tokens", "dense_ms", "overhead_ms" (gate and
-            selection) and "sparse_ms" by density. What could not be measured in full is missing.
+            selection) and "sparse_ms" by density. For decoded tokens "decode_host_ms" (what the host takes for a sparse
+            layer) and "decode_rows", the same by keys. What could not be measured in full is missing.
         """
         config = gate_form(self.gates)
         kind = Sparse(self.impl, config.block_q, config.block_k, share_of(config))
@@ -98,7 +109,16 @@ class CrossoverBench(LayerBench):
                 )
         sizes = {"batch": 1, "heads": subject.heads, "kv_heads": subject.kv_heads, "head_dim": subject.head_dim}
         host_ms = {} if host is None or host.value is None else {"host_ms": host.value}
-        return {"device": session.device_name, **sizes, **host_ms, "rows": rows}
+        decoding = self._decoding(session, subject, baselines)
+        return {"device": session.device_name, **sizes, **host_ms, "rows": rows, **decoding}
+
+    def _decoding(self, session: Session, subject: Shape, baselines: Sequence[str]) -> dict[str, Any]:
+        """What a table tells of decoded tokens: all of it, or nothing."""
+        host = decode_host(session, subject, self.gates)
+        rows = decode_rows(session, subject, self.keys, baselines, self.gates)
+        if not rows or host is None or host.value is None:
+            return {}
+        return {"decode_host_ms": host.value, "decode_rows": rows}
 
     def _host(self, session: Session, subject: Shape) -> Result | None:
         """What the host takes longer for a sparse layer than for a dense one, by short prompts of a narrow model."""

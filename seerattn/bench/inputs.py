@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from seerattn.selection.block_indices import BlockIndices, causal_block_mask, forced_block_mask
+from seerattn.selection.decode_blocks import DecodeBlocks
 from seerattn.texts import short
 
 
@@ -143,3 +144,28 @@ def random_blocks(
         draw = draw.masked_fill(~causal, -1.0).masked_fill_(forced, 2.0)
         mask[0, head].view(-1)[draw.view(-1).topk(count, sorted=False).indices] = True
     return BlockIndices.from_mask(mask, block_q=block_q, block_k=block_k, q_start=0, q_len=tokens)
+
+
+def random_lists(
+    shape: Shape, lengths: Tensor, tokens: int, *, block_k: int, density: float, seed: int = 0
+) -> DecodeBlocks:
+    """As many random blocks of every list as the density says, the first one and that of the token among them.
+
+    Args:
+        shape: whose KV heads have lists.
+        lengths: int32 ``[B]``, keys of every sequence.
+        tokens: the most of them, by which blocks are counted.
+        block_k: key block size in tokens.
+        density: share of the blocks.
+        seed: of the draw.
+    """
+    number, device = -(-tokens // block_k), lengths.device
+    count = max(min(2, number), round(density * number))
+    generator = torch.Generator(device).manual_seed(seed)
+    draw = torch.rand(len(lengths), shape.kv_heads, number, device=device, generator=generator)
+    block = torch.arange(number, device=device)
+    last = (lengths[:, None, None] - 1) // block_k
+    draw = draw.masked_fill(block > last, -1).masked_fill((block == 0) | (block == last), 2)
+    kept = draw.topk(count, sorted=False)
+    mask = torch.zeros_like(draw, dtype=torch.bool).scatter_(-1, kept.indices, kept.values >= 0)
+    return DecodeBlocks.from_mask(mask, block_k=block_k, width=count)

@@ -153,6 +153,7 @@ UNITS = {
     "attention_training_ms": "ms with backward",
     "selection_ms": "ms",
     "host_ms": "ms of the host",
+    "decode_host_ms": "ms of the host",
     "prefill_ms": "ms",
     "decode_ms": "ms a token",
     "decode_attention_ms": "ms",

@@ -57,6 +57,31 @@ def device_time(run: Callable[[], object], device: torch.device, *, budget_ms: f
     return Timing(tuple(_events([run] * max(MIN_RUNS, min(MAX_RUNS, int(budget_ms / max(first, 1e-3)))), cold)))
 
 
+def graph_time(calls: list[Callable[[], object]], device: torch.device, *, budget_ms: float = 40.0) -> Timing:
+    """Time of one of these calls in a CUDA graph of all of them; on a CPU the first one by the wall clock."""
+    if device.type != "cuda":
+        return device_time(calls[0], device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    runs: list[float] = []
+    graph.replay()
+    while len(runs) < 5 or (sum(runs) * len(calls) < budget_ms and len(runs) < 100):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        runs.append(begin.elapsed_time(end) / len(calls))
+    return Timing(tuple(runs))
+
+
 def pipeline_time(run: Callable[[], object], device: torch.device, *, budget_ms: float = 60.0) -> Timing:
     """Wall time of a call among others like it, as in a forward pass: the slower of host and device counts.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import typer
 
@@ -174,12 +175,19 @@ def _speed_up(found: list[Result], rows: Iterable[Result]) -> list[str]:
     return [f"{min(dense) / row.value:.2f} {_COMPARED[row.what]}"] if dense else []
 
 
-def _print_crossover(found: dict) -> None:
-    densities = found["rows"][0]["sparse_ms"] if found["rows"] else {}
-    heads = ["tokens", "dense ms", "gate + selection ms", *(f"sparse {d} ms" for d in densities), "pays up to density"]
+def _print_crossover(found: dict[str, Any]) -> None:
+    _print_rows("tokens", found["rows"], found.get("host_ms", 0.0))
+    if "decode_rows" in found:
+        say(f"one token of every sequence; the host takes {found['decode_host_ms']:.2f} ms for a sparse layer of it")
+        _print_rows("keys", found["decode_rows"], found["decode_host_ms"])
+
+
+def _print_rows(unit: str, rows: list[dict[str, Any]], host_ms: float) -> None:
+    densities = rows[0]["sparse_ms"] if rows else {}
+    heads = [unit, "dense ms", "gate + selection ms", *(f"sparse {d} ms" for d in densities), "pays up to density"]
     body = []
-    for row in found["rows"]:
-        sparse = {d: max(row["overhead_ms"] + ms, found.get("host_ms", 0.0)) for d, ms in row["sparse_ms"].items()}
+    for row in rows:
+        sparse = {d: max(row["overhead_ms"] + ms, host_ms) for d, ms in row["sparse_ms"].items()}
         pays = [d for d, ms in sparse.items() if ms < row["dense_ms"]]
         times = [row["dense_ms"], row["overhead_ms"], *row["sparse_ms"].values()]
         body.append([f"{row['tokens']:,}", *(f"{ms:.3f}" for ms in times), max(pays, key=float, default="never")])

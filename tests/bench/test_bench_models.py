@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from seerattn.bench import crossover_decode as crossover_bench
 from seerattn.bench import distill
 from seerattn.bench.crossover import CrossoverBench, save_table
 from seerattn.bench.distill import DistillBench
@@ -16,8 +17,9 @@ from seerattn.bench.model import SIZES, TINY, BenchModel, first_layer_only, rand
 from seerattn.bench.session import Session
 from seerattn.bench.ttft import AttentionClock, TTFTBench, prefill
 from seerattn.gate import AttnGate
+from seerattn.gate_decode import GateDecoder
 from seerattn.hf.attach import set_policy
-from seerattn.ops import crossover
+from seerattn.ops import crossover, crossover_decode
 from seerattn.results.file import ResultsFile
 from seerattn.selection.policies import KeepAll, TopK
 
@@ -156,11 +158,20 @@ def test_distillation_hours_follow_from_the_speed_at_the_recipes_length(monkeypa
 
 
 def test_crossover_table_holds_the_measured_times_and_the_ops_read_it(tmp_path, monkeypatch) -> None:
-    sizes = {"contexts": [200, 130], "densities": [0.5, 1.0], "gates": "paper", "impl": "reference"}
+    sizes = {"contexts": [200, 130], "densities": [0.5, 1.0], "gates": "paper", "impl": "reference", "keys": [900, 300]}
     bench = session()
     table = CrossoverBench(baselines=["sdpa", "flash", "cudnn"], **sizes).run(bench, TINY.shape)
     assert [row["tokens"] for row in table["rows"]] == [130, 200]
     rows = list(bench.file._by_key.values())
+    assert [row["tokens"] for row in table["decode_rows"]] == [300, 900]
+    for row in table["decode_rows"]:
+        of = [r for r in rows if r.context == row["tokens"]]
+        by_what = {what: [r for r in of if r.what == what] for what in ("decode_attention_ms", "decode_select_ms")}
+        attention = by_what["decode_attention_ms"]
+        assert row["dense_ms"] == min(r.value for r in attention if r.method == "dense")
+        assert row["overhead_ms"] == by_what["decode_select_ms"][0].value
+        assert row["sparse_ms"] == {str(r.density): r.value for r in attention if r.method == "random"}
+        assert list(row["sparse_ms"]) == ["0.05", "0.1", "0.2", "0.5"]
     for row in table["rows"]:
         of = [r for r in rows if r.context == row["tokens"]]
         assert row["dense_ms"] == min(r.value for r in of if r.method == "dense")
@@ -177,13 +188,41 @@ def test_crossover_table_holds_the_measured_times_and_the_ops_read_it(tmp_path, 
         table["host_ms"],
     )
     assert table["host_ms"] == next(r.value for r in rows if r.what == "host_ms") > 0
+    decoding = crossover_decode.load_decode_table("Some GPU / 80GB")
+    assert [vars(row) for row in decoding.rows] == table["decode_rows"] and decoding.shape == read.shape
+    assert decoding.host_ms == table["decode_host_ms"] == next(r.value for r in rows if r.what == "decode_host_ms") > 0
 
 
 def test_a_length_that_is_not_measured_in_full_is_not_in_the_table(monkeypatch) -> None:
     bench = session()
     # The host, dense attention, selection and sparse attention of the first length, dense attention of the second.
-    late = Mock(side_effect=[False] * 5 + [True] * 2)
+    late = Mock(side_effect=[False] * 5 + [True] * 9)
     monkeypatch.setattr(Session, "out_of_time", property(lambda _: late()))
-    sizes = {"contexts": [130, 200], "densities": [0.5], "gates": "paper", "impl": "reference"}
+    sizes = {"contexts": [130, 200], "densities": [0.5], "gates": "paper", "impl": "reference", "keys": [300]}
     table = CrossoverBench(baselines=["sdpa"], **sizes).run(bench, TINY.shape)
-    assert [row["tokens"] for row in table["rows"]] == [130] and len(bench.left_out) == 2
+    assert [row["tokens"] for row in table["rows"]] == [130] and len(bench.left_out) == 2 + 7
+    # The host's time without rows would say nothing, nor would rows without it.
+    assert not {"decode_rows", "decode_host_ms"} & table.keys()
+
+
+@pytest.mark.parametrize("broken", ["choice", "attention"])
+def test_what_a_token_reads_is_not_timed_where_it_is_wrong(broken: str, monkeypatch) -> None:
+    bench, select, attend = session(), GateDecoder.select_token, crossover_bench.decode_attention
+
+    def other_blocks(*args):
+        blocks = select(*args)
+        # The block in the middle of the list is exchanged for another one.
+        indices = blocks.indices.clone()
+        indices[..., 2] = indices[..., 1] + 1
+        return replace(blocks, indices=indices)
+
+    if broken == "choice":
+        monkeypatch.setattr(GateDecoder, "select_token", other_blocks)
+    else:
+        monkeypatch.setattr(crossover_bench, "decode_attention", lambda *args, **call: attend(*args, **call) * 1.01)
+    assert not crossover_bench.decode_rows(bench, TINY.shape, [300], ["sdpa"], "default")
+    timed = {(row.what, row.method) for row in bench.file._by_key.values()}
+    assert timed == {("decode_attention_ms", "dense")} | (
+        {("decode_attention_ms", "random")} if broken == "choice" else {("decode_select_ms", "gate")}
+    )
+    assert len(bench.failures) == 1

@@ -15,7 +15,7 @@ MODEL = ("--model", "tiny", "--device", "cpu", "--set", "repeats=2")
 COMMANDS = {
     "attention": (*TINY, "--contexts", "200,130", "--densities", "0.5", "--set", "blocks=64x64,32x64"),
     "map": (*TINY, "--contexts", "130"),
-    "crossover": (*TINY, "--contexts", "130", "--densities", "0.5,1", "--table", "@table.json"),
+    "crossover": (*TINY, "--contexts", "130", "--densities", "0.5,1", "--table", "@table.json", "--set", "keys=300"),
     "ttft": (*MODEL, "--contexts", "130", "--densities", "0.5,0.7"),
     "serve": (*MODEL, "--contexts", "130", "--densities", "0.5", "--at-once", "2,1", "--set", "batch_tokens=256"),
     "distill": (*MODEL, "--contexts", "130"),
@@ -35,6 +35,10 @@ ROWS = {
         ("attention_ms", "dense", "sdpa"),
         ("selection_ms", "gate", "auto"),
         *[("attention_ms", "random", "auto")] * 2,
+        ("decode_host_ms", "gate", "sparse"),
+        ("decode_attention_ms", "dense", "sdpa"),
+        ("decode_select_ms", "gate", "auto"),
+        *[("decode_attention_ms", "random", "auto")] * 4,
     ],
     "ttft": [
         ("ttft_s", "dense", "sdpa"),
@@ -112,14 +116,17 @@ def test_attention_rows_have_exact_densities(tmp_path: Path) -> None:
 
 def test_crossover_writes_the_table_that_auto_reads(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     table = tmp_path / "new" / "table.json"
-    assert run("crossover", *TINY, "--contexts", "130,65", "--densities", "0.5,1", "--table", table) == 0
-    found = json.loads(table.read_text())
-    assert list(found) == ["device", "batch", "heads", "kv_heads", "head_dim", "host_ms", "rows"]
+    asked = ("crossover", *TINY, "--contexts", "130,65", "--densities", "0.5,1", "--table", table)
+    assert run(*asked, "--set", "keys=300,400") == 0
+    found, of = json.loads(table.read_text()), ["device", "batch", "heads", "kv_heads", "head_dim", "host_ms", "rows"]
+    assert list(found) == [*of, "decode_host_ms", "decode_rows"]
+    assert [row["tokens"] for row in found["decode_rows"]] == [300, 400]
     assert found["heads"] == 4
     assert [row["tokens"] for row in found["rows"]] == [65, 130]
     assert all(set(row) == {"tokens", "dense_ms", "overhead_ms", "sparse_ms"} for row in found["rows"])
     assert set(found["rows"][0]["sparse_ms"]) == {"0.5", "1.0"}
-    assert f"{found['rows'][0]['dense_ms']:.3f}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all(f"{rows[0]['dense_ms']:.3f}" in out for rows in (found["rows"], found["decode_rows"]))
 
 
 def test_a_time_limit_leaves_cells_out_and_a_later_run_measures_them(
