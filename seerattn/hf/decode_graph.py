@@ -21,7 +21,8 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from seerattn.gate_decode import GateDecoder
-from seerattn.hf.decode import decode_impl
+from seerattn.hf.decode import count_all, decode_impl
+from seerattn.hf.dense_steps import is_dense
 from seerattn.hf.fixed_step import FIXED, FixedStep, GateKeys
 from seerattn.hf.identity import transformers_model
 from seerattn.hf.mask import Unservable
@@ -100,6 +101,8 @@ class DecodeGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._tokens = 0
+        # Layers that "auto" decodes dense though something would choose.
+        self._dense: list[int] = []
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
@@ -135,6 +138,11 @@ class DecodeGraph:
             place = cache.layers[index].keys.device
             if not isinstance(decoder, GateDecoder) or not decoder.serves_many(place, room):
                 raise Unservable(f"layer {index} chooses by what the kernel of single tokens does not have")
+            found = self._states[index].found
+            if running.impl == "auto" and is_dense(decoder, [room] * batch, found, place, graphs=True):
+                # It is so with all tokens that there may be, and as long as there are fewer.
+                self._dense.append(index)
+                continue
             check_filled(decoder.gate, index)
             if decoder.finished_windows(room):
                 keys[index] = GateKeys.of(decoder, batch, room, place)
@@ -186,10 +194,13 @@ class DecodeGraph:
         else:
             self._record()
             self._graph.replay()
-        for meter in density_meters(self.attachment):
+        meters = density_meters(self.attachment)
+        for meter in meters:
             for index, counts in step.counts.items():
                 state = self._states[index]
                 meter.decode.add(index, state.heads, counts.clone(), tokens, step.keys[index].gate.config.block_k)
+        for index in self._dense:
+            count_all(meters, step.running, self._states[index], tokens, ids.device)
         # A repeated step writes to the cache without torch's knowledge.
         self.attachment.gate_cache.doubt(self._cache)
         self._tokens = tokens

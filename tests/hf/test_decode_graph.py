@@ -112,6 +112,23 @@ def test_layers_without_a_decode_policy_attend_to_all_keys(no_refusal) -> None:
     equal(by_graph(gated, prompts(130, 130)), answer(plain, prompts(130, 130)))
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_auto_asks_once_whether_dense_is_faster_where_the_host_takes_no_time(
+    dense: bool, monkeypatch: pytest.MonkeyPatch, no_refusal
+) -> None:
+    asked = []
+    monkeypatch.setattr("seerattn.hf.dense_steps.prefer_dense_decode", lambda **ask: asked.append(ask) or dense)
+    gated, plain = model(impl="auto"), tiny_model("llama", torch.float32).eval()
+    with seerattn.record_density(gated) as meter:
+        found = by_graph(gated, prompts(130, 130))
+    expected = answer(plain, prompts(130, 130)) if dense else by_hand(model(), prompts(130, 130))
+    equal(found, expected)
+    # A layer each, with all the room that there is.
+    of_graph = [ask for ask in asked if ask["graphs"]]
+    assert len(of_graph) == 2 and {ask["keys"] for ask in of_graph} == {2 * (130 + NEW - 1)}
+    assert (meter.decode.mean() == 1.0) == dense
+
+
 def test_gate_keys_are_kept_in_16_bits_unless_they_are_too_large(monkeypatch: pytest.MonkeyPatch, no_refusal) -> None:
     monkeypatch.setattr(fixed_step, "KEY_DTYPE", torch.float16)
     held: list[torch.dtype] = []
