@@ -32,11 +32,15 @@ def measure(arguments: list[str], part: Path, begin: list[Path], done: Path | No
     """Measures one method, going on with what is known; ``done`` tells others that they may begin."""
     if begin and not part.exists():
         write_results(part, begin)
+    ended = False
     try:
         seerattn([*arguments, "--output", str(part)])
+    except SystemExit as end:
+        ended = not end.code
+        raise
     finally:
-        # Cells of dense attention that failed are missed by nobody but the report.
-        if done is not None and part.exists():
+        # Cells of dense attention that failed are missed by nobody but the report, and tasks of decoding have none.
+        if done is not None and (ended or part.exists()):
             done.write_text("")
 
 

@@ -49,6 +49,15 @@ def test_processes_measure_what_one_measures_and_a_method_that_fails_hinders_no_
     assert len({r.timestamp for r in dense}) == len({r.key for r in dense}), "measured once"
 
 
+def test_methods_begin_where_dense_attention_has_nothing_to_measure(config: Path, tmp_path: Path) -> None:
+    experiment = yaml.safe_load(config.read_text())
+    experiment["tasks"] = [{"task": "key_value", "n": 1, "decode_tokens": [128], "data": experiment["tasks"][0]["data"]}]
+    config.write_text(yaml.safe_dump(experiment))
+    found = run(config, "--jobs", 2, "--output", tmp_path / "out", "--only", "streaming", "--limit", 1)
+    assert found.exit_code == 0, found.output
+    assert {r.name for r in read_results([tmp_path / "out" / "results.jsonl"]) if r.kind != "dense"} == {"streaming"}
+
+
 def test_results_of_an_earlier_call_are_not_measured_again(config: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a", tmp_path / "b"
     run(config, "--jobs", 1, "--output", first, "--only", "streaming")
