@@ -385,6 +385,7 @@ TABLES = {
     "first-token": Drawn(["h100-ttft", "h100-auto"], report("Time to first token")),
     "first-token-h200": Drawn(["h200-ttft"], report("Time to first token")),
     "decoding": Drawn(["h200-decode"], decoding),
+    "decoded-tokens": Drawn(["h200-decode-model"], report("Decoded tokens of whole models")),
     "choosing-for-tokens": Drawn(["h200-decode"], choosing_for_tokens),
     "pages": Drawn(["h200-decode"], in_pages),
     "serving": Drawn(["h200-serve"], report("Serving")),

@@ -103,6 +103,12 @@ def test_gates_without_a_part_or_of_another_width_do_so_too(options: dict) -> No
     held_to_fp64(make(AttnGateConfig(**options), 32), 32, RotaryTables(width=32), [65, 3001])
 
 
+@pytest.mark.parametrize("share", ["query_head", "kv_group"])
+def test_many_sequences_get_what_each_gets_alone(share: str) -> None:
+    lengths = [1 + 83 * n % 3001 for n in range(37)]
+    held_to_fp64(make(AttnGateConfig(share=share), 72), 72, replace(ROTATIONS["halves"][1], width=72), lengths)
+
+
 def test_sequences_of_one_length_need_no_tensor_of_lengths() -> None:
     gate = make(AttnGateConfig(share="kv_group"), 32).to(DEVICE)
     q = torch.randn(3, H, 32, device=DEVICE)

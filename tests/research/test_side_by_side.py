@@ -51,7 +51,9 @@ def test_processes_measure_what_one_measures_and_a_method_that_fails_hinders_no_
 
 def test_methods_begin_where_dense_attention_has_nothing_to_measure(config: Path, tmp_path: Path) -> None:
     experiment = yaml.safe_load(config.read_text())
-    experiment["tasks"] = [{"task": "key_value", "n": 1, "decode_tokens": [128], "data": experiment["tasks"][0]["data"]}]
+    experiment["tasks"] = [
+        {"task": "key_value", "n": 1, "decode_tokens": [128], "data": experiment["tasks"][0]["data"]}
+    ]
     config.write_text(yaml.safe_dump(experiment))
     found = run(config, "--jobs", 2, "--output", tmp_path / "out", "--only", "streaming", "--limit", 1)
     assert found.exit_code == 0, found.output

@@ -17,9 +17,9 @@ from seerattn.ops.gate_scores.kernels.pooling import pair_channels, turned_back
 from seerattn.ops.gate_scores.kernels.vectors import RMS_NORM_EPS
 from seerattn.ops.launch import power_of_2
 
-# Rows of a weight that are read at once, and depth of the pipeline of these steps.
-DEPTH = 32
-STAGES = 4
+# Sequences of a tile, as products take 16 rows at least, and rows of a weight that a program reads, all at once. One
+# program for each head and sequence that read the 256 KiB of a KV group in turn took 28 us, and 49 for 24 sequences.
+ROWS, DEPTH = 16, 64
 
 
 def refusal(q: Tensor, rotary: Rotary) -> str | None:
@@ -33,8 +33,16 @@ def gate_queries(q: Tensor, rotary: Rotary, gate: Gate, lengths: Tensor | None, 
     config, gate_dim, heads = gate.config, gate.gate_dim, gate.mask_heads
     out = torch.empty(rows, heads, gate_dim, dtype=torch.float32, device=q.device)
     cos, sin, cos_strides, sin_strides, rotation = rotation_of(rotary, q[:, :, None], dim)
+    members, kinds, half = q.shape[1] // heads, len(config.q_pooling), max(16, power_of_2(gate_dim // 2))
+    depth = min(DEPTH, power_of_2(dim))
+    splits = 1 if gate.q_weight is None else members * kinds * -(-dim // depth)
+    tiles = -(-rows // ROWS) * heads
+    parts = ended = None
+    if splits > 1:
+        parts = torch.empty(tiles, splits, 2, ROWS, half, dtype=torch.float32, device=q.device)
+        ended = torch.zeros(tiles, dtype=torch.int32, device=q.device)
     if rows:
-        _gate_query[(rows * heads,)](
+        _gate_query[(tiles * splits,)](
             q,
             *q.stride()[:2],
             cos,
@@ -46,74 +54,98 @@ def gate_queries(q: Tensor, rotary: Rotary, gate: Gate, lengths: Tensor | None, 
             gate.inv_freq,
             None if lengths is None else lengths.contiguous(),
             tokens,
+            parts,
+            # How many programs of a tile have ended.
+            ended,
             out,
+            rows,
             heads,
             Q_SIZE=config.q_size,
-            MEMBERS=q.shape[1] // heads,
-            KINDS=len(config.q_pooling),
+            MEMBERS=members,
+            KINDS=kinds,
             D=dim,
-            DEPTH=min(DEPTH, power_of_2(dim)),
+            ROWS=ROWS,
+            DEPTH=depth,
+            SPLITS=splits,
             **rotation,
             DG=gate_dim,
-            GATE_HALF=max(16, power_of_2(gate_dim // 2)),
+            GATE_HALF=half,
             PAIRED=gate.pairing.width,
             ALTERNATING=gate.pairing.interleaved,
-            STAGES=STAGES,
             num_warps=8,
         )
     return out
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "rows"])
 def _gate_query(
-    q, stride_b, stride_h, cos, stride_cos, sin, stride_sin, weight, norm, inv_freq, lengths, tokens, out, heads,
-    Q_SIZE: tl.constexpr, MEMBERS: tl.constexpr, KINDS: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr,
-    ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr, DG: tl.constexpr, GATE_HALF: tl.constexpr,
-    PAIRED: tl.constexpr, ALTERNATING: tl.constexpr, STAGES: tl.constexpr,
+    q, stride_b, stride_h, cos, stride_cos, sin, stride_sin, weight, norm, inv_freq, lengths, tokens, parts, ended, out,
+    rows, heads,
+    Q_SIZE: tl.constexpr, MEMBERS: tl.constexpr, KINDS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    DEPTH: tl.constexpr, SPLITS: tl.constexpr, ROTATED: tl.constexpr, ROTATION: tl.constexpr, COLUMN: tl.constexpr,
+    DG: tl.constexpr, GATE_HALF: tl.constexpr, PAIRED: tl.constexpr, ALTERNATING: tl.constexpr,
 ):  # fmt: skip
-    """The query of one head of the gate."""
-    row = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
-    q += row * stride_b
-    cos += row * stride_cos
-    sin += row * stride_sin
+    """Queries of one head of the gate, of some sequences; of the programs that share them the last one ends them."""
+    tile = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    head = tile % heads
+    row = tile // heads * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    # What is no sequence is another one's once more, and not stored.
+    safe = tl.minimum(row, rows - 1).to(tl.int64)[:, None]
+    x_rows, cos_rows, sin_rows = safe * stride_b, safe * stride_cos, safe * stride_sin
     pair = tl.arange(0, GATE_HALF)
     real = pair < DG // 2
     first, apart = pair_channels(pair, DG, PAIRED, ALTERNATING)
     second = first + apart
+    is_last = True
     if weight is None:
         x = q + head.to(tl.int64) * stride_h
         # Channel D is none.
-        low = turned_back(x, 0, cos, 0, sin, 0, tl.where(real, first, D), D, ROTATED, ROTATION, COLUMN)
-        high = turned_back(x, 0, cos, 0, sin, 0, tl.where(real, second, D), D, ROTATED, ROTATION, COLUMN)
+        low_channel, high_channel = tl.where(real, first, D)[None, :], tl.where(real, second, D)[None, :]
+        low = turned_back(x, x_rows, cos, cos_rows, sin, sin_rows, low_channel, D, ROTATED, ROTATION, COLUMN)
+        high = turned_back(x, x_rows, cos, cos_rows, sin, sin_rows, high_channel, D, ROTATED, ROTATION, COLUMN)
     else:
-        PARTS: tl.constexpr = (D + DEPTH - 1) // DEPTH
-        low, high = tl.zeros([GATE_HALF], tl.float32), tl.zeros([GATE_HALF], tl.float32)
-        weight += head.to(tl.int64) * (MEMBERS * KINDS * D * DG)
-        # Told here, as loads that no matrix product takes are not pipelined otherwise.
-        for step in tl.range(0, MEMBERS * KINDS * PARTS, num_stages=STAGES):
-            # A window of one token is that token, whatever the pooling.
-            block = step // PARTS
-            channel = step % PARTS * DEPTH + tl.arange(0, DEPTH)
-            x = q + (head * MEMBERS + block // KINDS).to(tl.int64) * stride_h
-            token = turned_back(x, 0, cos, 0, sin, 0, channel, D, ROTATED, ROTATION, COLUMN)[:, None]
-            at = weight + (block * D + channel)[:, None] * DG
-            mask = (channel < D)[:, None] & real[None, :]
-            low += tl.sum(token * tl.load(at + first[None, :], mask=mask, other=0.0), 0)
-            high += tl.sum(token * tl.load(at + second[None, :], mask=mask, other=0.0), 0)
-    if norm is not None:
-        inverse = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / DG + RMS_NORM_EPS)
-        low *= inverse * tl.load(norm + first, mask=real, other=0.0)
-        high *= inverse * tl.load(norm + second, mask=real, other=0.0)
-    if inv_freq is not None:
-        length = tokens
-        if lengths is not None:
-            length = tl.load(lengths + row)
-        position = tl.maximum(length - 1, 0) // Q_SIZE * Q_SIZE
-        c, s = turn(position.to(tl.float32) * tl.load(inv_freq + pair, mask=real, other=0.0))
-        low, high = low * c - high * s, high * c + low * s
-        # What rotates has the first channels of all pairs before the second ones, gate keys as well.
-        first, second = pair, pair + DG // 2
-    out += (row * heads + head) * DG
-    tl.store(out + first, low, mask=real)
-    tl.store(out + second, high, mask=real)
+        # A window of one token is that token, whatever the pooling.
+        PIECES: tl.constexpr = (D + DEPTH - 1) // DEPTH
+        block = split // PIECES
+        channel = split % PIECES * DEPTH + tl.arange(0, DEPTH)
+        x = q + (head * MEMBERS + block // KINDS).to(tl.int64) * stride_h
+        token = turned_back(x, x_rows, cos, cos_rows, sin, sin_rows, channel[None, :], D, ROTATED, ROTATION, COLUMN)
+        weight += (head * (MEMBERS * KINDS) + block).to(tl.int64) * (D * DG)
+        at = weight + channel[:, None] * DG
+        mask = (channel < D)[:, None] & real[None, :]
+        low = tl.dot(token, tl.load(at + first[None, :], mask=mask, other=0.0), input_precision="ieee")
+        high = tl.dot(token, tl.load(at + second[None, :], mask=mask, other=0.0), input_precision="ieee")
+        if SPLITS > 1:
+            own = parts + tile.to(tl.int64) * (SPLITS * 2 * ROWS * GATE_HALF)
+            inside = tl.arange(0, ROWS)[:, None] * GATE_HALF + pair[None, :]
+            tl.store(own + split * (2 * ROWS * GATE_HALF) + inside, low)
+            tl.store(own + (split * 2 + 1) * (ROWS * GATE_HALF) + inside, high)
+            # What other threads of the program have written counts as written when it tells of its end.
+            tl.debug_barrier()
+            is_last = tl.atomic_add(ended + tile, 1, sem="acq_rel") == SPLITS - 1
+            if is_last:
+                low, high = tl.zeros([ROWS, GATE_HALF], tl.float32), tl.zeros([ROWS, GATE_HALF], tl.float32)
+                for part in tl.static_range(SPLITS):
+                    low += tl.load(own + part * (2 * ROWS * GATE_HALF) + inside, cache_modifier=".cg")
+                    high += tl.load(own + (part * 2 + 1) * (ROWS * GATE_HALF) + inside, cache_modifier=".cg")
+    if is_last:
+        if norm is not None:
+            total = tl.sum(low * low, 1) + tl.sum(high * high, 1)
+            inverse = tl.rsqrt(total / DG + RMS_NORM_EPS)[:, None]
+            low *= inverse * tl.load(norm + first, mask=real, other=0.0)[None, :]
+            high *= inverse * tl.load(norm + second, mask=real, other=0.0)[None, :]
+        if inv_freq is not None:
+            length = tl.full([ROWS], 0, tl.int32) + tokens
+            if lengths is not None:
+                length = tl.load(lengths + row, mask=there, other=1)
+            position = tl.maximum(length - 1, 0) // Q_SIZE * Q_SIZE
+            c, s = turn(position.to(tl.float32)[:, None] * tl.load(inv_freq + pair, mask=real, other=0.0)[None, :])
+            low, high = low * c - high * s, high * c + low * s
+            # What rotates has the first channels of all pairs before the second ones, gate keys as well.
+            first, second = pair, pair + DG // 2
+        place = out + (row.to(tl.int64) * heads + head)[:, None] * DG
+        stored = there[:, None] & real[None, :]
+        tl.store(place + first[None, :], low, mask=stored)
+        tl.store(place + second[None, :], high, mask=stored)
