@@ -131,6 +131,17 @@ def test_sequences_of_many_lengths_get_what_each_gets_alone(name: str, policy, p
         assert (found.indices[row, :, most:] == -1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gate_keys_of_16_bits_give_the_lists_of_the_same_numbers(dtype: torch.dtype) -> None:
+    gate = make(AttnGateConfig(share="kv_group"))
+    rule, generator = token_rule(gate, TokenBudget(tokens=300)), torch.Generator().manual_seed(4)
+    gate_q = torch.randn(2, gate.mask_heads, gate.gate_dim, generator=generator).to(DEVICE)
+    gate_k = torch.randn(2, HKV, 20 * rule.pieces, gate.gate_dim, generator=generator).to(DEVICE, dtype)
+    sizes = {"kv_heads": HKV, "width": 20, "tokens": 20 * rule.block_k + 1}
+    found, expected = (select_blocks(gate_q, k, rule, **sizes) for k in (gate_k, gate_k.float()))
+    assert torch.equal(found.indices, expected.indices) and torch.equal(found.counts, expected.counts)
+
+
 @pytest.mark.parametrize("name", ["default", "group"])
 def test_gate_keys_that_lie_apart_give_the_lists_of_those_in_one_tensor(name: str) -> None:
     gate = make(SERVED[name])
