@@ -72,8 +72,8 @@ def select_blocks(
     Args:
         gate_q: fp32 ``[B, Hm, DG]``, projected and rotated queries of the tokens.
         gate_k: fp32 or 16-bit ``[B, h, W, DG]``, gate keys of at least the finished blocks; ``h`` is ``HKV`` or ``Hm``.
-            Adjacent channels, any other strides. What lies behind the finished blocks of a sequence may be anything. Where each
-            sequence has a tensor of its own, a `KeyTable` of them, on the device of the queries.
+            Adjacent channels, any other strides. What lies behind the finished blocks of a sequence may be anything.
+            Where each sequence has a tensor of its own, a `KeyTable` of them, on the device of the queries.
         rule: see `TokenRule`.
         kv_heads: ``HKV``, which divides ``Hm`` and ``h``.
         width: entries of a list, at least as many as any row keeps.
