@@ -2,12 +2,13 @@
 
     python research/kernels/host_time.py
     python research/kernels/host_time.py --decode 4000 --form default-group
+    python research/kernels/host_time.py --decode 4000 --gpu --profile    # on a GPU that is there, driver calls and all
 
 A small model is bound by the host, and decoding without CUDA graphs always is, so this is what sparse prompts, or
 decoded tokens, cost beside dense ones. The model with gates runs in turns with a plain one whose attention does
 nothing; tensors are on the CPU, where what torch does in place of the GPU's queue is little at this size. Driver calls
-are not in it. Prints microseconds of CPU time a layer, the lower quartile of many runs, and with ``--profile`` where
-they go.
+are in it with ``--gpu`` alone. Prints microseconds of CPU time a layer, the lower quartile of many runs, and with
+``--profile`` where they go.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from seerattn.bench.inputs import Shape
 from seerattn.bench.model import Size, gate_form, random_model
 from seerattn.selection import TopK
 
-CPU = torch.device("cpu")
 SIZE = Size("narrow", 30, 30, hidden=32, intermediate=32, vocab=64, shape=Shape(2, 1, 64))
 POLICY = TopK(density=0.2)
 # Tokens decoded at once, of which some finish blocks, as they would.
@@ -44,7 +44,7 @@ def nothing(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
 
 def prompts(model: PreTrainedModel) -> Callable[[], int]:
     """Runs a prompt; returns how many forwards that was."""
-    tokens = torch.randint(0, SIZE.vocab, (1, 256))
+    tokens = torch.randint(0, SIZE.vocab, (1, 256)).to(model.device)
 
     def run() -> int:
         model(input_ids=tokens, logits_to_keep=1)
@@ -55,7 +55,7 @@ def prompts(model: PreTrainedModel) -> Callable[[], int]:
 
 def decoding(model: PreTrainedModel, tokens: int) -> Callable[[], int]:
     """Decodes some tokens behind ``tokens`` others, and on."""
-    token, cache = torch.full((1, 1), 3), random_cache(SIZE, 1, tokens, 1 << 14, CPU)
+    token, cache = torch.full((1, 1), 3, device=model.device), random_cache(SIZE, 1, tokens, 1 << 14, model.device)
 
     def run() -> int:
         for _ in range(STEPS):
@@ -71,14 +71,18 @@ def main() -> None:
     parser.add_argument("--form", default="default", help="form of the gates, see seerattn bench serve --help")
     parser.add_argument("--decode", type=int, metavar="TOKENS", help="decode behind so many tokens")
     parser.add_argument("--runs", type=int, default=60, help="runs of either model")
+    parser.add_argument("--gpu", action="store_true", help="run on a GPU, which there must be")
     parser.add_argument("--profile", action="store_true", help="also print where the time goes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pretend()
+    device = torch.device("cuda" if args.gpu else "cpu")
+    if not args.gpu:
+        pretend()
     AttentionInterface.register("nothing", nothing)
-    plain = random_model(SIZE, CPU)
+    plain = random_model(SIZE, device)
     plain.set_attn_implementation("nothing")
-    gated = seerattn.attach(random_model(SIZE, CPU), gate_form(args.form), POLICY, decode_policy=POLICY, impl="sparse")
+    policies = {"policy": POLICY, "decode_policy": POLICY, "impl": "sparse"}
+    gated = seerattn.attach(random_model(SIZE, device), gate_form(args.form), **policies)
     models = {"plain": plain, "gated": gated}
     runs = {name: decoding(m, args.decode) if args.decode else prompts(m) for name, m in models.items()}
 
@@ -86,6 +90,8 @@ def main() -> None:
     def timed(name: str) -> float:
         begin = time.process_time_ns()
         forwards = runs[name]()
+        if args.gpu:
+            torch.cuda.synchronize()
         return (time.process_time_ns() - begin) / 1e3 / SIZE.layers / forwards
 
     times: dict[str, list[float]] = {name: [] for name in models}

@@ -172,7 +172,7 @@ def decode(
         return None
     state, auto = seer.state, seer.state.attachment.now().impl == "auto"
     try:
-        _check_servable(seer, module, kwargs)
+        check_servable(seer, kwargs)
         step = Step.of(seer, key, mask)
         decoder = step.running.decoders.get(state.layer)
         if decoder is None or not step.rows:
@@ -194,7 +194,12 @@ def decode(
     return _attend(step, query, key, value, chosen, logits)
 
 
-def _check_servable(seer: LayerCall, module: nn.Module, kwargs: dict[str, Any]) -> None:
+def check_servable(seer: LayerCall, kwargs: dict[str, Any]) -> None:
+    """Refuses a layer whose tokens cannot be decoded sparsely.
+
+    Raises:
+        Unservable: its keys cannot be followed, or attention drops out.
+    """
     found = seer.state.found
     if found.not_cached is not None:
         raise Unservable(f"layer {found.layer} cannot be followed against a cache ({found.not_cached})")

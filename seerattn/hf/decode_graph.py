@@ -21,6 +21,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from seerattn.gate_decode import GateDecoder
+from seerattn.hf.capturing import CAPTURE
 from seerattn.hf.decode import count_all, decode_impl
 from seerattn.hf.dense_steps import is_dense
 from seerattn.hf.fixed_step import FIXED, FixedStep, GateKeys
@@ -164,8 +165,8 @@ class DecodeGraph:
             raise Unservable("gates or selectors must have been attached to every attention layer")
         if len({layer.keys.device for layer in cache.layers}) > 1:
             raise Unservable("the model must be on one GPU")
-        if any(s.rotation is not None and s.rotation.depends_on_length for s in self._states.values()):
-            raise Unservable("frequencies must not depend on the length")
+        if CAPTURE.get() is not None or any(layer.part for layer in self.attachment.layers.values()):
+            raise Unservable("attention must not be watched, and heads not be dealt out to processes")
         tokens = int(cache.layers[0].cumulative_length)
         if tokens + 1 > cache.layers[0].max_cache_len:
             raise Unservable(f"the cache must have room for a token, got {tokens} in {cache.layers[0].max_cache_len}")

@@ -19,7 +19,7 @@ from seerattn.gate.attn_gate import AttnGate
 from seerattn.gate_decode import GateDecoder
 from seerattn.gate_selector import pooled_keys
 from seerattn.hf.call import LayerCall, logits_of
-from seerattn.hf.decode import decode_impl
+from seerattn.hf.decode import check_servable, decode_impl
 from seerattn.hf.mask import Unservable
 from seerattn.hf.state import Running
 from seerattn.ops.decode_attention import decode_attention
@@ -106,8 +106,12 @@ class FixedStep:
             key: post-RoPE ``[B, HKV, S, D]``, a static cache in full.
             value: ``[B, HKV, S, D]``.
             kwargs: what the architecture passes on.
+
+        Raises:
+            Unservable: a layer that cannot be followed.
         """
         layer, blocks = seer.state.layer, None
+        check_servable(seer, kwargs)
         if key.shape[2] != self.room:
             raise Unservable(f"layer {layer} must keep {self.room} tokens as the others, got {key.shape[2]}")
         if layer in self.keys:

@@ -19,6 +19,7 @@ import seerattn
 from seerattn import AttnGateConfig, TokenBudget, TopK, TopP, gate_decode
 from seerattn.gate_decode import GateDecoder
 from seerattn.hf import decode_graph, fixed_step, state
+from seerattn.hf.capturing import Capture, capturing
 from seerattn.hf.decode_graph import DecodeGraph
 from seerattn.hf.identity import transformers_model
 from seerattn.hf.state import attachment_of
@@ -198,6 +199,24 @@ def test_what_a_graph_cannot_repeat_runs_without_one_and_says_so(
         found = by_graph(gated, prompts(*lengths))
     assert reason in caplog.text
     equal(found, by_hand(gated, prompts(*lengths)))
+
+
+def test_attention_that_is_watched_runs_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+    gated = model()
+    with capturing(Capture()), caplog.at_level(logging.WARNING):
+        found, expected = by_graph(gated, prompts(250)), by_hand(gated, prompts(250))
+    assert "must not be watched" in caplog.text
+    equal(found, expected)
+
+
+def test_dropout_of_attention_is_refused_as_it_is_by_the_host() -> None:
+    gated = model()
+    for layer in transformers_model(gated).model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    gated.train()
+    for run in (by_graph, by_hand):
+        with pytest.raises(ValueError, match=r"attention dropout must be 0, got 0\.5"):
+            run(gated, prompts(250))
 
 
 def test_a_step_that_is_refused_halfway_is_begun_again(caplog: pytest.LogCaptureFixture) -> None:
