@@ -117,7 +117,7 @@ class DecodeGraph:
         except Unservable as reason:
             self.refused = str(reason)
             _tell(str(reason))
-            self._take_back(inputs["past_key_values"])
+            self._take_back(inputs.get("past_key_values"))
             return self.model(**inputs)
 
     def _begin(self, inputs: dict[str, Any]) -> None:
