@@ -107,8 +107,9 @@ class DecodeGraph:
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
-        """One forward of transformers' loop; logits of ``[B, 1]`` new tokens."""
-        if self.refused is not None:
+        """One forward of transformers' loop: logits of ``[B, 1]`` new tokens, or a part of a prompt as it is."""
+        ids = inputs.get("input_ids")
+        if self.refused is not None or (self._step is None and (ids is None or ids.shape[1] != 1)):
             return self.model(**inputs)
         try:
             if self._step is None:
@@ -173,7 +174,7 @@ class DecodeGraph:
         position, mask = inputs.get("position_ids"), inputs.get("attention_mask")
         padded = position is not None and (position.ndim != 2 or bool((position != tokens).any()))
         padded |= isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.bool().all())
-        if ids.shape[1] != 1 or padded or (position is None and isinstance(mask, Tensor) and mask.ndim != 2):
+        if padded or (position is None and isinstance(mask, Tensor) and mask.ndim != 2):
             raise Unservable("steps must have one token of every sequence, and sequences no padding")
         return tokens
 

@@ -108,6 +108,11 @@ def test_gates_of_other_forms_do_so_too(share: str, pooling, no_refusal) -> None
     equal(by_graph(gated, prompts(200, 200)), by_hand(gated, prompts(200, 200)))
 
 
+def test_prompts_that_come_in_parts_are_no_steps(no_refusal) -> None:
+    gated, options = model(), {"prefill_chunk_size": 96}
+    equal(by_graph(gated, prompts(250), **options), by_hand(gated, prompts(250), **options))
+
+
 def test_layers_without_a_decode_policy_attend_to_all_keys(no_refusal) -> None:
     gated, plain = model(decode_policy=None), tiny_model("llama", torch.float32).eval()
     equal(by_graph(gated, prompts(130, 130)), answer(plain, prompts(130, 130)))
