@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from seerattn.bench.inputs import Shape, random_blocks, random_qkv, uneven_qkv
+from seerattn.bench.inputs import Shape, random_blocks, random_lists, random_qkv, uneven_qkv
 from seerattn.selection.block_indices import causal_block_mask, forced_block_mask
 
 CPU = torch.device("cpu")
@@ -86,3 +86,12 @@ def test_uneven_inputs_have_sinks_and_heads_that_look_at_what_is_near() -> None:
     for head, strength in enumerate([0, 16 / 3, 32 / 3, 16] * 2):
         assert abs(float(own[head]) - strength) < 0.2
         assert strength * 0.3 - 0.2 < float(before[head]) < strength * 0.8 + 0.2
+
+
+def test_lists_of_tokens_have_the_first_and_the_last_block_and_one_count() -> None:
+    lengths = torch.tensor([1000, 700], dtype=torch.int32)
+    lists = random_lists(Shape(4, 2, 32), lengths, 1000, block_k=64, density=0.25, seed=3)
+    assert lists.indices.shape == (2, 2, 4) and (lists.counts == 4).all()
+    assert (lists.indices[..., 0] == 0).all()
+    assert lists.indices[..., 3].tolist() == [[15, 15], [10, 10]]
+    assert (lists.indices.diff(dim=-1) > 0).all()

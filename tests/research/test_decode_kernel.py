@@ -16,15 +16,6 @@ SHAPE = Shape(4, 2, 32, torch.float16)
 CPU = torch.device("cpu")
 
 
-def test_lists_have_the_first_and_the_last_block_and_one_count() -> None:
-    lengths = torch.tensor([1000, 700], dtype=torch.int32)
-    lists = SCRIPT["random_lists"](SHAPE, 2, lengths, 1000, 0.25, 3, CPU)
-    assert lists.indices.shape == (2, 2, 4) and (lists.counts == 4).all()
-    assert (lists.indices[..., 0] == 0).all()
-    assert lists.indices[..., 3].tolist() == [[15, 15], [10, 10]]
-    assert (lists.indices.diff(dim=-1) > 0).all()
-
-
 @pytest.mark.parametrize("page", [None, 48])
 def test_the_check_passes_the_kernel_and_stops_one_that_leaves_a_block_out(page: int | None) -> None:
     check = SCRIPT["check_decode"]
