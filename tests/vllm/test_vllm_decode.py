@@ -163,6 +163,8 @@ def test_answers_that_made_room_for_others_go_on_as_if_they_had_not(llama: Made,
 def test_auto_leaves_tokens_to_the_engine_that_would_read_all(llama: Made, monkeypatch) -> None:
     """And prompts that are too short to gain; what they lack of gate keys the first token makes that needs them."""
     monkeypatch.setattr("seerattn.vllm.backend.prefer_dense", lambda *, k_len, **_: True)
+    # Whether dense attention is faster for a token is asked in transformers alone.
+    monkeypatch.setattr("seerattn.hf.dense_steps.prefer_dense_decode", lambda **_: False)
     asked, rows = prompts((37, 130, 300)), []
     expected = written(llama, asked, LONG, policy=None)
     counted = []
