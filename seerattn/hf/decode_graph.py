@@ -209,9 +209,18 @@ class DecodeGraph:
         return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=self._cache)
 
     def _record(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._logits = self._forward()
+        """Records a step; nothing of it is computed.
+
+        Raises:
+            Unservable: a model that asks the device in the middle of its forward, as experts may.
+        """
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._logits = self._forward()
+        except RuntimeError as error:
+            raise Unservable(f"the forward cannot be recorded ({str(error).splitlines()[0]})") from error
+        self._graph = graph
 
     def _forward(self) -> Tensor:
         token = FIXED.set(self._step)

@@ -70,10 +70,10 @@ def by_hand(gated: nn.Module, asked: dict[str, Tensor], **options) -> tuple[Tens
         return answer(gated, asked, **options)
 
 
-def by_graph(gated: nn.Module, asked: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
+def by_graph(gated: nn.Module, asked: dict[str, Tensor], *, records: bool = False, **options) -> tuple[Tensor, Tensor]:
     """By steps as a graph repeats them."""
     inner = transformers_model(gated)
-    steps = lambda _=None: DecodeGraph(inner, attachment_of(gated), records=False)  # noqa: E731
+    steps = lambda _=None: DecodeGraph(inner, attachment_of(gated), records=records)  # noqa: E731
     with (
         mock.patch.object(inner, "get_compiled_call", steps),
         mock.patch.object(inner, "_valid_auto_compile_criteria", lambda *_: True),
@@ -204,6 +204,15 @@ def test_what_a_graph_cannot_repeat_runs_without_one_and_says_so(
         found = by_graph(gated, prompts(*lengths))
     assert reason in caplog.text
     equal(found, by_hand(gated, prompts(*lengths)))
+
+
+def test_a_forward_that_cannot_be_recorded_goes_on_by_the_host(caplog: pytest.LogCaptureFixture) -> None:
+    gated = model()
+    with caplog.at_level(logging.WARNING):
+        # A CPU records nothing.
+        found = by_graph(gated, prompts(250), records=True)
+    assert "the forward cannot be recorded" in caplog.text
+    equal(found, by_hand(gated, prompts(250)))
 
 
 def test_attention_that_is_watched_runs_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
