@@ -33,10 +33,8 @@ from seerattn.selection.selector import AttentionContext, RotaryTables
 
 def single_queries(gate: AttnGate, q: Tensor, context: AttentionContext, start: int, impl: str = "reference") -> Pooled:
     """Queries after RoPE ``[B, H, n, D]`` from position ``start`` on, un-rotated, as windows of one token."""
-    frequencies = call_frequencies(gate, context)
-    if impl == "reference":
-        return Pooled(context.unrotate(q, start), 1, start, q.shape[2], frequencies)
-    return replace(pool(q, context, start=start, size=1, kinds=("avg",), impl=impl), inv_freq=frequencies)
+    tokens = pool(q, context, start=start, size=1, kinds=("avg",), impl=impl)
+    return replace(tokens, inv_freq=call_frequencies(gate, context))
 
 
 def token_scores(gate: AttnGate, gate_q: Tensor, gate_k: Tensor, positions: Tensor, *, unscored: int) -> Tensor:

@@ -173,11 +173,7 @@ def check_selection(
     forced = forced_block_mask(*geometry)[0].to(exact.device)
     if bool((forced & ~kept).any()):
         return torch.inf, 0.0
-    worst_kept = exact.masked_fill(~kept | forced, torch.inf).amin(-1)
-    best_left = exact.masked_fill(kept, -torch.inf).amax(-1)
-    gap = (best_left - worst_kept).clamp(min=0.0)
-    size = float(exact[exact.isfinite()].abs().max())
-    return float(gap.max()), (torch.finfo(shape.dtype).eps + 16 * torch.finfo(torch.float32).eps) * size
+    return _outscored(exact, kept, kept & ~forced, shape.dtype)
 
 
 def check_token_choice(
@@ -217,9 +213,14 @@ def check_token_choice(
     if bool((blocks.counts != wanted).any()) or not bool((kept[:, 0] & kept[:, number]).all()):
         return torch.inf, 0.0
     kept = kept[:, 1:number]
-    gap = exact.masked_fill(kept, -torch.inf).amax(-1) - exact.masked_fill(~kept, torch.inf).amin(-1)
+    return _outscored(exact, kept, kept, shape.dtype)
+
+
+def _outscored(exact: Tensor, kept: Tensor, rivals: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """By how much a block that is not among the ``kept`` outscores one of the ``rivals``, and the bound for it."""
+    gap = exact.masked_fill(kept, -torch.inf).amax(-1) - exact.masked_fill(~rivals, torch.inf).amin(-1)
     size = float(exact[exact.isfinite()].abs().max())
-    return float(gap.clamp(min=0.0).max()), (torch.finfo(shape.dtype).eps + 16 * torch.finfo(torch.float32).eps) * size
+    return float(gap.clamp(min=0.0).max()), (torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps) * size
 
 
 def check_decoding(

@@ -47,6 +47,19 @@ class LayerCall:
             return self
         return replace(self, position_embeddings=tuple(x.to(device) for x in tables))
 
+    def token_tables(self) -> Tables:
+        """Rotary tables of a decoded token.
+
+        Raises:
+            Unservable: they do not reach the layer.
+        """
+        if self.position_embeddings is None:
+            raise Unservable(
+                f"position_embeddings must reach the attention of layer {self.state.layer}, got None; call the whole "
+                "model, not its layers"
+            )
+        return self.position_embeddings
+
     def part(self, row: int, begin: int, end: int) -> LayerCall:
         """The call that would hold tokens ``begin .. end`` of one batch row alone."""
         tables = self.position_embeddings

@@ -293,13 +293,7 @@ def _own_tables(seer: LayerCall, row: StepRow) -> Tables:
     Raises:
         Unservable: they do not reach the layer.
     """
-    tables = seer.position_embeddings
-    if tables is None:
-        raise Unservable(
-            f"position_embeddings must reach the attention of layer {seer.state.layer}, got None; call the whole "
-            "model, not its layers"
-        )
-    return tuple(x if x.shape[0] == 1 else row.of(x) for x in tables)
+    return tuple(x if x.shape[0] == 1 else row.of(x) for x in seer.token_tables())
 
 
 def _tables(seer: LayerCall, step: Step, row: StepRow, start: int, end: int) -> Tables:

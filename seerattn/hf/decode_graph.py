@@ -29,6 +29,7 @@ from seerattn.hf.identity import transformers_model
 from seerattn.hf.mask import Unservable
 from seerattn.hf.meters import density_meters
 from seerattn.hf.state import Attachment, LayerState, attachment_of, check_filled, layer_states
+from seerattn.selection.decode_selector import DecodeSelector
 from seerattn.selection.selector import AttentionContext, RotaryTables
 
 logger = logging.getLogger(__name__)
@@ -72,14 +73,23 @@ def fits_graphs(model: nn.Module) -> bool:
     attachment, inner = attachment_of(model), transformers_model(model)
     if attachment is None or {x.device.type for x in inner.parameters()} != {"cuda"}:
         return False
-    layers = StaticCache(config=inner.config, max_cache_len=1).layers
+    cache = StaticCache(config=inner.config, max_cache_len=1)
     decoders = [one for one in attachment.now().decoders.values() if one is not None]
     return (
         len({x.device for x in inner.parameters()}) == 1
-        and len(layers) == len(attachment.layers)
-        and all(type(layer) is StaticLayer for layer in layers)
-        and all(isinstance(one, GateDecoder) and one.serves_many(inner.device, 1) for one in decoders)
+        and len(cache.layers) == len(attachment.layers)
+        and _has_no_windows(cache)
+        and all(_is_served(one, inner.device, 1) for one in decoders)
     )
+
+
+def _has_no_windows(cache: Cache) -> bool:
+    return all(type(layer) is StaticLayer for layer in cache.layers)
+
+
+def _is_served(decoder: DecodeSelector, device: torch.device, tokens: int) -> bool:
+    """Whether the kernel chooses for a decoder, up to so many tokens."""
+    return isinstance(decoder, GateDecoder) and decoder.serves_many(device, tokens)
 
 
 class DecodeGraph:
@@ -138,7 +148,7 @@ class DecodeGraph:
             if decoder is None:
                 continue
             place = cache.layers[index].keys.device
-            if not isinstance(decoder, GateDecoder) or not decoder.serves_many(place, room):
+            if not _is_served(decoder, place, room):
                 raise Unservable(f"layer {index} chooses by what the kernel of single tokens does not have")
             found = self._states[index].found
             if running.impl == "auto" and is_dense(decoder, [room] * batch, found, place, graphs=True):
@@ -148,6 +158,8 @@ class DecodeGraph:
             check_filled(decoder.gate, index)
             if decoder.finished_windows(room):
                 keys[index] = GateKeys.of(decoder, batch, room, place)
+        # Repeated steps write to the cache without torch's knowledge.
+        self.attachment.gate_cache.doubt(cache)
         # Otherwise no hook tells the attention of layers that decode dense.
         self.attachment.decodes = True
         self._cache, self._tokens = cache, tokens
@@ -160,7 +172,7 @@ class DecodeGraph:
         given = (name for name, value in inputs.items() if value is not None and value is not False)
         if others := sorted({*given} - KNOWN):
             raise Unservable(f"a step must be given tokens alone, got {', '.join(others)}")
-        if not isinstance(cache, Cache) or any(type(layer) is not StaticLayer for layer in cache.layers):
+        if not isinstance(cache, Cache) or not _has_no_windows(cache):
             raise Unservable(f"all layers must be in a static cache without windows, got {type(cache).__name__}")
         if len(cache.layers) != len(self._states) or not all(layer.is_initialized for layer in cache.layers):
             raise Unservable("gates or selectors must have been attached to every attention layer")
@@ -203,8 +215,6 @@ class DecodeGraph:
                 meter.decode.add(index, state.heads, counts.clone(), tokens, step.keys[index].gate.config.block_k)
         for index in self._dense:
             count_all(meters, step.running, self._states[index], tokens, ids.device)
-        # A repeated step writes to the cache without torch's knowledge.
-        self.attachment.gate_cache.doubt(self._cache)
         self._tokens = tokens
         return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=self._cache)
 

@@ -21,9 +21,10 @@ from seerattn.gate_selector import pooled_keys
 from seerattn.hf.call import LayerCall, logits_of
 from seerattn.hf.decode import check_servable, decode_impl
 from seerattn.hf.mask import Unservable
+from seerattn.hf.rotary import token_queries
 from seerattn.hf.state import Running
 from seerattn.ops.decode_attention import decode_attention
-from seerattn.selection.selector import AttentionContext, RotaryTables
+from seerattn.selection.selector import AttentionContext
 
 # It changes three in ten thousand list entries at most (docs/LOG.md), and a token reads all gate keys: in fp32, with 8
 # sub-blocks of a block, they are more bytes than the keys and values of a tenth of the blocks.
@@ -115,7 +116,9 @@ class FixedStep:
         if key.shape[2] != self.room:
             raise Unservable(f"layer {layer} must keep {self.room} tokens as the others, got {key.shape[2]}")
         if layer in self.keys:
-            decoder, (q, rotary) = self.running.decoders[layer], self._queries(seer, query)
+            decoder, rotation = self.running.decoders[layer], seer.state.rotation
+            tables = () if rotation is None else seer.on(query.device).token_tables()
+            q, rotary = token_queries(rotation, query, tables)
             blocks = decoder.select_many(q, rotary, self.keys[layer].keys, self.lengths, tokens=self.room)
             self.counts[layer] = blocks.counts
         call = {
@@ -125,17 +128,6 @@ class FixedStep:
             **logits_of(query, kwargs),
         }
         return decode_attention(query[:, :, 0], key, value, **call)[:, None]
-
-    @staticmethod
-    def _queries(seer: LayerCall, query: Tensor) -> tuple[Tensor, RotaryTables]:
-        """Queries ``[B, H, D]`` and how they were rotated."""
-        rotation, tables = seer.state.rotation, seer.on(query.device).position_embeddings
-        if rotation is None:
-            return query[:, :, 0], RotaryTables()
-        if tables is None:
-            raise Unservable(f"position_embeddings must reach the attention of layer {seer.state.layer}, got None")
-        query, rotary = rotation.for_kernel(query, *tables)
-        return query[:, :, 0], rotary
 
 
 # Set while a model runs such a step, and while a graph of one is made.

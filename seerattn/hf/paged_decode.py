@@ -24,6 +24,7 @@ from seerattn.hf.decode import attend_to, count_all, decode_impl
 from seerattn.hf.dense_steps import is_dense
 from seerattn.hf.pages import Pages, Row, Together
 from seerattn.hf.requests import Batching, Request
+from seerattn.hf.rotary import token_queries
 from seerattn.hf.state import check_filled
 from seerattn.ops.decode_select import KeyTable
 from seerattn.selection.decode_selector import tells_all
@@ -167,11 +168,8 @@ def _table(
 
 def _queries(seer: LayerCall, rows: Together, q: Tensor) -> tuple[Tensor, RotaryTables]:
     """Queries ``[m, H, D]`` and how they were rotated, each by the tables of its own position that the model made."""
-    q, rotation = q.transpose(0, 2), seer.state.rotation
-    if rotation is None:
-        return q[:, :, 0], RotaryTables()
-    q, rotary = rotation.for_kernel(q, *(rows.of(x, 1).transpose(0, 1) for x in seer.position_embeddings))
-    return q[:, :, 0], rotary
+    tables = tuple(rows.of(x, 1).transpose(0, 1) for x in seer.position_embeddings or ())
+    return token_queries(seer.state.rotation, q.transpose(0, 2), tables)
 
 
 def decode_alone(

@@ -198,11 +198,6 @@ class Rotation:
             return None
         return RotaryTables(cos, -sin if form.backwards else sin, form.width, form.interleaved, form.column_step)
 
-    def for_kernel(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, RotaryTables]:
-        """Vectors ``[B, h, n, D]`` and tables for a kernel that undoes the rotation; un-rotated ones if none could."""
-        tables = self.as_tables(cos, sin)
-        return (self.unrotate(x, cos, sin), RotaryTables()) if tables is None else (x, tables)
-
     def form(self, tables: tuple[Tensor, Tensor] | None = None) -> Form | None:
         """What `rotate` does, found the first time with some tables; None if it fits none of the known forms."""
         return self._once("form", lambda: self._find_form(*(tables or self._first_tables())))
@@ -266,6 +261,20 @@ def _factors_of_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 def _takes_one(function: Callable) -> bool:
     """Whether a rotary function is over ``(x, cos, sin)``, not ``(q, k, cos, sin)``."""
     return list(inspect.signature(function).parameters)[1] == "cos"
+
+
+def token_queries(rotation: Rotation | None, q: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, RotaryTables]:
+    """Queries ``[B, H, D]`` of single tokens for a kernel that undoes their rotation; un-rotated ones if none could.
+
+    Args:
+        rotation: of the layer, None without RoPE.
+        q: post-RoPE ``[B, H, 1, D]``.
+        tables: (cos, sin) of the tokens, ``[1 or B, 1, R]``; not looked at without RoPE.
+    """
+    known = RotaryTables() if rotation is None else rotation.as_tables(*tables)
+    if known is None:
+        q, known = rotation.unrotate(q, *tables), RotaryTables()
+    return q[:, :, 0], known
 
 
 def unproven(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

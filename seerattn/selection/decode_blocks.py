@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from seerattn.selection.block_indices import PAD
+
+
+@functools.lru_cache(maxsize=1024)  # tensors of one number take 10 us of every layer and token
+def share_of(number: int, density: float) -> int:
+    """How many of ``number`` blocks a density keeps, rounded in fp32 as in `TopK._keep` and in kernels."""
+    return math.ceil(float(torch.tensor(float(number)) * density))
 
 
 @dataclass(frozen=True)

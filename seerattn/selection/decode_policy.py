@@ -6,8 +6,6 @@ block, the unfinished one, has no score: it is always kept, and so are the first
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import replace
 from reprlib import repr as short  # a value may be of any size
 
@@ -15,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seerattn.selection.decode_blocks import DecodeBlocks
+from seerattn.selection.decode_blocks import DecodeBlocks, share_of
 from seerattn.selection.policies import KeepAll, Policy, TokenBudget, TopK, is_number
 
 
@@ -119,12 +117,6 @@ def _counted(policy: Policy, number: int, block_k: int) -> int | None:
         case _:
             return None
     return min(number, max(kept, min(policy.sink_blocks, number - 1) + 1))
-
-
-@functools.lru_cache(maxsize=1024)  # tensors of one number take 10 us of every layer and token
-def share_of(number: int, density: float) -> int:
-    """How many of ``number`` blocks a density keeps, rounded in fp32 as in `TopK._keep` and in kernels."""
-    return math.ceil(float(torch.tensor(float(number)) * density))
 
 
 def most_blocks(policy: Policy, number: int, block_k: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +12,7 @@ from torch import Tensor
 from seerattn.ops.checks import check_per_row
 from seerattn.ops.decode_select.table import KeyTable
 from seerattn.ops.resolve import refusal
-from seerattn.selection.decode_blocks import DecodeBlocks
+from seerattn.selection.decode_blocks import DecodeBlocks, share_of
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,8 @@ class TokenRule:
 
     def most(self, number: int) -> int:
         """How many of ``number`` blocks a row keeps at most."""
-        count = _share_of(number, self.setting) if self.kind == "share" else math.ceil(self.setting)
+        count = share_of(number, self.setting) if self.kind == "share" else math.ceil(self.setting)
         return min(number, max(count, min(self.sink_blocks, number - 1) + 1))
-
-
-@functools.lru_cache(maxsize=1024)
-def _share_of(number: int, share: float) -> int:
-    # As in the kernel, which rounds in fp32.
-    return math.ceil(float(torch.tensor(float(number)) * share))
 
 
 @torch.no_grad()
