@@ -1,6 +1,7 @@
 """Time of a decoded token of a whole model: dense, and with gates that choose what each token reads.
 
-Steps are launched by the host, kernel by kernel, or as one CUDA graph (`seerattn.decode_graphs`), the dense ones too.
+Steps are launched by the host, kernel by kernel, or as one CUDA graph (`seerattn.decode_graphs`), the dense ones too;
+"compiled" is a graph whose norms and MLPs are compiled.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from seerattn.selection.policies import Policy, TopK
 
 # A graph is recorded at the second step.
 WARM_UPS = 3
-LAUNCHES = ("host", "graph")
+LAUNCHES = ("host", "graph", "compiled")
 
 
 class RoomyLayer(DynamicLayer):
@@ -114,16 +115,19 @@ class DecodeBench(ModelBench):
     batches: tuple[int, ...] = option((1, 4), help="Sequences that are decoded together.", low=1)
     steps: int = option(16, help="Tokens of a timed run.", low=1, flag=False)
     launches: tuple[str, ...] = option(
-        (), help="By the host, or as a CUDA graph; default: both, on a CPU host.", choices=LAUNCHES, flag=False
+        (),
+        help="By the host, as a CUDA graph, or as one with compiled norms and MLPs; default: host, graph.",
+        choices=LAUNCHES,
+        flag=False,
     )
 
     def run(self, session: Session, subject: Size) -> list[Result]:
         """See `Bench`."""
         bench = _Steps(session, subject, self.repeats, "sparse")
-        launches = self.launches or (LAUNCHES if session.device.type == "cuda" else ("host",))
+        launches = self.launches or (("host", "graph") if session.device.type == "cuda" else ("host",))
         rows: list[Result | None] = []
         for tokens, batch, launch in product(self.lengths, sorted(set(self.batches)), launches):
-            for name in (self.baselines or (default_dense(session.device),)) if launch == "host" else ("graph",):
+            for name in (self.baselines or (default_dense(session.device),)) if launch == "host" else (launch,):
                 rows += bench.dense(tokens, batch, name, self.steps)
             for form, density in product(self.gates, sorted(self.densities)):
                 rows += bench.sparse(tokens, batch, form, density, self.steps, launch)
@@ -136,20 +140,20 @@ class _Steps(ModelRuns):
     quantities = ("decode_ms", "peak_memory_gib")
 
     def dense(self, tokens: int, batch: int, name: str, steps: int) -> list[Result | None]:
-        """The unpatched model with one SDPA backend, or a graph of steps over all keys."""
+        """The unpatched model with one SDPA backend, or a graph of steps over all keys, by its name."""
 
         def by_host() -> dict[str, dict[str, Any]]:
             with sdpa_backend(name, self.device):
                 return self._run(self.model.plain(), tokens, batch, steps, "host")
 
         def as_graph() -> dict[str, dict[str, Any]]:
-            self._check("default", None, "graph")
+            self._check("default", None, name)
             set_policy(model := self.model.gated("default"), None)
-            return self._run(model, tokens, batch, steps, "graph")
+            return self._run(model, tokens, batch, steps, name)
 
         label = f"{batch:>2} at a time, dense {name}"
-        run = as_graph if name == "graph" else by_host
-        impl, launch = ("triton", "graph") if name == "graph" else (name, "host")
+        run = by_host if name in BACKENDS else as_graph
+        impl, launch = (name, "host") if name in BACKENDS else ("triton", name)
         return self.measure(tokens, impl, run, label, cell={"batch": batch, "launch": launch}, realised_density=1.0)
 
     def sparse(
@@ -198,17 +202,17 @@ class _Steps(ModelRuns):
             CheckFailed: steps that should be a graph are none.
         """
         cache: Cache
-        if launch == "graph":
+        if launch != "host":
             inner, on_gpu = transformers_model(model), self.device.type == "cuda"
             cache = static_cache(inner, self.size, batch, tokens, more, self.device)
-            forward = DecodeGraph(inner, attachment_of(model), records=on_gpu)
+            forward = DecodeGraph(inner, attachment_of(model), records=on_gpu, compile=launch == "compiled")
         else:
             cache, forward = random_cache(self.size, batch, tokens, more, self.device), model
         token = torch.full((batch, 1), 3, device=self.device)
         while True:
             with torch.no_grad():
                 logits = forward(input_ids=token, past_key_values=cache, use_cache=True).logits
-            if launch == "graph" and forward.refused is not None:
+            if launch != "host" and forward.refused is not None:
                 raise CheckFailed(f"steps must be a graph, got none: {forward.refused}")
             yield logits
 

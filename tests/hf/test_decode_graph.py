@@ -18,7 +18,7 @@ from written_choice import written_out, written_queries
 import seerattn
 from seerattn import AttnGateConfig, TokenBudget, TopK, TopP, gate_decode
 from seerattn.gate_decode import GateDecoder
-from seerattn.hf import decode_graph, fixed_step, state
+from seerattn.hf import compiled_parts, decode_graph, fixed_step, state
 from seerattn.hf.capturing import Capture, capturing
 from seerattn.hf.decode_graph import DecodeGraph
 from seerattn.hf.identity import transformers_model
@@ -70,10 +70,12 @@ def by_hand(gated: nn.Module, asked: dict[str, Tensor], **options) -> tuple[Tens
         return answer(gated, asked, **options)
 
 
-def by_graph(gated: nn.Module, asked: dict[str, Tensor], *, records: bool = False, **options) -> tuple[Tensor, Tensor]:
+def by_graph(
+    gated: nn.Module, asked: dict[str, Tensor], *, records: bool = False, compile: bool = False, **options
+) -> tuple[Tensor, Tensor]:
     """By steps as a graph repeats them."""
     inner = transformers_model(gated)
-    steps = lambda _=None: DecodeGraph(inner, attachment_of(gated), records=records)  # noqa: E731
+    steps = lambda _=None: DecodeGraph(inner, attachment_of(gated), records=records, compile=compile)  # noqa: E731
     with (
         mock.patch.object(inner, "get_compiled_call", steps),
         mock.patch.object(inner, "_valid_auto_compile_criteria", lambda *_: True),
@@ -98,6 +100,36 @@ def no_refusal(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 def test_answers_are_those_of_steps_by_the_host(name: str, policy, length: int, no_refusal) -> None:
     gated = model(name, policy)
     equal(by_graph(gated, prompts(length)), by_hand(gated, prompts(length)))
+
+
+@pytest.mark.parametrize(("name", "norms"), [("llama", 0), ("qwen3", 1)])
+def test_norms_and_mlps_of_steps_alone_are_compiled_and_once_for_all_layers(
+    name: str, norms: int, monkeypatch: pytest.MonkeyPatch, no_refusal
+) -> None:
+    torch._dynamo.reset()
+    graphs: list[list[str]] = []
+
+    def backend(graph, _inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op.startswith("call")])
+        return graph.forward
+
+    monkeypatch.setattr(compiled_parts, "BACKEND", backend)
+    gated = model(name)
+    equal(by_graph(gated, prompts(250), compile=True), by_hand(gated, prompts(250)))
+    # Norms of the residual stream, those of heads where there are some, and MLPs; no layer has its own.
+    assert sum(any("rsqrt" in call for call in graph) for graph in graphs) == 1 + norms, graphs
+    assert sum(any("silu" in call for call in graph) for graph in graphs) == 1, graphs
+    assert len(graphs) == 2 + norms, graphs
+
+
+def test_a_module_that_was_compiled_before_stays_so_and_no_other_does() -> None:
+    model = nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3))
+    model[0].compile(backend="eager")
+    own = model[0]._compiled_call_impl
+    with pytest.raises(RuntimeError), compiled_parts.compiled(model):
+        assert model[1]._compiled_call_impl is not None and model[0]._compiled_call_impl is own
+        raise RuntimeError
+    assert model[1]._compiled_call_impl is None and model[0]._compiled_call_impl is own
 
 
 @pytest.mark.parametrize("share", ["query_head", "kv_group"])
