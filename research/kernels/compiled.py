@@ -76,15 +76,17 @@ def choose_token(form: str, policy: Policy) -> None:
     GateDecoder(gate, policy, impl="triton").select_token(*inputs(1), context)
 
 
-def choose_tokens(form: str, policy: Policy) -> None:
-    """Lists of one token of each of two sequences, whose gate keys lie apart."""
+def choose_tokens(form: str, policy: Policy, *, apart: bool) -> None:
+    """Lists of one token of each of two sequences, whose gate keys lie apart, or in one fp16 tensor."""
     gate, lengths = random_gate(gate_form(form), SHAPE, CPU), torch.tensor([TOKENS, TOKENS // 2], dtype=torch.int32)
     heads, dim, pieces = gate.k_weight.shape[0], gate.gate_dim, gate.config.key_subblocks
-    keys = [torch.zeros(1, heads, (n - 1) // gate.config.block_k * pieces, dim) for n in lengths.tolist()]
-    table = KeyTable.of(keys, heads=heads, dim=dim, device=CPU)
-    queries, angles = torch.zeros(len(keys), SHAPE.heads, SHAPE.head_dim, dtype=SHAPE.dtype), torch.ones(2, 1, 128)
+    windows = [(n - 1) // gate.config.block_k * pieces for n in lengths.tolist()]
+    keys: Tensor | KeyTable = torch.zeros(len(windows), heads, windows[0], dim, dtype=torch.float16)
+    if apart:
+        keys = KeyTable.of([torch.zeros(1, heads, n, dim) for n in windows], heads=heads, dim=dim, device=CPU)
+    queries, angles = torch.zeros(len(windows), SHAPE.heads, SHAPE.head_dim, dtype=SHAPE.dtype), torch.ones(2, 1, 128)
     rotary = RotaryTables(angles, angles, SHAPE.head_dim)
-    GateDecoder(gate, policy, impl="triton").select_many(queries, rotary, table, lengths, tokens=TOKENS)
+    GateDecoder(gate, policy, impl="triton").select_many(queries, rotary, keys, lengths, tokens=TOKENS)
 
 
 def decode(*, pages: bool, listed: bool) -> None:
@@ -126,7 +128,9 @@ CALLS: dict[str, Callable[[], object]] = {
     "choose paper": lambda: choose("paper", Threshold(threshold=0.01)),
     "choose token default": lambda: choose_token("default", TokenBudget(tokens=256)),
     "choose token paper": lambda: choose_token("paper", TopK(density=0.1)),
-    "choose tokens default": lambda: choose_tokens("default", TokenBudget(tokens=256)),
+    "choose tokens default": lambda: choose_tokens("default", TokenBudget(tokens=256), apart=True),
+    "choose tokens half": lambda: choose_tokens("default", TokenBudget(tokens=256), apart=False),
+    "choose tokens half group": lambda: choose_tokens("default-group", TopK(density=0.1), apart=False),
     "map max": lambda: attention_map(*inputs(), impl="triton"),
     "map sum": lambda: attention_map(*inputs(), form=MapForm("sum", 4), impl="triton"),
 }

@@ -9,7 +9,7 @@ from tiny_models import tiny_model, tokens
 from torch import Tensor
 
 import seerattn
-from seerattn import AttnGate, AttnGateConfig, Threshold, TokenBudget, TopK, TopP
+from seerattn import AttnGate, AttnGateConfig, Threshold, TokenBudget, TopK, TopP, gate_decode
 from seerattn.gate_decode import GateDecoder, token_rule
 from seerattn.hf import state
 from seerattn.ops.decode_select import KeyTable, TokenRule, select_blocks
@@ -132,14 +132,20 @@ def test_sequences_of_many_lengths_get_what_each_gets_alone(name: str, policy, p
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gate_keys_of_16_bits_give_the_lists_of_the_same_numbers(dtype: torch.dtype) -> None:
-    gate = make(AttnGateConfig(share="kv_group"))
-    rule, generator = token_rule(gate, TokenBudget(tokens=300)), torch.Generator().manual_seed(4)
-    gate_q = torch.randn(2, gate.mask_heads, gate.gate_dim, generator=generator).to(DEVICE)
-    gate_k = torch.randn(2, HKV, 20 * rule.pieces, gate.gate_dim, generator=generator).to(DEVICE, dtype)
-    sizes = {"kv_heads": HKV, "width": 20, "tokens": 20 * rule.block_k + 1}
-    found, expected = (select_blocks(gate_q, k, rule, **sizes) for k in (gate_k, gate_k.float()))
-    assert torch.equal(found.indices, expected.indices) and torch.equal(found.counts, expected.counts)
+@pytest.mark.parametrize("name", SERVED)
+def test_gate_keys_of_16_bits_give_the_lists_of_the_same_numbers(name: str, dtype: torch.dtype) -> None:
+    """Queries may be of any size: what fp16 cannot hold, it need not."""
+    gate = make(SERVED[name])
+    generator = torch.Generator().manual_seed(4)
+    for policy, blocks, size in itertools.product(POLICIES[::3], (1, 20, 45), (1e-9, 1.0, 1e6)):
+        rule = token_rule(gate, policy)
+        gate_q = torch.randn(2, gate.mask_heads, gate.gate_dim, generator=generator).to(DEVICE) * size
+        keys = torch.randn(2, gate.k_weight.shape[0], blocks * rule.pieces, gate.gate_dim, generator=generator)
+        gate_k = keys.to(DEVICE, dtype)
+        lengths = torch.tensor([blocks * rule.block_k + 1, 1 + blocks * rule.block_k // 2], dtype=torch.int32)
+        sizes = {"kv_heads": HKV, "width": blocks + 1, "lengths": lengths.to(DEVICE)}
+        found, expected = (select_blocks(gate_q, k, rule, **sizes) for k in (gate_k, gate_k.float()))
+        assert torch.equal(found.indices, expected.indices) and torch.equal(found.counts, expected.counts)
 
 
 @pytest.mark.parametrize("name", ["default", "group"])
@@ -252,6 +258,7 @@ def test_what_the_kernel_does_not_serve_is_refused_by_name_and_left_to_the_modul
     with pytest.raises(ValueError, match=reason):
         chosen(gate, policy, q, k, "triton")
     if DEVICE == "cuda":
+        gate_decode._warn_of_modules.cache_clear()
         with pytest.warns(UserWarning, match=reason):
             found = chosen(gate, policy, q, k, "auto")
     else:
@@ -261,15 +268,16 @@ def test_what_the_kernel_does_not_serve_is_refused_by_name_and_left_to_the_modul
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     rule = token_rule(make(SERVED["group"]), POLICIES[0])
-    q, k = torch.zeros(2, 4, 16), torch.zeros(2, 2, 8, 16)
+    q, k = torch.zeros(2, 4, 16, device=DEVICE), torch.zeros(2, 2, 8, 16, device=DEVICE)
+    short, long = (torch.zeros(2, 2, n * rule.pieces, 16, device=DEVICE) for n in (6, 8192))
     for gate_q, gate_k, options, reason in (
         (q, k[:1], {}, "gate_q must be"),
         (q, k[..., :8], {}, "gate_q must be"),
         (q, k, {"kv_heads": 3}, "multiple of 3 heads"),
         (q, k.mT.contiguous().mT, {}, "adjacent channels"),
-        (q, k, {"lengths": torch.tensor([1, 2])}, "lengths must be int32"),
-        (q, torch.zeros(2, 2, 8192 * rule.pieces, 16), {"width": 9000}, "at most 8192 blocks, got 8193"),
-        (q, torch.zeros(2, 2, 6 * rule.pieces, 16), {}, "width must be at least 4, what a row may keep, got 3"),
+        (q, k, {"lengths": torch.tensor([1, 2], device=DEVICE)}, "lengths must be int32"),
+        (q, long, {"width": 9000}, "at most 8192 blocks, got 8193"),
+        (q, short, {}, "width must be at least 4, what a row may keep, got 3"),
     ):
         with pytest.raises(ValueError, match=reason):
             select_blocks(gate_q, gate_k, rule, **({"kv_heads": 2, "width": 3, "tokens": 70} | options))

@@ -126,15 +126,15 @@ def test_queries_in_half_precision_are_read_as_they_are(dtype: torch.dtype) -> N
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
-    gate, q = make(AttnGateConfig(share="kv_group"), 32), torch.zeros(2, H, 32)
-    tables = RotaryTables(torch.zeros(3, 1, 32), torch.zeros(3, 1, 32), 32)
-    odd = torch.zeros(2, H, 64)[..., ::2]
+    gate, q = make(AttnGateConfig(share="kv_group"), 32).to(DEVICE), torch.zeros(2, H, 32, device=DEVICE)
+    tables = RotaryTables(*torch.zeros(2, 3, 1, 32, device=DEVICE), 32)
+    odd = torch.zeros(2, H, 64, device=DEVICE)[..., ::2]
     for given, rotary, options, reason in (
         (q[0], RotaryTables(), {}, r"q must be \[B, H, D\] with a multiple of 2 heads"),
         (q[:, :5], RotaryTables(), {}, "with a multiple of 2 heads"),
         (q, tables, {}, r"rotary tables must be \[1 or 2, 1, columns\]"),
-        (q, RotaryTables(), {"lengths": torch.zeros(3, dtype=torch.int32)}, "lengths"),
+        (q, RotaryTables(), {"lengths": torch.zeros(3, dtype=torch.int32, device=DEVICE)}, "lengths"),
         (odd, RotaryTables(), {}, "channels are adjacent"),
     ):
         with pytest.raises(ValueError, match=reason):
-            gate_queries(given.to(DEVICE), rotary, gate, tokens=64, **options)
+            gate_queries(given, rotary, gate, tokens=64, **options)
