@@ -53,7 +53,7 @@ def tables(results: Sequence[Result]) -> list[Table]:
 def _table(title: str, rows: list[Result]) -> Table:
     lengths = sorted({r.context for r in rows})
     reference = baseline(rows) if rows[0].what in (*_COMPARED, *_RATES) else None
-    dense = {_place(r): r.value for r in rows if r.kind == "dense" and (r.cell["impl"] == reference or _is_graph(r))}
+    dense = {_place(r): r.value for r in rows if r.kind == "dense" and (r.cell["impl"] == reference or _graph(r))}
     lines = group(rows, lambda r: (_name(r), "" if r.density is None else f"{1 - r.density:.3g}"))
     body = []
     for (name, sparsity), line in lines.items():
@@ -64,11 +64,12 @@ def _table(title: str, rows: list[Result]) -> Table:
 
 def _place(row: Result) -> tuple[int | bool | None, ...]:
     """What a time and its reference have in common: the length, of models the layers, and how much runs at once."""
-    return row.context, _is_graph(row), *(row.cell.get(name) for name in ("layers", "at_once", "batch", "queries"))
+    return row.context, _graph(row), *(row.cell.get(name) for name in ("layers", "at_once", "batch", "queries"))
 
 
-def _is_graph(row: Result) -> bool:
-    return row.cell.get("launch") == "graph"
+def _graph(row: Result) -> str | None:
+    """What a row says of the CUDA graph of its step; None for steps that the host launches."""
+    return {"graph": "CUDA graph", "compiled": "CUDA graph, compiled parts"}.get(row.cell.get("launch"))
 
 
 def _cell(row: Result, reference: float | None) -> Cell:
@@ -89,8 +90,8 @@ def _name(row: Result) -> str:
         name += f", {blocks(row)}"
     if row.what == "decode_select_ms":
         name += ", CUDA graph" if cell["clock"] == "graph" else ", one by one"
-    if _is_graph(row):
-        name = f"{'all keys, triton' if row.kind == 'dense' else name}, CUDA graph"
+    if graph := _graph(row):
+        name = f"{'all keys, triton' if row.kind == 'dense' else name}, {graph}"
     if cell.get("page"):
         name += f", pages of {cell['page']}"
     if "queries" in cell:
