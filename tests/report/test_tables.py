@@ -73,6 +73,23 @@ def test_perplexities_have_paired_errors_and_the_gap_is_that_from_streaming_to_t
     assert lines(gap) == [["method", "0.2 (0.204)", "0.1 (0.102)"], ["gates: best", "80%", "60%"]]
 
 
+def test_likelihoods_of_decoded_answers_are_means_over_the_documents_of_all_depths() -> None:
+    def rows(name: str, phase: str, *found: tuple[int, float, float], **more) -> list[Result]:
+        cell = {"task": "passkey", "phase": phase} | ({} if name == "dense" else {"tokens": 512, "budget": "tokens"})
+        return [
+            result("answer_log_prob", name, None, value, n=n, stderr=error, cell=cell | {"depth": depth}, **more)
+            for depth, (n, value, error) in enumerate(found)
+        ]
+
+    dense, best = ((4, -1.0, 0.5),), ((4, -2.0, 0.3), (12, -4.0, 0.2))
+    found = tables([*rows("dense", "decode", *dense), *rows("best", "decode", *best, realised_density=0.125)])
+    (table,) = (table for title, table in found.items() if title.startswith("Likelihood of answers: 4,096 tokens"))
+    # (4 * -2 + 12 * -4) / 16, and the root of 1.2^2 + 2.4^2 over 16.
+    assert lines(table)[1:] == [["dense", "-1.00 ± 0.50", ""], ["gates: best", "", "-3.50 ± 0.17 at 0.125"]]
+    # What prompts retrieve is told by shares alone.
+    assert not any(name.startswith("Likelihood") for name in tables(rows("best", "prefill", *best)))
+
+
 def test_retrieval_adds_up_depths_and_tells_dense_last_rows_apart() -> None:
     found = tables(accuracies())
     # 7, 3 and 5 of 8, errors at 8/10, 4/10 and 6/10.

@@ -1,9 +1,10 @@
-"""Retrieval: shares of right answers by task, and those of pass keys by depth."""
+"""Retrieval: shares of right answers by task, how likely these are, and the shares of pass keys by depth."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from seerattn.report import select
 from seerattn.report.names import name_of
@@ -19,13 +20,29 @@ READ = (
     f"Share of documents whose question was answered word for word; higher is better. {SHARE_ERROR} Where the last "
     "query-block rows are dense, the question itself sees everything. Such tables say little of the choice."
 )
+LIKELY = (
+    "Log-likelihood of the right answer as a whole, in nats: a mean over documents ± its standard error; higher is "
+    "better. It tells ways apart where a model answers few questions word for word."
+)
 # Cell entries that say where and how, not what was asked.
 _PLACE = ("task", "depth", "block_q", "block_k", "budget", "share", "tokens", "data", "dtype", "note")
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
-    """A table of tasks for each text, context and setting, and pass keys by depth."""
+    """Tables of tasks for each text, context and setting, and pass keys by depth."""
     rows = [r for r in results if r.what == "accuracy" and r.value is not None]
+    found = _by_task("Retrieval", rows, _share)
+    # What prompts retrieve is told by shares: models that they are asked of were trained to answer.
+    likely = [r for r in results if r.what == "answer_log_prob" and r.value is not None]
+    likely = [r for r in likely if r.cell.get("phase") == "decode"]
+    found += _by_task("Likelihood of answers", likely, _likelihood, [LIKELY])
+    depths = [r for r in rows if "depth" in r.cell]
+    return found + [_by_depth(panel) for panel in select.panels(depths).values()]
+
+
+def _by_task(
+    title: str, rows: Sequence[Result], measure: Callable[[Sequence[Result]], Measured], more: Sequence[str] = ()
+) -> list[Table]:
     variants = select.group(dict.fromkeys(map(_task, rows)), lambda task: task[0])
 
     def name(task: tuple[str, str]) -> str:
@@ -34,17 +51,23 @@ def tables(results: Sequence[Result]) -> list[Table]:
 
     found = []
     for of_place in select.group(rows, lambda r: (r.model, r.text, r.context, r.weights.get("model"))).values():
-        for title, panel in by_setting(of_place):
+        for setting, panel in by_setting(of_place):
             notes = {task: _sizes(of) for task, of in select.group(panel, _task).items()}
-            options = {"better": "higher", "form": ".2f", "group_name": name, "group_notes": notes}
-            title = f"Retrieval: {panel[0].context:,} tokens, {title}"
-            found.append(compare(title, panel, _measure, group_of=_task, **options))
-    depths = [r for r in rows if "depth" in r.cell]
-    return found + [_by_depth(panel) for panel in select.panels(depths).values()]
+            options = {"better": "higher", "form": ".2f", "group_name": name, "group_notes": notes, "notes": more}
+            whole = f"{title}: {panel[0].context:,} tokens, {setting}"
+            found.append(compare(whole, panel, measure, group_of=_task, **options))
+    return found
 
 
-def _measure(rows: Sequence[Result]) -> Measured:
+def _share(rows: Sequence[Result]) -> Measured:
     return Measured(*proportion(*select.right_answers(rows)))
+
+
+def _likelihood(rows: Sequence[Result]) -> Measured:
+    """The mean over the documents of all rows, pass keys of every depth say."""
+    total = sum(r.n for r in rows)
+    error = math.sqrt(sum((r.n * (r.stderr or 0.0)) ** 2 for r in rows)) / total
+    return Measured(sum(r.n * r.value for r in rows) / total, error)
 
 
 def _task(r: Result) -> tuple[str, str]:
