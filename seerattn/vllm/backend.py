@@ -23,11 +23,11 @@ from seerattn.ops.crossover import LayerShape, prefer_dense
 from seerattn.ops.decode_attention import decode_attention
 from seerattn.selection.block_indices import BlockIndices
 from seerattn.selection.decode_blocks import DecodeBlocks
-from seerattn.selection.decode_policy import reads_all
 from seerattn.selection.selector import AttentionContext, Memory, RotaryTables
 from seerattn.vllm import density
+from seerattn.vllm.decoding import decodes_dense, used_decode_policy
 from seerattn.vllm.gates import LayerGate, check_model, has_gate, layer_number, load_gate, open_folder
-from seerattn.vllm.options import chosen_policy, current_options, decode_policy, read
+from seerattn.vllm.options import chosen_policy, current_options, read
 from seerattn.vllm.pages import GatePages, Written
 from seerattn.vllm.refusals import check_decoding, check_engine, check_layer
 from seerattn.vllm.requests import Request, follow_workers, requests_of
@@ -77,7 +77,7 @@ class GatedImpl:
         check_model(self._folder, model)
         shares_pages = bool(self.config.cache_config.enable_prefix_caching)
         self._policy = chosen_policy(options, self._folder, shares_pages=shares_pages)
-        self._decode_policy = decode_policy(options, self._folder)
+        self._decode_policy = used_decode_policy(options, self._folder, self.config, _device())
         # The module around the layer is known when it takes the layer in, right after this.
         self._hook = nn.modules.module.register_module_module_registration_hook(partial(_note_parent, self))
 
@@ -309,6 +309,8 @@ class GatedBuilder:
                 f"pages must hold whole gate keys, of {form.k_size} tokens each, got pages of {page} tokens; use "
                 f"--block-size {form.block_k}"
             )
+        impl = self._gated[0]
+        self._shape = LayerShape(1, impl.num_heads, impl.num_kv_heads, impl.head_size)
         follow_workers()
 
     @classmethod
@@ -322,7 +324,7 @@ class GatedBuilder:
         stock, options = super().get_cudagraph_support(vllm_config, kv_cache_spec), read(vllm_config.additional_config)
         if options is None:
             return stock
-        if decode_policy(options, open_folder(options.gates)) is not None:
+        if used_decode_policy(options, open_folder(options.gates), vllm_config, _device()) is not None:
             return AttentionCGSupport.NEVER
         return min(stock, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda support: support.value)
 
@@ -355,26 +357,32 @@ class GatedBuilder:
 
     def _begin(self, request: Request, row: Row, tokens: int) -> density.Counted | None:
         """What counts the next tokens of a prompt; None where it is read densely, however it is cut."""
-        impl = self._gated[0]
-        shape = LayerShape(1, impl.num_heads, impl.num_kv_heads, impl.head_size)
-        expected = impl.gate.policy.nominal_density or 0.0
+        expected = self._gated[0].gate.policy.nominal_density or 0.0
         lengths = {"q_len": request.prompt, "k_len": request.prompt, "device": self.device}
-        is_dense = self._options.impl == "auto" and prefer_dense(**lengths, shape=shape, density=expected)
+        is_dense = self._options.impl == "auto" and prefer_dense(**lengths, shape=self._shape, density=expected)
         known = {"layers": len(self._gated), "log": self._options.log and not is_dense, "is_dense": is_dense}
         counted = density.begin_part(request.name, request.prompt, row.start, row.start + tokens, **known)
         return None if is_dense else counted
 
     def _decode(self, request: Request, row: Row) -> Asked | None:
-        """The tokens of an answer that choose their keys; with "auto" those first ones do not that would read all."""
+        """The tokens of an answer that choose their keys; with "auto" its first ones may be decoded dense."""
         policy, block_k = self._gated[0].gate.decode_policy, self._gated[0].gate.form.block_k
-        whole, tokens = 0, row.end - row.begin
-        while self._options.impl == "auto" and whole < tokens and reads_all(policy, row.start + whole + 1, block_k):
+        whole, tokens, place = 0, row.end - row.begin, (self._shape, self.device)
+        while self._options.impl == "auto" and whole < tokens:
+            if not decodes_dense(policy, block_k, row.start + whole + 1, *place):
+                break
             whole += 1
         counted = density.of_request(request.name, request.prompt, layers=len(self._gated), log=self._options.log)
         seen = counted.decode(row.start, row.keys, whole, block_k)
         if whole == tokens:
             return None
         return Asked(row.number, row.begin + whole, tokens - whole, row.start + whole, max(0, seen - whole), counted)
+
+
+def _device() -> torch.device:
+    from vllm.platforms import current_platform
+
+    return torch.device(current_platform.device_type)
 
 
 def _note_parent(impl: GatedImpl, parent: nn.Module, name: str, child: nn.Module | None) -> None:

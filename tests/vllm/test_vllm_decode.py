@@ -160,18 +160,20 @@ def test_answers_that_made_room_for_others_go_on_as_if_they_had_not(llama: Made,
     assert max(preempted) > BLOCK and max(several) > 1
 
 
-def test_auto_leaves_tokens_to_the_engine_that_would_read_all(llama: Made, monkeypatch) -> None:
+@pytest.mark.parametrize("dense_up_to", [0, 340])
+def test_auto_leaves_tokens_to_the_engine_that_would_read_all_or_are_faster_dense(
+    llama: Made, monkeypatch, dense_up_to: int
+) -> None:
     """And prompts that are too short to gain; what they lack of gate keys the first token makes that needs them."""
     monkeypatch.setattr("seerattn.vllm.backend.prefer_dense", lambda *, k_len, **_: True)
-    # Whether dense attention is faster for a token is asked in transformers alone.
-    monkeypatch.setattr("seerattn.hf.dense_steps.prefer_dense_decode", lambda **_: False)
+    for place in ("seerattn.hf.dense_steps", "seerattn.vllm.decoding"):
+        monkeypatch.setattr(f"{place}.prefer_dense_decode", lambda *, keys, **_: keys <= dense_up_to)
     asked, rows = prompts((37, 130, 300)), []
-    expected = written(llama, asked, LONG, policy=None)
-    counted = []
+    expected, counted = [], []
     for prompt in asked:
         rules = {"policy": None, "decode_policy": BUDGET, "impl": "auto"}
         with seerattn.policy(llama.gated, **rules), seerattn.record_density(llama.gated) as meter:
-            alone(llama.gated, prompt, LONG)
+            expected.append(alone(llama.gated, prompt, LONG))
         counted.append(meter.decode.mean())
     choose = backend.GatedImpl._select_tokens
 
@@ -183,7 +185,7 @@ def test_auto_leaves_tokens_to_the_engine_that_would_read_all(llama: Made, monke
     with engine(llama.model, options(llama, impl="auto")) as llm:
         assert answers(llm, asked, LONG) == expected
     # The first token behind a prompt that fits has so many keys before it.
-    assert min(start for _, start in rows) == BUDGET.tokens
+    assert min(start for _, start in rows) == max(BUDGET.tokens, dense_up_to)
     assert [one.decode_density for one in density.prompts()[-3:]] == counted
 
 

@@ -10,7 +10,7 @@ import torch
 
 from seerattn import AttnGate, AttnGateConfig, KeepAll, Threshold, TokenBudget, TopK
 from seerattn.gate_files import GateFolder
-from seerattn.vllm import options
+from seerattn.vllm import decoding, options
 from seerattn.vllm.gates import LayerGate, check_model, has_gate, layer_number
 from seerattn.vllm.options import Options, chosen_policy, decode_policy, read
 from seerattn.vllm.refusals import check_decoding, check_engine, check_layer
@@ -170,6 +170,39 @@ def test_decode_policy_is_that_of_the_user_or_else_of_the_folder_and_prompts_may
     assert chosen_policy(asked, folder({}), shares_pages=True) == KeepAll()
     with pytest.raises(ValueError, match="last_rows_dense of a decode_policy must be 0"):
         decode_policy(Options(gates="g", decode_policy=replace(budget, last_rows_dense=1)), given)
+
+
+def test_decode_policy_that_auto_would_never_use_leaves_a_gpu_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, asked = [], []
+    model = SimpleNamespace(
+        max_model_len=5000,
+        get_num_attention_heads=lambda parallel: H // parallel.ranks,
+        get_num_kv_heads=lambda parallel: HKV // parallel.ranks,
+        get_head_size=lambda: D,
+    )
+    config = SimpleNamespace(model_config=model, parallel_config=SimpleNamespace(ranks=2))
+    given, (cpu, cuda) = folder({}), map(torch.device, ("cpu", "cuda"))
+
+    def prefer(*, keys: int, density: float, device: torch.device, shape) -> bool:
+        asked.append((keys, density, tuple(shape)))
+        return keys < crossover[0]
+
+    monkeypatch.setattr(decoding, "prefer_dense_decode", prefer)
+    monkeypatch.setattr(decoding.logger, "warning", lambda *said: told.append(said))
+    decoding._tell_of_dense.cache_clear()
+    # 5000 tokens are 79 blocks, and 250 tokens 4 of them.
+    auto, sparse = (Options(gates="g", decode_tokens=250, impl=impl) for impl in ("auto", "sparse"))
+    crossover = [0]
+    for crossover[0], expected in ((5001, None), (5000, TokenBudget(tokens=250))):
+        assert decoding.used_decode_policy(auto, given, config, cuda) == expected
+    assert asked == [(5000, 4 / 79, (1, H // 2, HKV // 2, D))] * 2
+    assert len(told) == 1 and told[0][1] == 5000
+    crossover[0] = 9000
+    for options_, device in ((sparse, cuda), (auto, cpu)):
+        assert decoding.used_decode_policy(options_, given, config, device) == TokenBudget(tokens=250)
+    assert decoding.used_decode_policy(Options(gates="g"), given, config, cuda) is None
+    # What a text reads in whole is not worth asking.
+    assert decoding.decodes_dense(TokenBudget(tokens=250), 64, 250, decoding.LayerShape(), cuda) and len(asked) == 2
 
 
 def test_ranks_that_have_no_kv_group_in_whole_are_refused_for_decoding() -> None:
