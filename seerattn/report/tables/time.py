@@ -18,7 +18,8 @@ def tables(results: Sequence[Result]) -> list[Table]:
     found = []
     for batch, timed in sorted(in_models(results).items()):
         for title, rows in side_by_side(timed):
-            counts = f"Median over {', '.join(sorted({f'{r.n} {r.unit}' for r in rows}))}; on {rows[0].device}."
+            runs = sorted({f"{r.n} {r.unit if r.n > 1 else r.unit.removesuffix('s')}" for r in rows})
+            counts = f"Median over {', '.join(runs)}; on {rows[0].device}."
             title = f"Milliseconds of attention a sequence, all layers, batch {batch}: {title}"
             options = {"better": "lower", "form": ",.2f", "notes": [counts]}
             found.append(compare(title, rows, _measure, **options))
