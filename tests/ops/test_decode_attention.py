@@ -136,6 +136,26 @@ def test_sequences_in_pages_are_those_in_one_piece_bit_for_bit(size, packed, imp
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("listed", [True, False], ids=["lists", "all keys"])
+def test_sequences_that_begin_later_in_their_rows_are_those_that_begin_at_once_bit_for_bit(listed, impl, monkeypatch):
+    """Padding on the left holds NaN; no start is a multiple of anything."""
+    split_in(monkeypatch, 3)
+    q, k, v, lengths = make_call()
+    blocks = DecodeBlocks.from_mask(make_mask(lengths), block_k=64) if listed else None
+    expected = run(q, k, v, lengths, blocks, impl)
+    starts = torch.tensor([5, 0, 37, 1, 300], dtype=torch.int32)
+    moved = [torch.full((*k.shape[:2], k.shape[2] + 300, k.shape[3]), torch.nan) for _ in range(2)]
+    for x, to in zip((k, v), moved):
+        for b, (n, start) in enumerate(zip(lengths.tolist(), starts.tolist())):
+            to[b, :, start : start + n] = x[b, :, :n]
+    found = run(q, *moved, lengths, blocks, impl, starts=starts)
+    if impl == "triton" or listed:
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    else:  # which sums over the whole width of a row
+        assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-5) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_without_lists_all_keys_are_read_and_full_lists_change_no_bit(impl, monkeypatch):
     call = make_call()
     split_in(monkeypatch, 3)
@@ -230,6 +250,7 @@ def test_what_does_not_fit_is_rejected_in_a_sentence():
     blocks = DecodeBlocks.from_mask(make_mask(lengths), block_k=64)
     call = {"q": q, "k": k, "v": v, "lengths": lengths, "blocks": blocks}
     lists = blocks.indices, blocks.counts
+    in_pages = {"block_table": torch.zeros(5, 3, dtype=torch.int32), "k": k.transpose(1, 2), "v": v.transpose(1, 2)}
     for change, text in [
         ({"q": q[:2]}, r"q and k must share B and D, got \[2, 4, 32\]"),
         ({"q": q[:, :3]}, "q must have a multiple of the 2 heads of k, got 3"),
@@ -241,6 +262,8 @@ def test_what_does_not_fit_is_rejected_in_a_sentence():
         ({"blocks": DecodeBlocks(lists[0][:, :1], lists[1], 64)}, r"blocks must have lists \[5, 2, K\]"),
         ({"blocks": DecodeBlocks(lists[0].long(), lists[1], 64)}, "blocks must be int32"),
         ({"block_table": torch.zeros(2, 3, dtype=torch.int32), "k": k[:, :2], "v": v[:, :2]}, "of k, got 4|rows"),
+        ({"starts": lengths[:2]}, r"starts must be int32 \[5\]"),
+        ({"starts": lengths} | in_pages, "starts must be None with a block_table"),
         ({"sinks": torch.zeros(3)}, r"sinks must be \[4\]"),
         ({"scale": -1.0}, "it takes positive scales"),
         ({"q": q.double(), "k": k.double(), "v": v.double()}, "it takes fp16, bf16 or fp32"),

@@ -29,6 +29,7 @@ def decode_attention(
     lengths: Tensor,
     blocks: DecodeBlocks | None = None,
     block_table: Tensor | None = None,
+    starts: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -45,10 +46,12 @@ def decode_attention(
         k: keys ``[B, HKV, S, D]`` of the same dtype, ``H % HKV == 0``; with ``block_table`` pages
             ``[pages, page_size, HKV, D]`` of any size. Adjacent channels, any other strides; nothing is copied.
         v: values, as ``k``.
-        lengths: int32 ``[B]``, keys of every sequence, the first ones of its row of ``k``. A sequence without keys, as
-            graphs are padded with, has an output of 0.
+        lengths: int32 ``[B]``, keys of every sequence, the first ones of its row of ``k``, or those from ``starts`` on.
+            A sequence without keys, as graphs are padded with, has an output of 0.
         blocks: lists for the heads of a KV group together; None reads all keys.
         block_table: int32 ``[B, P]``, the pages of every sequence. Entries behind its last key may be anything.
+        starts: int32 ``[B]``, where the keys of every sequence begin in its row, as padding on the left has it; blocks
+            are counted from there. Not with a ``block_table``.
         scale: factor of q.k, by default ``D ** -0.5``; one that is not positive is left to `reference`.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the softmax.
         sinks: ``[H]`` logits of one more key without a value per head.
@@ -70,6 +73,10 @@ def decode_attention(
         if len(block_table) != len(q):
             raise ValueError(f"block_table must have {len(q)} rows, one a query, got {len(block_table)}")
     check_per_row("lengths", lengths, len(q), q.device)
+    if starts is not None:
+        check_per_row("starts", starts, len(q), q.device)
+        if block_table is not None:
+            raise ValueError("starts must be None with a block_table, whose pages begin with a sequence, got both")
     check_sinks(q, sinks)
     check_logits(scale, softcap)
     if blocks is not None:
@@ -78,6 +85,7 @@ def decode_attention(
         "lengths": lengths,
         "blocks": blocks,
         "block_table": block_table,
+        "starts": starts,
         "scale": q.shape[-1] ** -0.5 if scale is None else scale,
         "softcap": softcap,
         "sinks": sinks,

@@ -19,6 +19,7 @@ def decode_attention(
     lengths: Tensor,
     blocks: DecodeBlocks | None,
     block_table: Tensor | None,
+    starts: Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -34,6 +35,8 @@ def decode_attention(
     place = torch.arange(blocks.block_k, device=q.device)
     position = (blocks.indices.long()[..., None] * blocks.block_k + place).flatten(2)  # [B, HKV, L]
     seen = listed.repeat_interleave(blocks.block_k, 2) & (position < lengths[:, None, None])
+    if starts is not None:
+        position = position + starts.long()[:, None, None]
     position = position.masked_fill(~seen, 0)
     work = torch.promote_types(q.dtype, torch.float32)
     keys, values = (_gathered(x, position, seen, block_table).to(work) for x in (k, v))

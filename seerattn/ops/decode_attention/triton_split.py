@@ -93,6 +93,7 @@ def decode_attention(
     lengths: Tensor,
     blocks: DecodeBlocks | None,
     block_table: Tensor | None,
+    starts: Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -143,6 +144,7 @@ def decode_attention(
         None if blocks is None else blocks.counts.contiguous(),
         lengths.contiguous(),
         block_table,
+        None if starts is None else starts.contiguous(),
         q.stride()[:2],
         k.stride()[:3],
         v.stride()[:3],
@@ -198,6 +200,7 @@ def _decode(
     counts_ptr,
     lengths_ptr,
     pages_ptr,
+    starts_ptr,
     q_strides,
     k_strides,
     v_strides,
@@ -225,6 +228,8 @@ def _decode(
     slot = 0
     if PAGE:
         slot = batch * num_pages
+    if starts_ptr is not None:
+        slot = tl.load(starts_ptr + batch)
     length = tl.load(lengths_ptr + batch)
     if indices_ptr is None:
         entries = None
