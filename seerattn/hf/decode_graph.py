@@ -12,6 +12,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,9 +46,9 @@ def decode_graphs(model: nn.Module, *, compile: bool = False) -> Iterator[None]:
     """Inside, ``model.generate(..., cache_implementation="static")`` decodes by CUDA graphs.
 
     Tokens are those that decoding gives without graphs, up to the rounding of gate keys to 16 bits, which changed three
-    in ten thousand entries of lists where it was measured. It serves greedy and sampled answers and any batch without
-    padding, of models whose layers have no window. A graph is recorded in every call of `generate`, at its third token.
-    Layers without a decode policy attend to all keys by this library's kernel.
+    in ten thousand entries of lists where it was measured. It serves greedy and sampled answers and any batch, also one
+    that is padded on the left, of models whose layers have no window. A graph is recorded in every call of `generate`,
+    at its third token. Layers without a decode policy attend to all keys by this library's kernel.
 
     Args:
         model: that was attached to, on a GPU.
@@ -72,7 +73,7 @@ def decode_graphs(model: nn.Module, *, compile: bool = False) -> Iterator[None]:
 
 
 def fits_graphs(model: nn.Module) -> bool:
-    """Whether `decode_graphs` would record the steps of a model as it is now, for prompts without padding."""
+    """Whether `decode_graphs` would record the steps of a model as it is now."""
     attachment, inner = attachment_of(model), transformers_model(model)
     if attachment is None or {x.device.type for x in inner.parameters()} != {"cuda"}:
         return False
@@ -120,6 +121,8 @@ class DecodeGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._tokens = 0
+        # Where the keys of each sequence begin in the cache.
+        self._starts: list[int] = []
         # Layers that "auto" decodes dense though something would choose.
         self._dense: list[int] = []
 
@@ -147,6 +150,7 @@ class DecodeGraph:
         """
         ids, cache = inputs["input_ids"], inputs.get("past_key_values")
         tokens = self._check(inputs, ids, cache)
+        starts = _starts(inputs.get("position_ids"), inputs.get("attention_mask"), ids.shape[0], tokens)
         running, batch, device = self.attachment.now(), ids.shape[0], ids.device
         room = cache.layers[0].max_cache_len
         if self.records and decode_impl(running) == "reference":
@@ -165,15 +169,17 @@ class DecodeGraph:
                 continue
             check_filled(decoder.gate, index)
             if decoder.finished_windows(room):
-                keys[index] = GateKeys.of(decoder, batch, room, place)
+                keys[index] = GateKeys.of(decoder, starts, room, place)
         # Repeated steps write to the cache without torch's knowledge.
         self.attachment.gate_cache.doubt(cache)
         # Otherwise no hook tells the attention of layers that decode dense.
         self.attachment.decodes = True
-        self._cache, self._tokens = cache, tokens
+        self._cache, self._tokens, self._starts = cache, tokens, starts
         self._ids = torch.zeros(batch, 1, dtype=ids.dtype, device=device)
         self._position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._step = FixedStep(running, room, torch.zeros(batch, dtype=torch.int32, device=device), keys)
+        lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        padding = torch.tensor(starts, dtype=torch.int32, device=device) if any(starts) else None
+        self._step = FixedStep(running, room, lengths, padding, keys)
 
     def _check(self, inputs: dict[str, Any], ids: Tensor, cache: Any) -> int:
         """Tokens in the cache; the host waits here, once."""
@@ -191,11 +197,6 @@ class DecodeGraph:
         tokens = int(cache.layers[0].cumulative_length)
         if tokens + 1 > cache.layers[0].max_cache_len:
             raise Unservable(f"the cache must have room for a token, got {tokens} in {cache.layers[0].max_cache_len}")
-        position, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-        padded = position is not None and (position.ndim != 2 or bool((position != tokens).any()))
-        padded |= isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.bool().all())
-        if padded or (position is None and isinstance(mask, Tensor) and mask.ndim != 2):
-            raise Unservable("steps must have one token of every sequence, and sequences no padding")
         return tokens
 
     def _run(self, inputs: dict[str, Any]) -> CausalLMOutputWithPast:
@@ -203,28 +204,42 @@ class DecodeGraph:
         step, ids = self._step, inputs["input_ids"]
         if ids.shape != self._ids.shape or inputs.get("past_key_values") is not self._cache:
             raise Unservable(f"all steps must be of one batch and one cache, got tokens of shape {list(ids.shape)}")
-        tokens, first = self._tokens + 1, self._logits is None
+        tokens = self._tokens + 1
         self._ids.copy_(ids)
         self._position.fill_(tokens - 1)
         step.lengths.fill_(tokens)
+        if step.starts is not None:
+            self._position.sub_(step.starts[:, None])
+            step.lengths.sub_(step.starts)
         self._finish_blocks(tokens)
         if self._graph is not None:
             self._graph.replay()
-        elif first or not self.records:
+        elif self._logits is None or not self.records:
             # Kernels are compiled, and what cannot be served shows.
             self._logits = self._forward()
         else:
             self._record()
             self._graph.replay()
-        meters = density_meters(self.attachment)
-        for meter in meters:
-            for index, counts in step.counts.items():
-                state = self._states[index]
-                meter.decode.add(index, state.heads, counts.clone(), tokens, step.keys[index].gate.config.block_k)
-        for index in self._dense:
-            count_all(meters, step.running, self._states[index], tokens, ids.device)
+        self._count(tokens)
         self._tokens = tokens
         return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=self._cache)
+
+    def _count(self, tokens: int) -> None:
+        """Tells those who count what was read of so many tokens of the cache."""
+        step, meters, rows = self._step, density_meters(self.attachment), {}
+        if not meters:
+            return
+        for row, start in enumerate(self._starts):
+            rows.setdefault(tokens - start, []).append(row)
+        for own, some in rows.items():
+            for index, counts in step.counts.items():
+                block_k, heads = step.keys[index].gate.config.block_k, self._states[index].heads
+                found = counts.clone() if len(some) == len(counts) else counts[some]
+                for meter in meters:
+                    meter.decode.add(index, heads, found, own, block_k)
+            for index in self._dense:
+                for _ in some if step.starts is not None else some[:1]:
+                    count_all(meters, step.running, self._states[index], own, self._ids.device)
 
     def _record(self) -> None:
         """Records a step; nothing of it is computed.
@@ -255,14 +270,41 @@ class DecodeGraph:
         """Gate keys of the blocks that tokens before this one have finished; in most steps there are none."""
         tables: dict[Any, tuple[Tensor, Tensor]] = {}
         for index, keys in self._step.keys.items():
-            if keys.blocks < (tokens - 1) // keys.gate.config.block_k:
-                keys.fill(self._cache.layers[index].keys, _context(self._states[index], tables), tokens)
+            held, context = keys.keys, partial(_context, self._states[index], tables)
+            keys.fill(self._cache.layers[index].keys, context, tokens)
+            if keys.keys is not held:
+                # What was recorded reads others. The next step runs by hand, as its kernels are other ones, too.
+                self._graph = self._logits = None
 
     def _take_back(self, cache: Any) -> None:
         """What layers before the one that refused have written is written again."""
         if self._step is not None and cache is self._cache:
             for layer in cache.layers:
                 layer.cumulative_length.fill_(self._tokens)
+
+
+def _starts(position: Tensor | None, mask: Any, batch: int, tokens: int) -> list[int]:
+    """Where the keys of each sequence begin behind so many tokens of the cache; the host waits here, once.
+
+    Raises:
+        Unservable: it is not padding on the left that tells sequences apart.
+    """
+    shown = None
+    if isinstance(mask, Tensor) and mask.ndim in (2, 4):
+        shown = mask if mask.ndim == 2 else mask[:, 0, -1]
+        hidden = torch.finfo(shown.dtype).min / 2 if shown.is_floating_point() and mask.ndim == 4 else None
+        shown = (shown.bool() if hidden is None else shown > hidden)[:, : tokens + 1].expand(batch, -1).cpu()
+    if position is None:
+        found = [0] * batch if shown is None else (tokens + 1 - shown.sum(1)).tolist()
+    elif position.ndim != 2 or position.shape[1] != 1:
+        raise Unservable(f"steps must have one position a sequence, got position_ids {list(position.shape)}")
+    else:
+        found = (tokens - position[:, 0]).expand(batch).tolist()
+    first = torch.tensor(found)[:, None]
+    is_padding = shown is not None and bool((shown == (torch.arange(shown.shape[1]) >= first)).all())
+    if not (is_padding and min(found) >= 0) and (any(found) or shown is not None):
+        raise Unservable("sequences must be told apart by padding on the left alone")
+    return found
 
 
 def _context(state: LayerState, tables: dict[Any, tuple[Tensor, Tensor]]) -> AttentionContext:

@@ -8,6 +8,7 @@ steps, by the code of every other block.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,43 +42,60 @@ class GateKeys:
 
     Attributes:
         gate: whose they are.
-        keys: ``[B, h, W, DG]``.
-        blocks: of every sequence that are there.
+        keys: ``[B, h, W, DG]``, from the first key of each sequence on.
+        starts: where the keys of each sequence begin in the cache.
+        blocks: of each sequence that are there.
     """
 
     gate: AttnGate
     keys: Tensor
-    blocks: int = 0
+    starts: Sequence[int]
+    blocks: list[int]
 
     @classmethod
-    def of(cls, decoder: GateDecoder, batch: int, room: int, device: torch.device) -> GateKeys:
+    def of(cls, decoder: GateDecoder, starts: Sequence[int], room: int, device: torch.device) -> GateKeys:
         """Room for the gate keys of ``room`` tokens."""
         heads = decoder.gate.k_weight.shape[0]
-        shape = (batch, heads, decoder.finished_windows(room), decoder.gate.gate_dim)
-        return cls(decoder.gate, torch.zeros(shape, dtype=KEY_DTYPE, device=device))
+        shape = (len(starts), heads, decoder.finished_windows(room), decoder.gate.gate_dim)
+        return cls(decoder.gate, torch.zeros(shape, dtype=KEY_DTYPE, device=device), starts, [0] * len(starts))
 
-    def fill(self, k: Tensor, context: AttentionContext, tokens: int) -> None:
-        """Adds those of blocks that are finished before the last of so many tokens.
+    def fill(self, k: Tensor, context: Callable[[], AttentionContext], tokens: int) -> None:
+        """Adds those of blocks that are finished before the last of so many tokens of the cache.
 
         Args:
             k: post-RoPE keys ``[B, HKV, S, D]``, at least ``tokens`` of them.
-            context: knows how they were rotated.
-            tokens: of every sequence.
+            context: gives what knows how they were rotated.
+            tokens: of the cache, padding included.
         """
-        config, blocks = self.gate.config, (tokens - 1) // self.gate.config.block_k
-        begin, end = self.blocks * config.block_k, blocks * config.block_k
-        if begin == end:
-            return
-        rows = max(1, AT_ONCE // (end - begin))
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for row, (start, known) in enumerate(zip(self.starts, self.blocks)):
+            blocks = (tokens - start - 1) // self.gate.config.block_k
+            if known < blocks:
+                groups.setdefault((start, known, blocks), []).append(row)
+        for (start, known, blocks), rows in groups.items():
+            self._add(k[:, :, start:], context(), rows, known, blocks)
+
+    def _add(self, k: Tensor, context: AttentionContext, rows: list[int], known: int, blocks: int) -> None:
+        """Those of some rows whose keys ``k`` begin at once, from block ``known`` to block ``blocks``."""
+        config = self.gate.config
+        begin, end = known * config.block_k, blocks * config.block_k
         windows = slice(begin // config.k_size, end // config.k_size)
-        for row in range(0, k.shape[0], rows):
-            part = pooled_keys(self.gate, k[row : row + rows, :, begin:end], context, begin, "reference")
-            made = self.gate.gate_keys(part)
-            # Asked once, of the prompt: what follows is not sixteen times as large.
-            if not self.blocks and bool(made.abs().amax() > LARGEST):
+        most = max(1, AT_ONCE // (end - begin))
+        for first in range(0, len(rows), most):
+            part = _slice_if_adjacent(rows[first : first + most])
+            pooled = pooled_keys(self.gate, k[part, :, begin:end], context, begin, "reference")
+            made = self.gate.gate_keys(pooled)
+            # Asked once, of the first blocks: what follows is not sixteen times as large.
+            if not known and bool(made.abs().amax() > LARGEST):
                 self.keys = self.keys.float()
-            self.keys[row : row + rows, :, windows] = made.to(self.keys.dtype)
-        self.blocks = blocks
+            self.keys[part, :, windows] = made.to(self.keys.dtype)
+        for row in rows:
+            self.blocks[row] = blocks
+
+
+def _slice_if_adjacent(rows: list[int]) -> slice | list[int]:
+    """Ascending rows, so that those that lie together are not copied."""
+    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else rows
 
 
 @dataclass(eq=False)
@@ -88,6 +106,7 @@ class FixedStep:
         running: what they run.
         room: tokens that the cache has room for.
         lengths: int32 ``[B]``, keys of every sequence, that of the new token included.
+        starts: int32 ``[B]``, where they begin in the cache; None where there is no padding.
         keys: gate keys, by layer; layers without them attend to all keys.
         counts: blocks that were chosen in the last step, ``[B, HKV]`` by layer.
     """
@@ -95,6 +114,7 @@ class FixedStep:
     running: Running
     room: int
     lengths: Tensor
+    starts: Tensor | None
     keys: dict[int, GateKeys]
     counts: dict[int, Tensor] = field(default_factory=dict)
 
@@ -123,6 +143,7 @@ class FixedStep:
             self.counts[layer] = blocks.counts
         call = {
             "lengths": self.lengths,
+            "starts": self.starts,
             "blocks": blocks,
             "impl": decode_impl(self.running),
             **logits_of(query, kwargs),

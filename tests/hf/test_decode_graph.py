@@ -132,6 +132,31 @@ def test_a_module_that_was_compiled_before_stays_so_and_no_other_does() -> None:
     assert model[1]._compiled_call_impl is None and model[0]._compiled_call_impl is own
 
 
+@pytest.mark.parametrize("policy", [FEW, TopK(density=0.3), None], ids=["budget", "share", "dense"])
+def test_padded_batches_are_those_of_steps_by_the_host(policy, no_refusal) -> None:
+    """Rows finish their blocks in steps of their own, one has no block before its 25th token, two begin together."""
+    gated, asked = model(decode_policy=policy), prompts(250, 7, 201, 201)
+    counted = []
+    for run in (by_graph, by_hand):
+        with seerattn.record_density(gated) as meter:
+            counted.append((run(gated, asked), meter.decode.layers and meter.decode.mean()))
+    equal(counted[0][0], counted[1][0])
+    assert counted[0][1] == pytest.approx(counted[1][1], rel=1e-9)
+    for row, length in enumerate((250, 7, 201, 201)):
+        alone = by_graph(gated, prompts(length))
+        assert torch.equal(alone[0][0], counted[0][0][0][row])
+
+
+def test_layers_of_padded_batches_that_auto_decodes_dense_are_counted_by_row(
+    monkeypatch: pytest.MonkeyPatch, no_refusal
+) -> None:
+    monkeypatch.setattr("seerattn.hf.dense_steps.prefer_dense_decode", lambda **_: True)
+    gated, plain = model(impl="auto"), tiny_model("llama", torch.float32).eval()
+    with seerattn.record_density(gated) as meter:
+        equal(by_graph(gated, prompts(250, 130)), answer(plain, prompts(250, 130)))
+    assert meter.decode.mean() == 1.0
+
+
 @pytest.mark.parametrize("share", ["query_head", "kv_group"])
 @pytest.mark.parametrize("pooling", [("avg",), ("max", "min")])
 def test_gates_of_other_forms_do_so_too(share: str, pooling, no_refusal) -> None:
@@ -188,6 +213,36 @@ def test_gate_keys_are_kept_in_16_bits_unless_they_are_too_large(monkeypatch: py
     assert set(held) == {torch.float32}
 
 
+def test_gate_keys_that_prove_too_large_after_a_step_was_recorded_are_recorded_anew(
+    monkeypatch: pytest.MonkeyPatch, no_refusal
+) -> None:
+    """A prompt shorter than a block has no gate keys yet."""
+    monkeypatch.setattr(fixed_step, "KEY_DTYPE", torch.float16)
+    in_fp32 = lambda gate_q, gate_k, rule, **sizes: written_out(gate_q, gate_k.float(), rule, **sizes)  # noqa: E731
+    monkeypatch.setattr(triton_one, "select_blocks", in_fp32)
+    recorded: list[torch.dtype] = []
+
+    class Record:
+        def __init__(self, steps: DecodeGraph) -> None:
+            self.steps, self.keys = steps, [one.keys for one in steps._step.keys.values()]
+
+        def replay(self) -> None:
+            assert all(a is b.keys for a, b in zip(self.keys, self.steps._step.keys.values()))
+            self.steps._logits = self.steps._forward()
+
+    def record(steps: DecodeGraph) -> None:
+        steps._graph = Record(steps)
+        recorded.append(steps._graph.keys[0].dtype)
+
+    monkeypatch.setattr(DecodeGraph, "_record", record)
+    gated = model()
+    by_graph(gated, prompts(20), records=True)
+    assert recorded == [torch.float16]
+    monkeypatch.setattr(fixed_step, "LARGEST", 0.0)
+    equal(by_graph(gated, prompts(20), records=True), by_hand(gated, prompts(20)))
+    assert recorded == [torch.float16, torch.float16, torch.float32]
+
+
 def test_counted_densities_are_those_of_steps_by_the_host(no_refusal) -> None:
     gated = model(decode_policy=TopK(density=0.3))
     counted = []
@@ -222,7 +277,6 @@ def test_a_turn_after_a_graph_finds_the_cache_as_it_is(no_refusal) -> None:
 @pytest.mark.parametrize(
     ("name", "policy", "lengths", "reason"),
     [
-        ("llama", FEW, (100, 250), "no padding"),
         ("llama", TopP(p=0.9), (250,), "the kernel of single tokens does not have"),
         ("gemma3", FEW, (250,), "without windows"),
     ],
@@ -236,6 +290,15 @@ def test_what_a_graph_cannot_repeat_runs_without_one_and_says_so(
         found = by_graph(gated, prompts(*lengths))
     assert reason in caplog.text
     equal(found, by_hand(gated, prompts(*lengths)))
+
+
+def test_tokens_that_are_hidden_among_others_are_no_padding(caplog: pytest.LogCaptureFixture) -> None:
+    gated, asked = model(), prompts(250, 201)
+    asked["attention_mask"][0, 100:110] = 0
+    with caplog.at_level(logging.WARNING):
+        found = by_graph(gated, asked)
+    assert "padding on the left alone" in caplog.text
+    equal(found, by_hand(gated, asked))
 
 
 def test_a_forward_that_cannot_be_recorded_goes_on_by_the_host(caplog: pytest.LogCaptureFixture) -> None:

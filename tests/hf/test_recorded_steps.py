@@ -21,17 +21,18 @@ def test_models_whose_steps_are_recorded_are_known_beforehand() -> None:
         assert decode_graph.fits_graphs(model(name, policy).cuda()) is expected, (name, policy)
 
 
+@pytest.mark.parametrize("lengths", [(250, 250), (250, 131)], ids=["alike", "padded"])
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(
     "policy", [TokenBudget(tokens=3 * BLOCK), TopK(density=0.3), None], ids=["budget", "share", "dense"]
 )
 def test_recorded_steps_are_those_that_run(
-    policy, compile: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    policy, compile: bool, lengths, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     decode_graph._tell.cache_clear()
     monkeypatch.setattr(fixed_step, "KEY_DTYPE", torch.float32)
     gated = model(decode_policy=policy).to("cuda")
-    asked = {name: x.cuda() for name, x in prompts(250, 250).items()}
+    asked = {name: x.cuda() for name, x in prompts(*lengths).items()}
     with seerattn.decode_graphs(gated, compile=compile):
         found = answer(gated, asked)
     assert "without a CUDA graph" not in caplog.text
