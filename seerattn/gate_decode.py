@@ -127,7 +127,7 @@ class GateDecoder(PolicyDecoder):
 
     def serves_many(self, device: torch.device, tokens: int) -> bool:
         """Whether `select_many` serves sequences of up to so many tokens: where the kernel chooses for one as well."""
-        return self._fused(device, self.finished_windows(tokens))
+        return self._runs_fused(device, self.finished_windows(tokens), tells=False)
 
     def finished_windows(self, tokens: int) -> int:
         """Gate keys of the blocks before that of the last of so many tokens."""
@@ -163,15 +163,11 @@ class GateDecoder(PolicyDecoder):
     def _rule(self) -> TokenRule | None:
         return token_rule(self.gate, self.policy)
 
-    def _fused(self, device: torch.device, windows: int) -> bool:
-        """Whether the kernel serves a call."""
-        return implementation("decode_select", self.impl, device, windows, self._rule, reference=modules) is not modules
-
-    def _runs_fused(self, device: torch.device, windows: int) -> bool:
-        """Whether the kernel runs in a call; where "auto" leaves a GPU to the modules, it warns with the reason."""
-        if self._fused(device, windows):
+    def _runs_fused(self, device: torch.device, windows: int, *, tells: bool = True) -> bool:
+        """Whether the kernel serves a call; where "auto" leaves a GPU to the modules, it warns with the reason."""
+        if implementation("decode_select", self.impl, device, windows, self._rule, reference=modules) is not modules:
             return True
-        if self.impl == "auto" and device.type == "cuda":
+        if tells and self.impl == "auto" and device.type == "cuda":
             _warn_of_modules(refusal("decode_select", "triton", device, windows, self._rule))
         return False
 

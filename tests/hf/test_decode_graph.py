@@ -66,7 +66,7 @@ def answer(gated: nn.Module, asked: dict[str, Tensor], **options) -> tuple[Tenso
 
 def by_hand(gated: nn.Module, asked: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
     """Without a graph, by the torch modules."""
-    with mock.patch.object(GateDecoder, "_runs_fused", lambda *_: False):
+    with mock.patch.object(GateDecoder, "_runs_fused", lambda *_, **__: False):
         return answer(gated, asked, **options)
 
 

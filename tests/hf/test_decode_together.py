@@ -44,7 +44,7 @@ def fused_choices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def alone(gated: nn.Module, prompt: list[int], new: int = NEW) -> list[int]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GateDecoder, "_runs_fused", lambda *_: False)
+        patch.setattr(GateDecoder, "_runs_fused", lambda *_, **__: False)
         return generated(gated, prompt, new)
 
 
@@ -136,7 +136,7 @@ def test_lists_are_those_that_each_row_gets_by_itself(few, monkeypatch: pytest.M
             if way != "together":
                 patch.setattr(paged, "decode_together", lambda *_: [])
             if way == "modules":
-                patch.setattr(GateDecoder, "_runs_fused", lambda *_: False)
+                patch.setattr(GateDecoder, "_runs_fused", lambda *_, **__: False)
             answers = run(gated, asked, new)
             assert bool(calls.read) == (way == "together") != bool(calls.alone)
             found.append((answers, sorted(calls.lists)))
@@ -305,7 +305,7 @@ def test_requests_that_make_room_for_others_are_decoded_as_if_they_had_not(monke
     for is_alone in (True, False):
         with monkeypatch.context() as patch:
             if is_alone:
-                patch.setattr(GateDecoder, "_runs_fused", lambda *_: False)
+                patch.setattr(GateDecoder, "_runs_fused", lambda *_, **__: False)
             found.append(run(gated, asked, 60, num_blocks=18, allow_block_sharing=False, max_batch_tokens=128))
     assert found[0] == found[1]
 
@@ -330,7 +330,7 @@ def test_a_text_too_long_for_the_kernel_leaves_the_others_to_it(monkeypatch: pyt
     monkeypatch.setattr(state, "GateDecoder", partial(GateDecoder, impl="auto"))
     # As on a GPU, for texts of up to eight blocks.
     monkeypatch.setattr(
-        GateDecoder, "_runs_fused", lambda self, device, windows: windows // self.gate.config.key_subblocks < 8
+        GateDecoder, "_runs_fused", lambda self, device, windows, **_: windows // self.gate.config.key_subblocks < 8
     )
     gated, asked = model(), prompts((130, 300, 200))
     expected = [alone(gated, prompt, 4) for prompt in asked]
