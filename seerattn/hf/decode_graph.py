@@ -273,7 +273,7 @@ class DecodeGraph:
             held, context = keys.keys, partial(_context, self._states[index], tables)
             keys.fill(self._cache.layers[index].keys, context, tokens)
             if keys.keys is not held:
-                # What was recorded reads others. The next step runs by hand, as its kernels are other ones, too.
+                # What was recorded reads others. This step runs by hand, as its kernels are other ones, too.
                 self._graph = self._logits = None
 
     def _take_back(self, cache: Any) -> None:
@@ -300,9 +300,11 @@ def _starts(position: Tensor | None, mask: Any, batch: int, tokens: int) -> list
         raise Unservable(f"steps must have one position a sequence, got position_ids {list(position.shape)}")
     else:
         found = (tokens - position[:, 0]).expand(batch).tolist()
-    first = torch.tensor(found)[:, None]
-    is_padding = shown is not None and bool((shown == (torch.arange(shown.shape[1]) >= first)).all())
-    if not (is_padding and min(found) >= 0) and (any(found) or shown is not None):
+    if shown is None:
+        is_padding = not any(found)
+    else:
+        is_padding = bool((shown == (torch.arange(shown.shape[1]) >= torch.tensor(found)[:, None])).all())
+    if not is_padding or min(found) < 0:
         raise Unservable("sequences must be told apart by padding on the left alone")
     return found
 

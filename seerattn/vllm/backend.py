@@ -317,7 +317,7 @@ class GatedBuilder:
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
         """Graphs of decode steps alone, where gates are asked for: a graph would leave out how a prompt is read.
 
-        With a decode policy none: it would leave out how an answer is read, too.
+        With a decode policy that is used none: it would leave out how an answer is read, too.
         """
         from vllm.v1.attention.backend import AttentionCGSupport
 
@@ -367,10 +367,9 @@ class GatedBuilder:
     def _decode(self, request: Request, row: Row) -> Asked | None:
         """The tokens of an answer that choose their keys; with "auto" its first ones may be decoded dense."""
         policy, block_k = self._gated[0].gate.decode_policy, self._gated[0].gate.form.block_k
-        whole, tokens, place = 0, row.end - row.begin, (self._shape, self.device)
-        while self._options.impl == "auto" and whole < tokens:
-            if not decodes_dense(policy, block_k, row.start + whole + 1, *place):
-                break
+        is_dense = partial(decodes_dense, policy, block_k, shape=self._shape, device=self.device)
+        whole, tokens = 0, row.end - row.begin
+        while self._options.impl == "auto" and whole < tokens and is_dense(keys=row.start + whole + 1):
             whole += 1
         counted = density.of_request(request.name, request.prompt, layers=len(self._gated), log=self._options.log)
         seen = counted.decode(row.start, row.keys, whole, block_k)
