@@ -9,7 +9,7 @@ from seerattn.eval.choice import DENSE, Choice
 from seerattn.eval.experiment import Experiment
 from seerattn.eval.run import Runner
 from seerattn.eval.tasks import retrieval
-from seerattn.eval.tasks.retrieval import DecodingJob, Needle, answers, decoded_answer, read_document
+from seerattn.eval.tasks.retrieval import DecodingJob, Needle, answers, decoded_answers, read_documents
 from seerattn.methods.gate import Gate
 from seerattn.methods.oracle import Oracle
 from seerattn.methods.quest import Quest
@@ -38,9 +38,9 @@ def test_what_is_decoded_densely_is_answered_as_in_one_call(model, job: Decoding
         start, stop = document.questions[-1], document.answers[-1][0]
         text = "".join(chr(32 + (i - 3) % 94) for i in document.input_ids[start:stop])
         assert text.startswith(" What is the value of") and text.endswith(" is")
-        cache = read_document(model.model, document)
+        cache = read_documents(model.model, [document])
         assert cache.get_seq_length() == start
-        found = decoded_answer(model.model, document, cache)
+        (found,) = decoded_answers(model.model, [document], cache)
         assert found[::2] == expected[::2] and found.log_prob == pytest.approx(expected.log_prob, abs=1e-4)
 
 
@@ -63,11 +63,27 @@ def test_every_way_of_decoding_is_measured_at_its_tokens_beside_dense(model, job
     assert again == rows
 
 
+def test_documents_that_are_decoded_together_answer_as_each_alone(model, gate_folders) -> None:
+    cell = Needle("key_value", 600, None, 9, pairs=2)
+    documents = cell.documents(Characters(), HAYSTACKS, 1)
+    job = DecodingJob("key_value", "t", 600, [[1] * 600], needles={cell: documents}, decode_tokens=(128,))
+    choices = [choice(method, 128, model) for method in (Quest(), Streaming(), Gate(gates=gate_folders[0]))]
+    places = {(document.questions[-1], document.answers[-1]) for document in documents}
+    assert 1 < len(places) < 9
+    alone, together = (job.measure(model, choices, ResultsFile(None), batch=batch) for batch in (1, 5))
+    for one, other in zip(alone, together, strict=True):
+        assert (one.key, one.n, one.realised_density) == (other.key, other.n, pytest.approx(other.realised_density))
+        if one.what == "accuracy":
+            assert one.sampled("correct") == other.sampled("correct")
+            assert one.sampled("depth") == other.sampled("depth")
+            assert one.sampled("log_prob") == pytest.approx(other.sampled("log_prob"), abs=1e-4)
+
+
 def test_finished_cells_are_not_decoded_again(model, job, monkeypatch) -> None:
     output = ResultsFile(None)
     first = job.measure(model, [choice(Streaming(), 128)], output)
     asked = []
-    monkeypatch.setattr(retrieval, "decoded_answer", lambda *args: asked.append(1) or decoded_answer(*args))
+    monkeypatch.setattr(retrieval, "decoded_answers", lambda *args: asked.extend(args[1]) or decoded_answers(*args))
     assert job.measure(model, [choice(Streaming(), 128)], output) == first and not asked
     job.measure(model, [choice(Streaming(), 128), choice(Quest(), 128)], output)
     assert len(asked) == 3
@@ -104,5 +120,5 @@ def test_torch_counts_writes_while_documents_are_decoded(model, job) -> None:
     """In inference mode it does not, and every step would compare the keys of its cache."""
     document = job.needles[CELL][0]
     with torch.inference_mode(False):
-        cache = read_document(model.model, document)
+        cache = read_documents(model.model, [document])
     assert not cache.layers[0].keys.is_inference()

@@ -177,32 +177,36 @@ def answers(
 
 
 @torch.no_grad()  # not inference_mode, in which the keys of a cache would be compared in every step
-def decoded_answer(model: PreTrainedModel, document: RetrievalDocument, cache: DynamicCache) -> Answer:
-    """How a model answers the last question of a document if question and answer are read token by token.
+def decoded_answers(
+    model: PreTrainedModel, documents: Sequence[RetrievalDocument], cache: DynamicCache
+) -> list[Answer]:
+    """How a model answers the last question of each document if question and answer are read token by token.
 
     Args:
         model: a causal language model.
-        document: with a question at its end.
-        cache: holds what comes before the question, see `read_document`; what is read is added to it.
+        documents: with questions and answers at the same places, at their end.
+        cache: holds what comes before the questions, see `read_documents`; what is read is added to it.
     """
-    start, stop = document.answers[-1]
-    correct, log_prob = True, 0.0
-    for place in range(document.questions[-1], stop - 1):
-        token = torch.tensor([document.input_ids[place : place + 1]], device=model.device)
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits[0, -1].float()
-        if place + 1 >= start:
-            label = document.input_ids[place + 1]
-            correct &= int(logits.argmax()) == label
-            log_prob += float(logits.log_softmax(-1)[label])
-    return Answer(correct, log_prob, document.depths[-1])
+    begin, (start, stop) = documents[0].questions[-1], documents[0].answers[-1]
+    ids = torch.tensor([document.input_ids[begin:stop] for document in documents], device=model.device)
+    correct = torch.ones(len(documents), dtype=torch.bool, device=model.device)
+    log_probs = torch.zeros(len(documents), dtype=torch.float64, device=model.device)
+    for place in range(stop - 1 - begin):
+        logits = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1].float()
+        if begin + place + 1 >= start:
+            labels = ids[:, place + 1]
+            correct &= logits.argmax(-1) == labels
+            log_probs += logits.log_softmax(-1).gather(1, labels[:, None])[:, 0].double()
+    depths = [document.depths[-1] for document in documents]
+    return list(map(Answer, correct.tolist(), log_probs.tolist(), depths))
 
 
 @torch.no_grad()
-def read_document(model: PreTrainedModel, document: RetrievalDocument) -> DynamicCache:
-    """A cache with what comes before the last question of a document, read in one call."""
+def read_documents(model: PreTrainedModel, documents: Sequence[RetrievalDocument]) -> DynamicCache:
+    """A cache with what comes before the last questions of documents, which is equally long, read in one call."""
     cache = DynamicCache(config=model.config)
-    ids = torch.tensor([document.input_ids[: document.questions[-1]]], device=model.device)
-    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    ids = [document.input_ids[: document.questions[-1]] for document in documents]
+    model.base_model(input_ids=torch.tensor(ids, device=model.device), past_key_values=cache, use_cache=True)
     return cache
 
 
@@ -284,7 +288,10 @@ class DecodingJob(RetrievalJob):
         batch: int = 1,
         progress: Progress | None = None,
     ) -> list[Result]:
-        """See `RetrievalJob.measure`; the dense model is measured as well. Documents run one by one."""
+        """See `RetrievalJob.measure`; the dense model is measured as well.
+
+        Documents run together whose questions and answers are at the same places.
+        """
         rows = []
         for needle, documents in self.needles.items():
             blanks = {choice: self._blank(model, choice, needle) for choice in (DENSE, *choices)}
@@ -292,7 +299,7 @@ class DecodingJob(RetrievalJob):
             watch = Stopwatch(model.device)
             label = f"{len(missing)} ways of decoding, {needle.task} at {needle.length}"
             advance = progress(label, len(documents)) if progress and missing else None
-            found = self._decoded(model, missing, documents, advance)
+            found = self._decoded(model, missing, documents, batch, advance)
             seconds = watch.seconds()
             for choice in missing:
                 given, densities = zip(*found[choice])
@@ -310,24 +317,35 @@ class DecodingJob(RetrievalJob):
         model: EvalModel,
         choices: Sequence[Choice],
         documents: Sequence[RetrievalDocument],
+        batch: int,
         advance: Callable[[int], None] | None,
     ) -> dict[Choice, list[tuple[Answer, float]]]:
-        """Answers of each choice, with the density of their steps."""
-        found: dict[Choice, list[tuple[Answer, float]]] = {choice: [] for choice in choices}
-        for document in documents if choices else ():
+        """Answers of each choice in the order of the documents, with the density of their steps."""
+        found: dict[Choice, dict[int, tuple[Answer, float]]] = {choice: {} for choice in choices}
+        for numbers in _at_the_same_places(documents, batch) if choices else ():
+            group = [documents[number] for number in numbers]
             with model.untouched() as run:
-                cache = read_document(run.model, document)
+                cache = read_documents(run.model, group)
             for choice in choices:
                 with choice.on(model) as run:
-                    answer = decoded_answer(run.model, document, copy.deepcopy(cache))
-                    found[choice].append((answer, run.decode_density()))
+                    given = decoded_answers(run.model, group, copy.deepcopy(cache))
+                    density = run.decode_density()
+                found[choice] |= {number: (answer, density) for number, answer in zip(numbers, given)}
             if advance is not None:
-                advance(1)
-        return found
+                advance(len(group))
+        return {choice: [of[number] for number in sorted(of)] for choice, of in found.items()}
 
     def _blank(self, model: EvalModel, choice: Choice, needle: Needle) -> Result:
         blank = super()._blank(model, choice, needle)
         return replace(blank, cell=blank.cell | {"phase": "decode"})
+
+
+def _at_the_same_places(documents: Sequence[RetrievalDocument], batch: int) -> list[list[int]]:
+    """Numbers of documents that can be decoded together, so many at a time."""
+    alike: dict[tuple[int, tuple[int, int]], list[int]] = {}
+    for number, document in enumerate(documents):
+        alike.setdefault((document.questions[-1], document.answers[-1]), []).append(number)
+    return [of[begin : begin + batch] for of in alike.values() for begin in range(0, len(of), batch)]
 
 
 def _filled(blank: Result, given: Sequence[Answer], density: float | None) -> Result:
