@@ -234,6 +234,31 @@ def decoding(results: list[Result]) -> list[Table]:
     return report("Attention of one token")([r for r in results if shown(r)])
 
 
+def decoded_pass_keys(results: list[Result]) -> list[Table]:
+    """Shares of pass keys that are found, by context and tokens read, side by side; dense ones read all."""
+    heads, cells = [], {}
+    for table in report("Retrieval: .*, passkey")(results):
+        context = table.title.split()[1]
+        heads += [f"{context}, {column.name}" for column in table.columns if column.name in ("512", "256")]
+        places = [i for i, column in enumerate(table.columns) if column.name in ("512", "256")]
+        for line in table.lines:
+            shown = [line.cells[0]] * len(places) if line.name == "dense" else [line.cells[i] for i in places]
+            cells.setdefault(line.name, []).extend(replace(cell, more="") for cell in shown)
+    return [plain("", ["tokens of the prompt, and read", *heads], [[name, *of] for name, of in cells.items()])]
+
+
+def tasks_in_short(results: list[Result]) -> list[Table]:
+    """Means over all tasks and lengths at each density, of the systems that have done all of them."""
+    densities, cells = [], {}
+    for table in report("Right answers beside dense")(results):
+        densities.append(table.title.split()[-1])
+        for line in table.lines:
+            if line.cells[-1] is not None and line.name != "dense":
+                cells.setdefault(line.name, {})[densities[-1]] = line.cells[-1]
+    body = [[name, *(of.get(density, Cell("")) for density in densities)] for name, of in cells.items()]
+    return [plain("", ["mean of all tasks", *densities], body)]
+
+
 def choosing_for_tokens(results: list[Result]) -> list[Table]:
     """Choice of the blocks of one token, by the kernel alone."""
     shown = [r for r in results if r.what == "decode_select_ms" and r.cell["impl"] == "triton"]
@@ -328,6 +353,7 @@ TABLES = {
     "smollm2-methods": Drawn(["smollm2-methods"], report("Perplexity: books-test", "Perplexity: proofs-test")),
     "gemma3-methods": Drawn(["gemma3-methods"], report("Perplexity: books-test")),
     "smollm2-tasks-likely": Drawn(["smollm2-tasks"], report("Right answers beside dense")),
+    "smollm2-tasks-in-short": Drawn(["smollm2-tasks"], tasks_in_short),
     "smollm2-tasks-first": Drawn(["smollm2-tasks"], report("First choices beside dense")),
     "gemma3-tasks-likely": Drawn(["gemma3-tasks"], report("Right answers beside dense")),
     "gemma3-tasks-first": Drawn(["gemma3-tasks"], report("First choices beside dense")),
@@ -376,7 +402,9 @@ TABLES = {
     "methods-gap": Drawn(COMPARED, report(GAP, kind="Learned")),
     "decode-retrieval": Drawn(["reference-decode"], report("Retrieval")),
     "decode-smollm2": Drawn(["smollm2-decode"], report("Retrieval", "Likelihood of answers")),
+    "decode-smollm2-outputs": Drawn(["smollm2-decode"], report("Long outputs")),
     "decode-gemma3": Drawn(["gemma3-decode"], report("Retrieval", "Likelihood of answers")),
+    "decode-gemma3-in-short": Drawn(["gemma3-decode"], decoded_pass_keys),
     "decode-continuation": Drawn(["reference-continuation"], report("Long outputs")),
     "methods-retrieval": Drawn(COMPARED, report("Retrieval", "Pass keys")),
     "methods-recall": Drawn(["compare-recall"], report("Recall")),

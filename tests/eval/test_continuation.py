@@ -236,6 +236,21 @@ def test_an_experiment_measures_long_outputs(model, tmp_path: Path) -> None:
     (_, other) = sorted(tables.tables([*rows, *asked]), key=lambda table: "instruction" in table.title)
     assert other.title.endswith("tiny, answers to an instruction, greedy") and "“go on”" in other.notes[1]
     assert "2 prompts, at most 6 tokens" in table.notes[0] and table.lines[1].cells[3].error
+    assert len(table.notes) == 1
+
+
+def test_a_table_says_where_methods_were_given_texts_of_different_runs(model, job) -> None:
+    rows = job.measure(model, [choice(Quest(), 128), choice(Streaming(), 128)], ResultsFile(None))
+    (table,) = tables.tables(rows)
+    assert not any("each run drew a text of its own" in note for note in table.notes)
+    other = [
+        replace(r, samples=r.samples | {"dense_losses": [loss + 1 for loss in r.samples["dense_losses"]]})
+        if r.method == "quest" and "dense_losses" in r.samples
+        else r
+        for r in rows
+    ]
+    (table,) = tables.tables(other)
+    assert any("each run drew a text of its own" in note for note in table.notes)
 
 
 def test_an_instruction_stands_after_the_text_in_the_chat_template(model, documents, monkeypatch) -> None:
