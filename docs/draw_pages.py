@@ -28,7 +28,7 @@ from seerattn.report import write_report
 from seerattn.report.render.markdown import heading, render_table
 
 PAGES = ("README.md", "docs/results.md", "docs/targets.md", "docs/comparison.md", "docs/speed.md", "docs/finetuning.md")
-PAGES += ("docs/ablation.md", "docs/tasks.md", "docs/howto/decode.md")
+PAGES += ("docs/ablation.md", "docs/tasks.md", "docs/decoding.md", "docs/howto/decode.md")
 _BLOCK = re.compile(r"(?<=<!-- drawn: )([\w-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
