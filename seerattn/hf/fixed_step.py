@@ -45,12 +45,14 @@ class GateKeys:
         keys: ``[B, h, W, DG]``, from the first key of each sequence on.
         starts: where the keys of each sequence begin in the cache.
         blocks: of each sequence that are there.
+        due: tokens of the cache with which the next block of a sequence is finished.
     """
 
     gate: AttnGate
     keys: Tensor
     starts: Sequence[int]
     blocks: list[int]
+    due: int = 0
 
     @classmethod
     def of(cls, decoder: GateDecoder, starts: Sequence[int], room: int, device: torch.device) -> GateKeys:
@@ -67,6 +69,9 @@ class GateKeys:
             context: gives what knows how they were rotated.
             tokens: of the cache, padding included.
         """
+        # In most steps no sequence has finished one, and each layer asks.
+        if tokens < self.due:
+            return
         groups: dict[tuple[int, int, int], list[int]] = {}
         for row, (start, known) in enumerate(zip(self.starts, self.blocks)):
             blocks = (tokens - start - 1) // self.gate.config.block_k
@@ -74,6 +79,8 @@ class GateKeys:
                 groups.setdefault((start, known, blocks), []).append(row)
         for (start, known, blocks), rows in groups.items():
             self._add(k[:, :, start:], context(), rows, known, blocks)
+        ends = (start + (known + 1) * self.gate.config.block_k for start, known in zip(self.starts, self.blocks))
+        self.due = 1 + min(ends)
 
     def _add(self, k: Tensor, context: AttentionContext, rows: list[int], known: int, blocks: int) -> None:
         """Those of some rows whose keys ``k`` begin at once, from block ``known`` to block ``blocks``."""
