@@ -3,7 +3,7 @@
     python research/kernels/decode_step.py --context 32768 --batch 24 --form default-group --density 0.1
     python research/kernels/decode_step.py --context 131072 --batch 1 --density 1     # dense, by this library's kernel
     python research/kernels/decode_step.py --context 32768 --batch 24 --compile       # norms and MLPs by torch.compile
-    TRITON_INTERPRET=1 python research/kernels/decode_step.py --size tiny --context 512 --device cpu    # to the end
+    TRITON_INTERPRET=1 python research/kernels/decode_step.py --size tiny --context 99 --density 1 --device cpu  # here
 
 The model has the shape of Llama-3.1-8B, random weights, and few layers. Prints the times of kernels for one layer, what
 is outside of layers spread over them, and what the whole graph takes.
@@ -20,11 +20,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import seerattn
-from seerattn.bench.decode import static_cache
+from seerattn.bench.decode import decoded_tokens
 from seerattn.bench.model import SIZES, gate_form, random_model
-from seerattn.hf.decode_graph import DecodeGraph
-from seerattn.hf.identity import transformers_model
-from seerattn.hf.state import attachment_of
 from seerattn.selection import TopK
 
 # A graph is recorded at the second step.
@@ -47,33 +44,24 @@ def main() -> None:
     size = replace(SIZES[args.size], layers=min(args.layers, SIZES[args.size].layers))
     policy = None if args.density == 1 else TopK(density=args.density)
     model = seerattn.attach(random_model(size, device), gate_form(args.form), decode_policy=policy, impl="sparse")
-    inner = transformers_model(model)
-    cache = static_cache(inner, size, args.batch, args.context, WARM_UPS + 2 * STEPS + 1, device)
-    graph = DecodeGraph(inner, attachment_of(model), records=device.type == "cuda", compile=args.compile)
-    token = torch.full((args.batch, 1), 3, device=device)
-
-    def step() -> None:
-        graph(input_ids=token, past_key_values=cache, use_cache=True)
-        if graph.refused is not None and device.type == "cuda":
-            raise SystemExit(f"no graph: {graph.refused}")
-
-    with torch.no_grad():
-        for _ in range(WARM_UPS):
-            step()
-        if device.type != "cuda":
-            print("ran; times of kernels need a GPU")
-            return
-        torch.cuda.synchronize()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+    launch = "compiled" if args.compile else "graph"
+    steps = decoded_tokens(model, size, args.batch, args.context, WARM_UPS + 2 * STEPS + 1, device, launch)
+    for _ in range(WARM_UPS):
+        next(steps)
+    if device.type != "cuda":
+        print("ran; times of kernels need a GPU")
+        return
+    torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(STEPS):
+        next(steps)
+    end.record()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(STEPS):
-            step()
-        end.record()
+            next(steps)
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
-            for _ in range(STEPS):
-                step()
-            torch.cuda.synchronize()
     times: dict[str, list[float]] = defaultdict(list)
     for event in found.events():
         if event.device_type == DeviceType.CUDA:

@@ -89,6 +89,46 @@ def static_cache(
     return cache
 
 
+def decoded_tokens(
+    model: PreTrainedModel | PeftModel,
+    size: Size,
+    batch: int,
+    tokens: int,
+    more: int,
+    device: torch.device,
+    launch: str,
+) -> Iterator[Tensor]:
+    """Logits of one token after the other, behind a cache of random keys.
+
+    Args:
+        model: of that size, attached to unless the host launches steps.
+        size: its size.
+        batch: sequences.
+        tokens: behind which the first one is decoded.
+        more: tokens that there is room for.
+        device: where the model is.
+        launch: "host", or how a graph is made: "graph", or "compiled" with norms and MLPs by `torch.compile`.
+
+    Raises:
+        CheckFailed: steps that should be a graph are none.
+    """
+    cache: Cache
+    if launch != "host":
+        inner = transformers_model(model)
+        cache = static_cache(inner, size, batch, tokens, more, device)
+        on_gpu = device.type == "cuda"
+        forward = DecodeGraph(inner, attachment_of(model), records=on_gpu, compile=launch == "compiled")
+    else:
+        cache, forward = random_cache(size, batch, tokens, more, device), model
+    token = torch.full((batch, 1), 3, device=device)
+    while True:
+        with torch.no_grad():
+            logits = forward(input_ids=token, past_key_values=cache, use_cache=True).logits
+        if launch != "host" and forward.refused is not None:
+            raise CheckFailed(f"steps must be a graph, got none: {forward.refused}")
+        yield logits
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeBench(ModelBench):
     """Milliseconds of a decoded token ("decode_ms") of all sequences together, and "peak_memory_gib".
@@ -179,7 +219,9 @@ class _Steps(ModelRuns):
     ) -> dict[str, dict[str, Any]]:
         self.session.release()
         reset_peak(self.device)
-        walk = self._walk(model, tokens, batch, steps * (self.repeats + 1) + WARM_UPS, launch)
+        walk = decoded_tokens(
+            model, self.size, batch, tokens, steps * (self.repeats + 1) + WARM_UPS, self.device, launch
+        )
         with record_density(model) as meter:
             for _ in range(WARM_UPS):
                 next(walk)
@@ -193,29 +235,6 @@ class _Steps(ModelRuns):
         realised = meter.decode.mean() if meter.decode.layers else 1.0
         return self.fields({"decode_ms": median(seconds) * 1e3}, {"seconds": seconds}, realised_density=realised)
 
-    def _walk(
-        self, model: PreTrainedModel | PeftModel, tokens: int, batch: int, more: int, launch: str
-    ) -> Iterator[Tensor]:
-        """Logits of one token after the other, behind a cache of random keys.
-
-        Raises:
-            CheckFailed: steps that should be a graph are none.
-        """
-        cache: Cache
-        if launch != "host":
-            inner, on_gpu = transformers_model(model), self.device.type == "cuda"
-            cache = static_cache(inner, self.size, batch, tokens, more, self.device)
-            forward = DecodeGraph(inner, attachment_of(model), records=on_gpu, compile=launch == "compiled")
-        else:
-            cache, forward = random_cache(self.size, batch, tokens, more, self.device), model
-        token = torch.full((batch, 1), 3, device=self.device)
-        while True:
-            with torch.no_grad():
-                logits = forward(input_ids=token, past_key_values=cache, use_cache=True).logits
-            if launch != "host" and forward.refused is not None:
-                raise CheckFailed(f"steps must be a graph, got none: {forward.refused}")
-            yield logits
-
     def _check(self, form: str, policy: Policy | None, launch: str) -> None:
         """Holds steps that read all blocks against the unpatched model.
 
@@ -226,7 +245,10 @@ class _Steps(ModelRuns):
 
         def logits(model: PreTrainedModel | PeftModel, launch: str) -> Tensor:
             # The third step is the first one that a graph repeats.
-            return [x.double() for _, x in zip(range(3), self._walk(model, tokens, batch, 3, launch))][-1]
+            return [
+                x.double()
+                for _, x in zip(range(3), decoded_tokens(model, self.size, batch, tokens, 3, self.device, launch))
+            ][-1]
 
         def run() -> tuple[float, float]:
             expected = logits(self.model.plain(), "host")
