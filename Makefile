@@ -25,10 +25,12 @@ test-newest: .venv/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest -p no:cacheprovider --shard 1/2; own=$$?; \
 	wait $$other; other=$$?; cat $$log; rm -f $$log; exit $$((own + other))
 
-# The parts that touch transformers and PEFT, at the other end of the supported range.
+# The parts that touch transformers and PEFT, at the other end of the supported range, in two processes as well.
 test-oldest: .venv-oldest/.installed
 	@echo "== integration tests, oldest supported transformers =="
-	$(TEST_ENV) $(OLDEST)/python -m pytest tests/hf tests/invariants
+	@$(TEST_ENV) $(OLDEST)/python -m pytest -p no:cacheprovider tests/hf tests/invariants --shard 1/2 & first=$$!; \
+	$(TEST_ENV) $(OLDEST)/python -m pytest -p no:cacheprovider tests/hf tests/invariants --shard 2/2; second=$$?; \
+	wait $$first && exit $$second
 
 test-public: .venv/.installed
 	@echo "== a public model: SmolLM2-135M-Instruct =="
