@@ -288,8 +288,9 @@ def test_record_that_cannot_be_written_stops_the_run_and_none_is_lost(
     assert_same_result(log.parent, uninterrupted)
 
 
+# Imports take longer than these runs, so one process begins them all, each in a process of its own.
 HELD = """
-import os, signal, sys
+import json, os, signal, sys, traceback
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import test_run_folders as here
@@ -307,8 +308,18 @@ def die(function, number, after=True):
             os.kill(os.getpid(), signal.SIGKILL)
         return done
     return dying
-{patch}
-here.train(Path({folder!r}), Path({output!r}), here.SHORT, resume=True)
+ends = {{}}
+for name, (patch, _) in here.KILLS.items():
+    run = os.fork()
+    if run == 0:
+        try:
+            exec(patch)
+            here.train(Path({folder!r}), Path({output!r}) / name, here.SHORT, resume=True)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    ends[name] = os.waitstatus_to_exitcode(os.waitpid(run, 0)[1])
+print(json.dumps(ends))
 """
 # Where a run is killed, and the newest whole checkpoint that it leaves.
 KILLS = {
@@ -323,16 +334,24 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("name", KILLS)
-def test_run_that_is_killed_while_it_saves_is_resumed_as_if_nothing_had_been(
-    name: str, folder: Path, tmp_path: Path, uninterrupted: Path
-) -> None:
-    patch, newest = KILLS[name]
-    output, tests = tmp_path / "out", Path(__file__).parents[1]
-    code = HELD.format(paths=[str(tests), str(tests / "training")], patch=patch, folder=str(folder), output=str(output))
+@pytest.fixture(scope="module")
+def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int], str]:
+    """The folder of all runs that were killed, how each of them ended, and what they had to say."""
+    output, tests = tmp_path_factory.mktemp("killed"), Path(__file__).parents[1]
+    code = HELD.format(paths=[str(tests), str(tests / "training")], folder=str(folder), output=str(output))
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.returncode == 0, done.stderr
+    return output, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_run_that_is_killed_while_it_saves_is_resumed_as_if_nothing_had_been(
+    name: str, folder: Path, killed: tuple[Path, dict[str, int], str], uninterrupted: Path
+) -> None:
+    outputs, ends, told = killed
+    assert ends[name] == -signal.SIGKILL, told
+    output, newest = outputs / name, KILLS[name][1]
     last = last_whole(output / "checkpoints")
     assert (None if last is None else last.name) == (newest and f"checkpoint-{newest}")
     # The lock of the dead process keeps nobody out.
