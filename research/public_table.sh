@@ -9,8 +9,7 @@
 # Text: research/texts/README.md. The model: make models.
 set -euo pipefail
 model=${MODEL:-outputs/models/smollm2} out=${FOLDER:-outputs/smollm2-table} context=${CONTEXT:-8192} steps=${STEPS:-1000} rules_context=${RULES_CONTEXT:-$context}
-# The command line of seerattn, which does not compute what windows hide.
-run=(python research/banded_windows.py)
+run=(python -m seerattn)
 train=(--data books/train-000.jsonl.gz --data proofs/train-000.jsonl.gz)
 held=(--data books/validation-000.jsonl.gz --data proofs/validation-000.jsonl.gz)
 mkdir -p "$out"

@@ -3,10 +3,9 @@
     python research/side_by_side.py research/experiments/smollm2.yaml --jobs 8 --time-limit 500 --output outputs/smollm2
     seerattn report outputs/smollm2/results.jsonl --output outputs/smollm2/report
 
-It does what `seerattn eval --config` does, faster, and takes no times. Windows of layers that have some run in bands
-(`banded_windows.py`). Dense attention comes first, since all others are compared with it. A method whose gates or plan
-are missing fails with that sentence, and the rest goes on. The same call continues what was ended, by ``--time-limit``
-or otherwise; ``--begin`` takes results of an earlier one.
+It does what `seerattn eval --config` does, faster, and takes no times. Dense attention comes first, since all others
+are compared with it. A method whose gates or plan are missing fails with that sentence, and the rest goes on. The same
+call continues what was ended, by ``--time-limit`` or otherwise; ``--begin`` takes results of an earlier one.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Annotated
 
 import torch
 import typer
-from banded_windows import use_bands
 from worker_pool import Job, WorkerPool
 
 from seerattn.cli import main as seerattn
@@ -32,7 +30,6 @@ DENSE = "dense"
 
 def measure(arguments: list[str], part: Path, begin: list[Path], done: Path | None) -> None:
     """Measures one method, going on with what is known; ``done`` tells others that they may begin."""
-    use_bands()
     if begin and not part.exists():
         write_results(part, begin)
     ended = False

@@ -46,7 +46,8 @@ def attach(
     """Makes the attention of a model sparse: that of prompts, and of tokens that are decoded if that is asked for.
 
     Args:
-        model: a decoder-only language model with ``attn_implementation`` "sdpa" or "eager".
+        model: a decoder-only language model with ``attn_implementation`` "sdpa", "eager" or "banded", which is SDPA
+            that does not compute what sliding windows hide.
         gates: what chooses the blocks:
             a folder or Hub id with trained gates;
             an `AttnGateConfig`, for fresh gates to be trained;

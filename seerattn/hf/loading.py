@@ -51,7 +51,7 @@ def read_model(
     kind: type[PreTrainedModel] | None = None,
     spread: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model with all of its weights.
+    """A causal language model with all of its weights; sliding windows of SDPA run in bands (`seerattn.hf.banded`).
 
     Args:
         name: a folder or the name of a model on the Hub.
@@ -90,10 +90,23 @@ def read_model(
             **options,
         )
     _check_weights(name, model, report)
+    _skip_windows(model)
     if spread:
         return model
     with _reading(f"a model that device {device} has room for, got {name}", name):
         return model.to(device)
+
+
+def _skip_windows(model: PreTrainedModel) -> None:
+    """Lets windows that transformers leaves to SDPA run in bands."""
+    from seerattn.hf.banded import BANDED
+    from seerattn.hf.placement import set_implementation, text_implementation
+
+    config = model.config.get_text_config()
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    has_windows = window is not None if types is None else "sliding_attention" in types
+    if has_windows and text_implementation(model) == "sdpa":
+        set_implementation(model, BANDED)
 
 
 def _check_weights(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:

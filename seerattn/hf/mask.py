@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
+from seerattn.hf.banded import Bands
 from seerattn.hf.capturing import CAPTURE
 from seerattn.hf.parts import PARTS
 from seerattn.hf.state import Attachment, AttentionLayer, Kind, Running, Tables
@@ -74,7 +75,7 @@ class CallMask:
         return self._running.setdefault(attachment, attachment.now())
 
     @functools.cached_property
-    def tensor(self) -> Tensor | None:
+    def tensor(self) -> Tensor | Bands | None:
         """The mask of the replaced implementation."""
         return ALL_MASK_ATTENTION_FUNCTIONS[self._dense](**self._arguments)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
+from seerattn.hf.banded import BANDED
 from seerattn.hf.call import LayerCall, logits_of
 from seerattn.hf.meters import attend_counted, count_dense
 from seerattn.hf.paged_decode import decode_alone, decode_together, recall, row_context
@@ -35,7 +36,8 @@ logger = logging.getLogger(__name__)
 _PREFIX = "" if EDITS_KEYWORDS else "paged|"
 # Names under which continuous batching knows our implementations, by the one that they replace. With "flash" in it
 # transformers makes no mask of all requests by all keys; with a 2 or 3 behind it, it would call FlashAttention.
-PAGED = {"sdpa": f"{_PREFIX}seer_flash_attention", "eager": f"{_PREFIX}seer_flash_attention_eager"}
+_NAMES = {"sdpa": "seer_flash_attention", "eager": "seer_flash_attention_eager", BANDED: "seer_flash_attention_banded"}
+PAGED = {dense: f"{_PREFIX}{name}" for dense, name in _NAMES.items()}
 # Keywords of a packed forward, of no use to the attention of one row.
 _PACKED = ("cache", "read_index", "write_index", "block_table", "logits_indices", "logits_processor_args", "use_cache")
 _PACKED += tuple(f"{name}_{side}" for name in ("cu_seq_lens", "max_seqlen", "max_length") for side in "qk")
@@ -274,7 +276,7 @@ def _needs_no_mask(dense: str, q: Tensor, k: Tensor, window: int | None, kwargs:
     scaled_dot_product_attention has no fast kernel and copies the keys of a group for each of its heads.
     """
     is_part = 1 < q.shape[2] < k.shape[2] and (window is None or k.shape[2] <= window)
-    return dense == "sdpa" and is_part and q.device.type == "cuda" and kwargs.get("s_aux") is None
+    return dense != "eager" and is_part and q.device.type == "cuda" and kwargs.get("s_aux") is None
 
 
 def _ends_with_keys(q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -294,13 +296,13 @@ def _dense_mask(dense: str, q: Tensor, k: Tensor, window: int | None) -> Tensor 
     """The mask of one row for the implementation that ours replaced; None where it makes its own, or needs none."""
     t, s = q.shape[2], k.shape[2]
     hides = window is not None and s > window
-    if not hides and (t == 1 or (dense == "sdpa" and t == s)):
+    if not hides and (t == 1 or (dense != "eager" and t == s)):
         return None
     at = torch.arange(s, device=q.device)
     behind = at[s - t :, None] - at[None]
     seen = behind >= 0
     if hides:
         seen &= behind < window
-    if dense == "sdpa":
+    if dense != "eager":
         return seen[None, None]
     return torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min)[None, None]

@@ -134,9 +134,9 @@ def _probe(model: PreTrainedModel) -> list[AttentionLayer]:
                 "not; no layer can be attached to"
             )
         ignored = [key for key in ("softcap", "s_aux") if any(call.kwargs.get(key) is not None for call in calls)]
-        if dense == "sdpa" and ignored:
+        if dense != "eager" and ignored:
             raise ValueError(
-                f"model must be loaded with attn_implementation='eager', got 'sdpa', which ignores its {ignored[0]}"
+                f"model must be loaded with attn_implementation='eager', got {dense!r}, which ignores its {ignored[0]}"
             )
         full = [call for call in calls if not _is_windowed(call, model)]
         if not full:
