@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Sets apart what imports made, which lasts: a trainer collects garbage at its end, for 0.3 s with all of that."""
+    """Sets apart what imports made, which lasts: a trainer collects garbage at its end, for half a second with that."""
     patch_language_once_a_launch()
     gc.collect()
     gc.freeze()
