@@ -239,8 +239,8 @@ def decoded_pass_keys(results: list[Result]) -> list[Table]:
     heads, cells = [], {}
     for table in report("Retrieval: .*, passkey")(results):
         context = table.title.split()[1]
-        heads += [f"{context}, {column.name}" for column in table.columns if column.name in ("512", "256")]
         places = [i for i, column in enumerate(table.columns) if column.name in ("512", "256")]
+        heads += [f"{context}, {table.columns[i].name}" for i in places]
         for line in table.lines:
             shown = [line.cells[0]] * len(places) if line.name == "dense" else [line.cells[i] for i in places]
             cells.setdefault(line.name, []).extend(replace(cell, more="") for cell in shown)

@@ -45,7 +45,7 @@ def main() -> None:
     policy = None if args.density == 1 else TopK(density=args.density)
     model = seerattn.attach(random_model(size, device), gate_form(args.form), decode_policy=policy, impl="sparse")
     launch = "compiled" if args.compile else "graph"
-    steps = decoded_tokens(model, size, args.batch, args.context, WARM_UPS + 2 * STEPS + 1, device, launch)
+    steps = decoded_tokens(model, size, args.batch, args.context, WARM_UPS + 2 * STEPS + 1, launch)
     for _ in range(WARM_UPS):
         next(steps)
     if device.type != "cuda":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from statistics import median
 from typing import Any
 
@@ -95,7 +95,6 @@ def decoded_tokens(
     batch: int,
     tokens: int,
     more: int,
-    device: torch.device,
     launch: str,
 ) -> Iterator[Tensor]:
     """Logits of one token after the other, behind a cache of random keys.
@@ -106,15 +105,15 @@ def decoded_tokens(
         batch: sequences.
         tokens: behind which the first one is decoded.
         more: tokens that there is room for.
-        device: where the model is.
         launch: "host", or how a graph is made: "graph", or "compiled" with norms and MLPs by `torch.compile`.
 
     Raises:
         CheckFailed: steps that should be a graph are none.
     """
     cache: Cache
+    inner = transformers_model(model)
+    device = inner.device
     if launch != "host":
-        inner = transformers_model(model)
         cache = static_cache(inner, size, batch, tokens, more, device)
         on_gpu = device.type == "cuda"
         forward = DecodeGraph(inner, attachment_of(model), records=on_gpu, compile=launch == "compiled")
@@ -219,9 +218,7 @@ class _Steps(ModelRuns):
     ) -> dict[str, dict[str, Any]]:
         self.session.release()
         reset_peak(self.device)
-        walk = decoded_tokens(
-            model, self.size, batch, tokens, steps * (self.repeats + 1) + WARM_UPS, self.device, launch
-        )
+        walk = decoded_tokens(model, self.size, batch, tokens, steps * (self.repeats + 1) + WARM_UPS, launch)
         with record_density(model) as meter:
             for _ in range(WARM_UPS):
                 next(walk)
@@ -245,10 +242,8 @@ class _Steps(ModelRuns):
 
         def logits(model: PreTrainedModel | PeftModel, launch: str) -> Tensor:
             # The third step is the first one that a graph repeats.
-            return [
-                x.double()
-                for _, x in zip(range(3), decoded_tokens(model, self.size, batch, tokens, 3, self.device, launch))
-            ][-1]
+            *_, third = islice(decoded_tokens(model, self.size, batch, tokens, 3, launch), 3)
+            return third.double()
 
         def run() -> tuple[float, float]:
             expected = logits(self.model.plain(), "host")

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
 
 from seerattn.data.retrieval import (
     Encoder,
@@ -30,6 +29,7 @@ from seerattn.data.retrieval import (
 )
 from seerattn.data.windows import digest
 from seerattn.eval.choice import DENSE, Choice
+from seerattn.eval.tasks import token_by_token
 from seerattn.eval.tasks.perplexity import read_once
 from seerattn.eval.tasks.task import Job, Progress, Setup, Task
 from seerattn.hf.eval_model import EvalModel
@@ -40,7 +40,7 @@ from seerattn.results.file import ResultsFile
 from seerattn.results.record import Result
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import DynamicCache, PreTrainedModel
 
 Kind = Literal["passkey", "key_value", "multi_key", "variable_tracking"]
 # Pairs of a document where none are asked for.
@@ -176,7 +176,6 @@ def answers(
     return found
 
 
-@torch.no_grad()  # not inference_mode, in which the keys of a cache would be compared in every step
 def decoded_answers(
     model: PreTrainedModel, documents: Sequence[RetrievalDocument], cache: DynamicCache
 ) -> list[Answer]:
@@ -189,25 +188,18 @@ def decoded_answers(
     """
     begin, (start, stop) = documents[0].questions[-1], documents[0].answers[-1]
     ids = torch.tensor([document.input_ids[begin:stop] for document in documents], device=model.device)
-    correct = torch.ones(len(documents), dtype=torch.bool, device=model.device)
-    log_probs = torch.zeros(len(documents), dtype=torch.float64, device=model.device)
-    for place in range(stop - 1 - begin):
-        logits = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1].float()
-        if begin + place + 1 >= start:
-            labels = ids[:, place + 1]
-            correct &= logits.argmax(-1) == labels
-            log_probs += logits.log_softmax(-1).gather(1, labels[:, None])[:, 0].double()
-    depths = [document.depths[-1] for document in documents]
-    return list(map(Answer, correct.tolist(), log_probs.tolist(), depths))
+    text, steps = token_by_token.given(ids[:, 1:]), {"tokens": stop - begin - 1, "ends": frozenset()}
+    follows = token_by_token.decode(model, ids[:, 0], cache, text, **steps)
+    answer = slice(start - stop, None)
+    correct = (follows.choices == follows.tokens)[:, answer].all(1).tolist()
+    log_probs = (-follows.losses[:, answer].double()).sum(1).tolist()
+    return list(map(Answer, correct, log_probs, [document.depths[-1] for document in documents]))
 
 
-@torch.no_grad()
 def read_documents(model: PreTrainedModel, documents: Sequence[RetrievalDocument]) -> DynamicCache:
     """A cache with what comes before the last questions of documents, which is equally long, read in one call."""
-    cache = DynamicCache(config=model.config)
-    ids = [document.input_ids[: document.questions[-1]] for document in documents]
-    model.base_model(input_ids=torch.tensor(ids, device=model.device), past_key_values=cache, use_cache=True)
-    return cache
+    ids = [document.input_ids[: document.questions[-1] + 1] for document in documents]
+    return token_by_token.read_prompts(model, torch.tensor(ids, device=model.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,9 +320,9 @@ class DecodingJob(RetrievalJob):
                 cache = read_documents(run.model, group)
             for choice in choices:
                 with choice.on(model) as run:
-                    given = decoded_answers(run.model, group, copy.deepcopy(cache))
+                    replies = decoded_answers(run.model, group, copy.deepcopy(cache))
                     density = run.decode_density()
-                found[choice] |= {number: (answer, density) for number, answer in zip(numbers, given)}
+                found[choice] |= {number: (answer, density) for number, answer in zip(numbers, replies)}
             if advance is not None:
                 advance(len(group))
         return {choice: [of[number] for number in sorted(of)] for choice, of in found.items()}
