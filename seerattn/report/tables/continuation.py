@@ -60,7 +60,7 @@ def _table(rows: Sequence[Result]) -> Table:
     notes = [f"{prompts} prompts, at most {row.cell['answer_tokens']} tokens each. The dense model's text is {text}."]
     notes += [f"Behind the text of a prompt stands, in the chat template: “{asked}”"] if asked else []
     if len({tuple(r.samples["dense_losses"]) for r in rows if "dense_losses" in r.samples}) > 1:
-        notes.append("Methods ran apart, and each run drew a text of its own: “less dense” is of the same text.")
+        notes.append("Methods ran apart, and each run drew a text of its own. “less dense” compares both on one text.")
     kind = f"{'answers to an instruction' if asked else 'plain text'}, {f'temperature {warm:g}' if warm else 'greedy'}"
     return plain(f"Long outputs: {row.context:,} tokens, {row.text}, {row.model}, {kind}", _HEAD, body, notes)
 
