@@ -152,6 +152,25 @@ def scores(rows: list[Result], what: str = "task_score") -> dict:
     return {(r.cell["task"], r.cell["metric"], r.method): r for r in rows if r.what == what}
 
 
+def test_the_tokenizer_stays_as_it_was_and_what_is_changed_later_counts(model, loaded) -> None:
+    def seen() -> tuple:
+        return TOKENIZER.pad_token, TOKENIZER.model_max_length, TOKENIZER.padding_side, TOKENIZER.chat_template
+
+    def harnessed() -> MiddleCutModel:
+        return MiddleCutModel(model.model, TOKENIZER, max_length=500, batch_size=1)
+
+    before = seen()
+    measured(model, [DENSE], loaded[:1], ResultsFile(None), context=500)
+    first = harnessed().tokenizer
+    assert seen() == before and first is not TOKENIZER and first is harnessed().tokenizer
+    asked = [{"role": "user", "content": TEXT}]
+    try:
+        TOKENIZER.chat_template = "{% for message in messages %}Q: {{ message.content }}{% endfor %}"
+        assert harnessed().apply_chat_template(asked) == f"Q: {TEXT}"
+    finally:
+        TOKENIZER.chat_template = before[-1]
+
+
 def test_keep_all_scores_and_answers_as_dense_does_in_every_document(model, keep_all, sparse, loaded, answered) -> None:
     rows = measured(model, [DENSE, keep_all, sparse], loaded, ResultsFile(None), context=500, batch=2)
     found = scores(rows)
