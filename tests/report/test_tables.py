@@ -316,6 +316,8 @@ def test_systems_by_tasks_tell_differences_from_dense_and_their_mean() -> None:
         row("best", "niah_single_1", 8192, 0.3, 0.04, realised_density=0.19),
         row("streaming", "ruler_vt", 4096, -1.0, 0.25, note=True, realised_density=0.26),
         row("best", "ruler_vt", 4096, 0.5, 0.1, metric="4096"),
+        row("random", "ruler_vt", 4096, -1.0, 0.3, realised_density=0.2),
+        row("random", "niah_single_1", 8192, -2.0, 0.4, realised_density=0.24),
     ]
     found = [table for table in section(rows, "tasks").parts if "beside dense" in table.title]
     (table,) = found  # one task is no grid
@@ -324,6 +326,7 @@ def test_systems_by_tasks_tell_differences_from_dense_and_their_mean() -> None:
         ["method", "vt 4k (0.200)", "single 1 8k (0.190)", "mean"],
         ["dense", "-2.00", "-2.00", "-2.00"],
         ["gates: best", "-0.10 ± 0.03", "+0.30 ± 0.04", "+0.10 ± 0.03"],
+        ["random", "-1.00 ± 0.30", "-2.00 ± 0.40 at 0.240", "-1.50 ± 0.25 at 0.220"],
         ["streaming", "-1.00* ± 0.25 at 0.260", "", ""],
     ]
     assert table.notes[1] == "50 documents a task and length."

@@ -78,7 +78,7 @@ def _mean(rows: Sequence[Result]) -> Cell:
     """Of all tasks and lengths, which have documents of their own."""
     errors = [r.stderr for r in rows]
     error = "" if None in errors else f"{math.hypot(*errors) / len(errors):.2f}"
-    return Cell(f"{fmean(r.value for r in rows):+.2f}", error)
+    return Cell(f"{fmean(r.value for r in rows):+.2f}", error, select.missed(rows))
 
 
 def _column(row: Result) -> str:
