@@ -259,6 +259,11 @@ def tasks_in_short(results: list[Result]) -> list[Table]:
     return [plain("", ["mean of all tasks", *densities], body)]
 
 
+def tasks_of(make: Callable[[list[Result]], list[Table]], *contexts: int) -> Callable[[list[Result]], list[Table]]:
+    """Tables of tasks whose documents have one of these lengths, tokens."""
+    return lambda results: make([r for r in results if r.context in contexts])
+
+
 def choosing_for_tokens(results: list[Result]) -> list[Table]:
     """Choice of the blocks of one token, by the kernel alone."""
     shown = [r for r in results if r.what == "decode_select_ms" and r.cell["impl"] == "triton"]
@@ -355,8 +360,10 @@ TABLES = {
     "smollm2-tasks-likely": Drawn(["smollm2-tasks"], report("Right answers beside dense")),
     "smollm2-tasks-in-short": Drawn(["smollm2-tasks"], tasks_in_short),
     "smollm2-tasks-first": Drawn(["smollm2-tasks"], report("First choices beside dense")),
-    "gemma3-tasks-likely": Drawn(["gemma3-tasks"], report("Right answers beside dense")),
-    "gemma3-tasks-first": Drawn(["gemma3-tasks"], report("First choices beside dense")),
+    "gemma3-tasks-in-short": Drawn(["gemma3-tasks"], tasks_of(tasks_in_short, 4096, 8192)),
+    "gemma3-tasks-likely": Drawn(["gemma3-tasks"], tasks_of(report("Right answers beside dense"), 4096, 8192)),
+    "gemma3-tasks-first": Drawn(["gemma3-tasks"], tasks_of(report("First choices beside dense"), 4096, 8192)),
+    "gemma3-tasks-32k": Drawn(["gemma3-tasks"], tasks_of(report("Right answers beside dense"), 32768)),
     "time-smollm2": Drawn(["h200-time-smollm2"], report("Milliseconds of attention")),
     "time-gemma3": Drawn(["h200-time-gemma3"], report("Milliseconds of attention")),
     "time-llama": Drawn(["h200-time-llama"], report("Milliseconds of attention")),
