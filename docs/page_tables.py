@@ -248,12 +248,12 @@ def decoded_pass_keys(results: list[Result]) -> list[Table]:
 
 
 def tasks_in_short(results: list[Result]) -> list[Table]:
-    """Means over all tasks and lengths at each density, of the systems that have done all of them."""
+    """Means over all tasks and lengths at each density, of the systems that have done all of them; dense by itself."""
     densities, cells = [], {}
     for table in report("Right answers beside dense")(results):
         densities.append(table.title.split()[-1])
         for line in table.lines:
-            if line.cells[-1] is not None and line.name != "dense":
+            if line.cells[-1] is not None:
                 cells.setdefault(line.name, {})[densities[-1]] = line.cells[-1]
     body = [[name, *(of.get(density, Cell("")) for density in densities)] for name, of in cells.items()]
     return [plain("", ["mean of all tasks", *densities], body)]
