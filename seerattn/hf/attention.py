@@ -116,6 +116,8 @@ def seer_attention(
     Raises:
         ValueError: a call that sparse attention cannot follow, unless "auto" may run it dense.
     """
+    if seer is None and isinstance(attention_mask, CallMask) and dense in attention_mask.plain:
+        return attention_mask.plain[dense](module, query, key, value, None, **kwargs)
     parts = PARTS.get()
     if parts is not None:
         attend = partial(_attention, dense, module)
@@ -206,6 +208,11 @@ def _settle(call: Prefill, mask: CallMask) -> None:
     for kind, layers in call.running.kinds(attachment.layers).items():
         if not kind.chooses(call.q_len, call.k_len) or (unseen and _dense_is_faster(call, kind)):
             mask.untouched |= layers
+    attend = ALL_ATTENTION_FUNCTIONS.get(attachment.dense)
+    # Never where a prompt is spread over processes: layers of a part are no layers of the model.
+    if attend and call.state.found in mask.untouched and mask.tensor is None:
+        # The others go there at once: three calls of Python less, 5 us a layer on a CPU.
+        mask.plain[attachment.dense] = attend
 
 
 def _is_windowed(key: Tensor, kwargs: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class CallMask:
         capture: what the forward shows its attention to, or None.
         settled: models of which it is known which layers are untouched.
         untouched: layers that run in this forward as in the unpatched model, seen by nobody.
+        plain: the attention of untouched layers, by the name of its implementation, where it takes no mask.
         dense_is_faster: whether "auto" expects it of layers of a kind.
         tables: rotary tables of cached keys, by rotation and row.
         positions_end: one more than the largest position, where a layer asked for it.
@@ -66,6 +68,7 @@ class CallMask:
         self.capture = CAPTURE.get()
         self.settled: set[Attachment] = set()
         self.untouched: set[AttentionLayer] = set()
+        self.plain: dict[str, Callable[..., Any]] = {}
         self.dense_is_faster: dict[Kind, bool] = {}
         self.tables: dict[Any, Tables] = {}
         self.positions_end: int | None = None
