@@ -7,7 +7,8 @@ result is the same bit for bit. With one a decode step goes on in `seerattn.hf.d
 where CUDA graphs repeat it.
 
 The first layer of a forward finds those that run dense whatever comes, with nobody looking on (`_is_untouched`). Their
-hook adds nothing, so that a short prompt takes as long as in the unpatched model.
+hook adds nothing, and what takes no mask is called at once, so that a short prompt takes hardly longer than in the
+unpatched model.
 
 What is no part of a prompt is decoded: one token, and also several against a cache that are fewer than a query block.
 So the tokens that speculative decoding verifies at once are chosen by the attention that chooses one token.
@@ -200,7 +201,10 @@ def _is_untouched(call: Prefill) -> bool:
 
 
 def _settle(call: Prefill, mask: CallMask) -> None:
-    """Tells the mask of a forward which layers are untouched in it."""
+    """Tells the mask of a forward which layers are untouched in it, and what they may call at once.
+
+    Nothing, where a prompt is spread over processes: the layers of a part are no layers of the model.
+    """
     attachment = call.state.attachment
     if call.capture is not None or time_meter(attachment) is not None:
         return
@@ -209,9 +213,8 @@ def _settle(call: Prefill, mask: CallMask) -> None:
         if not kind.chooses(call.q_len, call.k_len) or (unseen and _dense_is_faster(call, kind)):
             mask.untouched |= layers
     attend = ALL_ATTENTION_FUNCTIONS.get(attachment.dense)
-    # Never where a prompt is spread over processes: layers of a part are no layers of the model.
     if attend and call.state.found in mask.untouched and mask.tensor is None:
-        # The others go there at once: three calls of Python less, 5 us a layer on a CPU.
+        # Three calls of Python less, 5 us a layer on a CPU.
         mask.plain[attachment.dense] = attend
 
 
